@@ -1,0 +1,25 @@
+"""Full fine-tuning: every weight is trained. What parameter-efficient methods are compared with.
+
+    theta = theta_0 - learning rate * gradient, for all of theta
+
+Trained: everything. Costs: a gradient and two AdamW moments for each parameter, three times the model's own memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn as nn
+
+from minipeft.methods.surgery import Injection, fingerprint, record
+
+
+@dataclass
+class FullConfig:
+    """Full fine-tuning has nothing to choose."""
+
+
+def inject(model: nn.Module, config: FullConfig) -> nn.Module:
+    """Declare every parameter as trained; no layer is replaced."""
+    injection = Injection("full", config, fingerprint=fingerprint(model))
+    return record(model, injection, trained_base=[name for name, _ in model.named_parameters()])

@@ -1,0 +1,121 @@
+"""Pretrain the bundled base model `mini` on IMDb's train and unsupervised reviews. Interrupt it, run it again: it goes on.
+
+    python scripts/pretrain.py --data-dir ../shared/data
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minipeft import weights
+from minipeft.data import clean, data_folder, read_parquet_split, stratified_split
+from minipeft.errors import DataError
+from minipeft.gpt2 import GPT2Config, GPT2LMHeadModel
+from minipeft.pretraining import PackedWindows, PretrainingConfig, bits_per_byte, pretrain, validation_loss
+from minipeft.report import machine, versions
+from minipeft.tokenizer import VOCABULARY_FILE, get_tokenizer, train_vocabulary
+from common import run
+
+
+def parse() -> argparse.Namespace:
+    recipe = PretrainingConfig()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    where = parser.add_argument_group("where")
+    where.add_argument("--data-dir", help="folder that holds imdb/*.parquet (default: MINIPEFT_DATA)")
+    where.add_argument("--output", type=Path, default=weights.MINI_FOLDER, help="model folder to write")
+    where.add_argument("--state", type=Path, default=Path("checkpoints/pretraining_state"),
+                       help="folder of the resumable state")
+    where.add_argument("--results", type=Path, default=Path("results/pretraining_mini.json"))
+    where.add_argument("--init-from", type=Path, help="start from this model folder and its vocabulary instead of random")
+    size = parser.add_argument_group("size (ignored with --init-from)")
+    size.add_argument("--n-layer", type=int, default=6)
+    size.add_argument("--n-head", type=int, default=4)
+    size.add_argument("--n-embd", type=int, default=256)
+    size.add_argument("--vocab-size", type=int, default=8192, help="entries, end-of-text included")
+    how = parser.add_argument_group("recipe")
+    how.add_argument("--tokens", type=int, default=recipe.tokens, help="tokens to train on, all epochs together")
+    how.add_argument("--window", type=int, default=recipe.window, help="tokens per window, and the model's positions")
+    how.add_argument("--batch-size", type=int, default=recipe.batch_size, help="windows per step")
+    how.add_argument("--learning-rate", type=float, default=recipe.learning_rate, help="peak")
+    how.add_argument("--warmup-steps", type=int, default=recipe.warmup_steps)
+    how.add_argument("--dropout", type=float, default=0.0, help="for runs of several epochs")
+    how.add_argument("--evaluate-every", type=int, default=recipe.evaluate_every, help="steps between evaluations")
+    how.add_argument("--seed", type=int, default=recipe.seed)
+    machine_group = parser.add_argument_group("machine")
+    machine_group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    machine_group.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    machine_group.add_argument("--no-compile", action="store_true")
+    return parser.parse_args()
+
+
+def reviews(folder: Path, seed: int = 0) -> tuple[list[str], list[str]]:
+    """The texts to learn from, and the held-out ones: exactly the validation split of `--dataset imdb`."""
+    train, unlabelled = read_parquet_split(folder, "train"), read_parquet_split(folder, "unsupervised")
+    texts = [clean(text) for text in train["text"]]
+    kept, held_out = stratified_split(train["label"], 0.1, seed)
+    return ([texts[i] for i in kept] + [clean(text) for text in unlabelled["text"]], [texts[i] for i in held_out])
+
+
+def main() -> None:
+    options = parse()
+    folder = data_folder(options.data_dir)
+    if folder is None:
+        raise DataError("pretraining needs IMDb's parquet files: pass --data-dir, or set MINIPEFT_DATA, to a folder "
+                        "that holds imdb/train-*.parquet and imdb/unsupervised-*.parquet")
+    train_texts, held_out_texts = reviews(folder / "imdb")
+    torch.manual_seed(options.seed)
+    dropouts = {name: options.dropout for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
+    if options.init_from:
+        vocabulary = options.init_from / VOCABULARY_FILE
+        model = GPT2LMHeadModel.from_pretrained(options.init_from, **dropouts)
+    else:
+        vocabulary = options.state / VOCABULARY_FILE
+        if not vocabulary.is_file():
+            print(f"training a vocabulary of {options.vocab_size:,} entries")
+            train_vocabulary(train_texts, options.vocab_size - 1, vocabulary)
+        model = GPT2LMHeadModel(GPT2Config(
+            vocab_size=options.vocab_size, n_positions=options.window, n_embd=options.n_embd, n_layer=options.n_layer,
+            n_head=options.n_head, bos_token_id=options.vocab_size - 1, eos_token_id=options.vocab_size - 1, **dropouts))
+    tokenizer = get_tokenizer(vocabulary.parent)
+    model.to(options.device)
+    print(f"tokenising {len(train_texts):,} reviews")
+    train_ids = [np.array(ids, dtype=np.uint16) for ids in tokenizer.encode_batch(train_texts)]
+    held_out_ids = [np.array(ids, dtype=np.uint16) for ids in tokenizer.encode_batch(held_out_texts)]
+
+    config = PretrainingConfig(tokens=options.tokens, window=options.window, batch_size=options.batch_size,
+                               learning_rate=options.learning_rate, warmup_steps=options.warmup_steps,
+                               seed=options.seed, evaluate_every=options.evaluate_every)
+    precision = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    batches = PackedWindows(train_ids, tokenizer.eos_token_id, config.window, config.batch_size, config.seed)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{parameters:,} parameters, {batches.tokens:,} tokens of text, {config.steps:,} steps of "
+          f"{config.window * config.batch_size:,} tokens on {options.device}")
+
+    def held_out_loss(count: int | None = None) -> float:
+        return validation_loss(model, held_out_ids[:count], tokenizer.eos_token_id, config.window, precision)
+
+    history = pretrain(model, batches, lambda: held_out_loss(500), config, options.state, precision,
+                       compile_model=not options.no_compile)
+    loss = held_out_loss()
+    model.save_pretrained(options.output, dtype=torch.float16)
+    if vocabulary.parent.resolve() != options.output.resolve():
+        (options.output / VOCABULARY_FILE).write_bytes(vocabulary.read_bytes())
+    held_out_bytes = sum(len(text.encode()) for text in held_out_texts)
+    weights.write_json_file(options.results, {
+        "model": {"parameters": parameters, **model.config.to_dict()}, "recipe": vars(config),
+        "initialisation": str(options.init_from.name) if options.init_from else "random",
+        "data": {"train_reviews": len(train_texts), "held_out_reviews": len(held_out_texts),
+                 "train_tokens_per_epoch": batches.tokens, "held_out_bytes": held_out_bytes},
+        "tokens_seen": config.steps * config.window * config.batch_size,
+        "validation_loss": round(loss, 4),
+        "bits_per_byte": round(bits_per_byte(loss, sum(len(ids) + 1 for ids in held_out_ids), held_out_bytes), 4),
+        "seconds": history["seconds"], "curve": history["curve"], "machine": machine(), "versions": versions()})
+    print(f"validation loss {loss:.4f}; wrote {options.output} and {options.results}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -174,35 +174,39 @@ def _read_json(path: Path) -> dict[str, Any]:
 # --- training state ---------------------------------------------------------------------------------------------------
 
 def save_training_state(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int,
-                        extra: dict[str, Any]) -> None:
-    """Write what resuming needs: trained parameters, the optimiser's moments, random state, step and `extra`.
+                        extra: dict[str, Any], tensors: dict[str, torch.Tensor] | None = None) -> None:
+    """Write what resuming needs: trained parameters, the optimiser's moments, random state, step, and what else is given.
 
     Raises:
         OutputError: the folder cannot be written, or the disk is full.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    tensors = {f"model/{name}": p.detach() for name, p in trained.items()}
+    state = {f"extra/{name}": tensor for name, tensor in (tensors or {}).items()}
+    state |= {f"model/{name}": p.detach() for name, p in trained.items()}
     for name, parameter in trained.items():
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer/{key}/{name}"] = value
-    tensors["random/cpu"] = torch.get_rng_state()
+            state[f"optimizer/{key}/{name}"] = value
+    state["random/cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
-        tensors["random/cuda"] = torch.cuda.get_rng_state()
+        state["random/cuda"] = torch.cuda.get_rng_state()
     with replacing_folder(folder) as temporary:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary / STATE_TENSORS)
+        save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, temporary / STATE_TENSORS)
         write_json(temporary / STATE_FILE, {"step": step, "extra": extra})
 
 
 def load_training_state(folder: str | Path, model: nn.Module,
-                        optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
-    """Restore a saved run into model, optimiser and torch's generators; (0, {}) where `folder` holds none.
+                        optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any], dict[str, torch.Tensor]]:
+    """Restore a saved run into model, optimiser and torch's generators.
+
+    Returns:
+        (step, extra, tensors) as they were given to `save_training_state`; (0, {}, {}) where `folder` holds nothing.
 
     Raises:
         OutputError: the state is damaged, or belongs to a model with other parameters.
     """
     folder = Path(folder)
     if not (folder / STATE_FILE).is_file():
-        return 0, {}
+        return 0, {}, {}
     try:
         saved = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         tensors = load_file(folder / STATE_TENSORS)
@@ -223,4 +227,5 @@ def load_training_state(folder: str | Path, model: nn.Module,
     torch.set_rng_state(tensors["random/cpu"])
     if torch.cuda.is_available() and "random/cuda" in tensors:
         torch.cuda.set_rng_state(tensors["random/cuda"])
-    return saved["step"], saved["extra"]
+    others = {name.removeprefix("extra/"): t for name, t in tensors.items() if name.startswith("extra/")}
+    return saved["step"], saved["extra"], others

@@ -173,7 +173,7 @@ def pretrain(model: GPT2LMHeadModel, train: PackedWindows, evaluate: Callable[[]
         {"curve": [{"step", "tokens", "train_loss", "validation_loss", "seconds"}, ...], "seconds": total}.
     """
     optimizer = adamw(model.named_parameters(), model, config.learning_rate, config.weight_decay, config.betas)
-    step, extra = load_training_state(state_folder, model, optimizer)
+    step, extra, _ = load_training_state(state_folder, model, optimizer)
     curve, seconds_before = extra.get("curve", []), extra.get("seconds", 0.0)
     device = model.lm_head.weight.device
     body: nn.Module = torch.compile(model.transformer, dynamic=False) if compile_model else model.transformer
@@ -210,7 +210,7 @@ def pretrain(model: GPT2LMHeadModel, train: PackedWindows, evaluate: Callable[[]
                      "validation_loss": round(evaluate(), 4)}
             curve.append(point)
             running = []
-            save_training_state(state_folder, model, optimizer, step, {"curve": curve, "seconds": seconds})
+            save_training_state(state_folder, model, optimizer, step, extra={"curve": curve, "seconds": seconds})
             bar.write(f"step {step}: train {point['train_loss']:.3f}, validation {point['validation_loss']:.3f}")
     bar.close()
     return {"curve": curve, "seconds": curve[-1]["seconds"] if curve else 0.0}

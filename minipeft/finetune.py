@@ -1,0 +1,303 @@
+"""One fine-tuning run, from names to results: choose, load, inject, train, test, write.
+
+This is what `scripts/train.py` calls. The library's pieces (inject, train, save_adapter) can be used without it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from minipeft import defaults
+from minipeft.checkpoint import CONFIG_FILE as ADAPTER_CONFIG_FILE
+from minipeft.checkpoint import DETAILS_FILE, load_adapter, read_details, save_adapter
+from minipeft.data import BucketedBatches, ClassificationData, choose_dataset, load_dataset
+from minipeft.errors import AdapterError, ConfigError
+from minipeft.gpt2 import GPT2ForSequenceClassification, GPT2LMHeadModel
+from minipeft.methods import METHODS, inject
+from minipeft.methods.surgery import fingerprint, injections, trainable_parameters
+from minipeft.report import machine, peak_memory_bytes, versions
+from minipeft.tasks import classification
+from minipeft.tokenizer import VOCABULARY_FILE, Tokenizer, get_tokenizer
+from minipeft.training import TrainingConfig, choose_device, choose_precision, train
+from minipeft.weights import find, replacing_folder, write_json, write_json_file
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Options:
+    """What a user asked for; None means: choose for me, and say why."""
+
+    method: str = "lora"
+    model: str | None = None
+    dataset: str | None = None
+    data_dir: str | None = None
+    text_column: str = "text"
+    label_column: str = "label"
+    full: bool = False
+    train_size: int | None = None
+    validation_size: int | None = None
+    test_size: int | None = None
+    max_length: int | None = None
+    truncation: str = defaults.TRUNCATION
+    dropout: float | None = None
+    device: str | None = None
+    precision: str = "auto"
+    compile: bool = False
+    gradient_checkpointing: bool = False
+    resume: bool = False
+    output: str | None = None
+    results_dir: str = "results"
+    method_values: dict[str, Any] = field(default_factory=dict)
+    training_values: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Setup:
+    """Everything a run needs before a model exists, with the reason for each choice."""
+
+    model_name: str
+    device: torch.device
+    precision: torch.dtype
+    data: ClassificationData
+    tokenizer: Tokenizer
+    max_length: int
+    choices: dict[str, str]
+    sizes: dict[str, int]
+
+
+def set_up(options: Options, say: Say) -> Setup:
+    """Choose model, dataset, sizes and device; print each choice and its reason; read the data."""
+    device = choose_device(options.device)
+    precision = choose_precision(options.precision, device)
+    choices = {"device": f"{device.type} ({'asked for' if options.device else 'what this machine has'})",
+               "precision": f"{_name(precision)} ({'asked for' if options.precision != 'auto' else 'best here'})"}
+    model_name = options.model or ("gpt2" if device.type == "cuda" else "mini")
+    choices["model"] = f"{model_name} ({'asked for' if options.model else f'default on {device.type}'})"
+    if options.dataset:
+        dataset, why = options.dataset, "asked for"
+    else:
+        dataset, why = choose_dataset(options.data_dir)
+    choices["dataset"] = f"{dataset} ({why})"
+    folder = find(model_name)
+    say("\n".join(f"{key:10} {value}" for key, value in choices.items()))
+
+    seed = options.training_values.get("seed", 0)
+    data = load_dataset(dataset, options.data_dir, options.text_column, options.label_column, seed=0)
+    limits = {"train": options.train_size, "validation": options.validation_size, "test": options.test_size}
+    small = device.type == "cpu" and not options.full
+    cpu_sizes = {"train": defaults.CPU_TRAIN_SIZE, "validation": defaults.CPU_VALIDATION_SIZE,
+                 "test": defaults.CPU_TEST_SIZE}
+    sizes, cut = {}, False
+    for split, limit in limits.items():
+        if limit is not None and limit < 1:
+            raise ConfigError(f"{split}_size must be at least 1, got {limit}")
+        examples = getattr(data, split)
+        chosen = examples.subset(limit or (cpu_sizes[split] if small else None), seed)
+        cut |= limit is None and len(chosen) < len(examples)
+        setattr(data, split, chosen)
+        sizes[split] = len(chosen)
+    choices["sizes"] = (", ".join(f"{size:,} {split}" for split, size in sizes.items())
+                        + (" (a subset, as this is a CPU; --full takes everything)" if cut else ""))
+    say(f"{'sizes':10} {choices['sizes']}")
+    tokenizer = get_tokenizer(folder if (folder / VOCABULARY_FILE).is_file() else "gpt2")
+    return Setup(model_name, device, precision, data, tokenizer, options.max_length or defaults.MAX_LENGTH, choices, sizes)
+
+
+def finetune(options: Options, say: Say = lambda line: None) -> dict[str, Any]:
+    """Fine-tune a model as `options` say, test it once, and write the adapter folder and the results file.
+
+    Args:
+        say: where progress lines go; silent by default.
+
+    Returns:
+        The content of the results file, or {} when Ctrl-C ended the training.
+
+    Raises:
+        MinipeftError: whatever is wrong with the request, before anything is written.
+    """
+    if options.method not in METHODS:
+        raise ConfigError(f"unknown method {options.method!r}: use baseline, {', '.join(METHODS)}")
+    method, table = METHODS[options.method], defaults.DEFAULTS[options.method]
+    method_config = method.config(**{**table["method"], **options.method_values})
+    config = TrainingConfig(**{**table["training"], **options.training_values})
+    setup = set_up(options, say)
+    torch.manual_seed(config.seed)
+    model = GPT2ForSequenceClassification.from_pretrained(
+        setup.model_name, num_labels=len(setup.data.label_names), **_dropouts(options.dropout))
+    base_fingerprint = fingerprint(model)
+    inject(model, method_config)
+    model.to(setup.device)
+    model.transformer.gradient_checkpointing = options.gradient_checkpointing
+    counts = trainable_parameters(model)
+    say(f"{'method':10} {options.method}: {counts}")
+    max_length = min(setup.max_length, model.config.n_positions)
+
+    folder = Path(options.output or f"checkpoints/{options.method}_finetuned")
+    with replacing_folder(folder):
+        pass  # a folder that cannot be written should be known before training, not after
+    details = {"label_names": setup.data.label_names, "max_length": max_length, "truncation": options.truncation,
+               "dataset": setup.data.name}
+    started = time.perf_counter()
+    train_ids, validation_ids = (classification.encode(examples.texts, setup.tokenizer, max_length, options.truncation)
+                                 for examples in (setup.data.train, setup.data.validation))
+    tokenising_seconds = time.perf_counter() - started
+
+    def validate() -> dict[str, Any]:
+        logits = classification.predict_logits(model, validation_ids, setup.device, setup.precision,
+                                               defaults.EVALUATION_BATCH_SIZE)
+        return classification.metrics(logits, setup.data.validation.labels)
+
+    history = train(
+        model, BucketedBatches(train_ids, setup.data.train.labels, config.batch_size, config.seed),
+        classification.loss_sum, validate, config, setup.precision, options.compile,
+        save_best=lambda: save_finetuned(model, folder, setup.tokenizer, setup.model_name, details),
+        state_folder=folder / "training_state", resume=options.resume)
+    if history.interrupted:
+        say(f"interrupted: {folder} holds the best model so far; --resume goes on from here")
+        return {}
+    shutil.rmtree(folder / "training_state", ignore_errors=True)
+    say(f"trained in {history.seconds:.0f} s, best validation accuracy {history.best['accuracy']:.4f}; testing")
+    test, test_seconds = _test(model, setup, options.truncation, max_length)
+    results = {
+        "method": options.method, "method_config": dataclasses.asdict(method_config),
+        "training_config": dataclasses.asdict(config), **_describe(setup, options, max_length, base_fingerprint),
+        "metrics": {"test": test, "best_validation": history.best},
+        "parameters": {"trainable": counts.trainable, "total": counts.total},
+        "seconds": {"tokenising": round(tokenising_seconds, 2), "train": round(history.seconds, 2),
+                    "test": round(test_seconds, 2)},
+        "samples_per_second": {"train": round(history.samples / history.seconds, 2),
+                               "test": round(setup.sizes["test"] / test_seconds, 2)},
+        "peak_memory_bytes": peak_memory_bytes(setup.device), "curve": history.curve}
+    path = results_path(options.results_dir, f"fine_tuned_{options.method}", setup.data.name)
+    write_json_file(path, results)
+    say(f"test accuracy {test['accuracy']:.4f} (95 % interval {test['accuracy_95_interval'][0]:.4f} to "
+        f"{test['accuracy_95_interval'][1]:.4f}); wrote {folder} and {path}")
+    return results
+
+
+def baseline(options: Options, say: Say = lambda line: None) -> dict[str, Any]:
+    """Test the base model without any training: with an untrained head, and zero-shot by its language model.
+
+    Returns:
+        The content of the results file.
+    """
+    setup = set_up(options, say)
+    torch.manual_seed(options.training_values.get("seed", 0))
+    model = GPT2ForSequenceClassification.from_pretrained(setup.model_name, num_labels=len(setup.data.label_names))
+    max_length = min(setup.max_length, model.config.n_positions)
+    base_fingerprint = fingerprint(model)
+    model.to(setup.device)
+    untrained, untrained_seconds = _test(model, setup, options.truncation, max_length)
+    say(f"untrained head: accuracy {untrained['accuracy']:.4f}")
+    total = trainable_parameters(model).total
+    found = {"untrained_head": untrained}
+    seconds = {"untrained_head": round(untrained_seconds, 2)}
+    if tuple(setup.data.label_names) == tuple(classification.ZERO_SHOT_WORDS):
+        language_model = GPT2LMHeadModel.from_pretrained(setup.model_name).to(setup.device)
+        started = time.perf_counter()
+        logits = classification.zero_shot_logits(language_model, setup.tokenizer, setup.data.test.texts, setup.device,
+                                                 setup.precision, max_length, progress="zero-shot")
+        seconds["zero_shot"] = round(time.perf_counter() - started, 2)
+        found["zero_shot"] = classification.metrics(logits, setup.data.test.labels)
+        say(f"zero-shot: accuracy {found['zero_shot']['accuracy']:.4f}")
+    results = {"method": "baseline", **_describe(setup, options, max_length, base_fingerprint), "metrics": found,
+               "zero_shot": {"prompt": classification.ZERO_SHOT_PROMPT, "words": classification.ZERO_SHOT_WORDS},
+               "parameters": {"trainable": 0, "total": total}, "seconds": seconds,
+               "peak_memory_bytes": peak_memory_bytes(setup.device)}
+    path = results_path(options.results_dir, "baseline", setup.data.name)
+    write_json_file(path, results)
+    say(f"wrote {path}")
+    return results
+
+
+def results_path(folder: str | Path, name: str, dataset: str) -> Path:
+    """`results/<name>_results.json`, with the dataset's name before `_results` unless it is IMDb."""
+    return Path(folder) / f"{name}{'' if dataset == 'imdb' else f'_{dataset}'}_results.json"
+
+
+# --- saved models -----------------------------------------------------------------------------------------------------
+
+def save_finetuned(model: nn.Module, folder: Path, tokenizer: Tokenizer, base: str, details: dict[str, Any]) -> None:
+    """Write an adapter folder or, where all weights were trained, a whole model with its vocabulary."""
+    if hasattr(injections(model)[-1].config, "peft_type"):
+        save_adapter(model, folder, details)
+        return
+    model.save_pretrained(folder)
+    vocabulary = find(base) / VOCABULARY_FILE
+    with replacing_folder(folder) as temporary:
+        if vocabulary.is_file():
+            shutil.copyfile(vocabulary, temporary / VOCABULARY_FILE)
+        write_json(temporary / DETAILS_FILE, {"method": "full", "base_model": base, **details})
+
+
+def load_finetuned(folder: str | Path, model_name: str | None = None,
+                   device: torch.device | None = None) -> tuple[nn.Module, Tokenizer, dict[str, Any]]:
+    """A classifier from what `finetune` left: an adapter folder on its base, or a whole model.
+
+    Args:
+        model_name: the base to put an adapter on; default is the one it was trained on.
+
+    Returns:
+        (model in eval mode, its tokenizer, the content of minipeft.json).
+
+    Raises:
+        AdapterError: neither an adapter nor a model folder, or an adapter of another base.
+    """
+    folder = Path(folder)
+    details = read_details(folder)
+    if not (folder / ADAPTER_CONFIG_FILE).is_file():
+        if not (folder / "config.json").is_file():
+            raise AdapterError(f"{folder} holds neither {ADAPTER_CONFIG_FILE} nor config.json: train first, or name the "
+                               "folder that training printed")
+        model = GPT2ForSequenceClassification.from_pretrained(folder)
+        tokenizer = get_tokenizer(folder)
+    else:
+        name = model_name or details.get("base_model")
+        if name is None:
+            raise AdapterError(f"{folder} does not say which base model it belongs to: name it with --model")
+        labels = details.get("label_names")
+        model = load_adapter(GPT2ForSequenceClassification.from_pretrained(
+            name, **({"num_labels": len(labels)} if labels else {})), folder)
+        tokenizer = get_tokenizer(find(name))
+    model.to(device or torch.device("cpu"))
+    details.setdefault("label_names", [str(i) for i in range(model.config.num_labels)])
+    details.setdefault("max_length", min(defaults.MAX_LENGTH, model.config.n_positions))
+    details.setdefault("truncation", defaults.TRUNCATION)
+    return model, tokenizer, details
+
+
+# --- pieces of a results file -----------------------------------------------------------------------------------------
+
+def _test(model: nn.Module, setup: Setup, truncation: str, max_length: int) -> tuple[dict[str, Any], float]:
+    started = time.perf_counter()
+    ids = classification.encode(setup.data.test.texts, setup.tokenizer, max_length, truncation)
+    logits = classification.predict_logits(model, ids, setup.device, setup.precision, defaults.EVALUATION_BATCH_SIZE,
+                                           progress="testing")
+    return classification.metrics(logits, setup.data.test.labels), time.perf_counter() - started
+
+
+def _describe(setup: Setup, options: Options, max_length: int, base_fingerprint: str) -> dict[str, Any]:
+    return {"base_model": {"name": setup.model_name, "fingerprint": base_fingerprint},
+            "dataset": {"name": setup.data.name, "source": setup.data.source, "sizes": setup.sizes,
+                        "label_names": setup.data.label_names, "max_length": max_length,
+                        "truncation": options.truncation},
+            "choices": setup.choices, "precision": _name(setup.precision), "compile": options.compile,
+            "machine": machine(), "versions": versions(), "seed": options.training_values.get("seed", 0)}
+
+
+def _dropouts(dropout: float | None) -> dict[str, float]:
+    return {} if dropout is None else {name: dropout for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,1 @@
+"""The tasks, one file each: text to examples, a loss, a metric."""

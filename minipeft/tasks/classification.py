@@ -1,0 +1,148 @@
+"""Text classification: one label a text, read off the last real token.
+
+    loss = -log softmax(score(h_last))[label]
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from minipeft.data import Batch, in_order_of_length
+from minipeft.errors import ConfigError, DataError
+from minipeft.gpt2 import GPT2LMHeadModel
+from minipeft.tokenizer import Tokenizer
+
+TRUNCATIONS = ("head", "head_tail")
+# What a reviewer might write next, after the review and this line. Chosen on IMDb's validation split.
+ZERO_SHOT_PROMPT = "\n\nIn short, this movie is"
+ZERO_SHOT_WORDS = {"negative": (" bad", " terrible", " awful", " boring", " horrible"),
+                   "positive": (" good", " great", " excellent", " wonderful", " amazing")}
+
+
+def truncate(ids: Sequence[int], max_length: int, how: str) -> np.ndarray:
+    """Cut a text to `max_length` tokens.
+
+    Args:
+        how: "head" keeps the first tokens; "head_tail" keeps the first quarter and, from the end, the other three
+            quarters, where a review has its verdict.
+    """
+    if len(ids) > max_length:
+        if how == "head":
+            ids = ids[:max_length]
+        else:
+            head = max_length // 4
+            ids = [*ids[:head], *ids[len(ids) - (max_length - head):]]
+    return np.asarray(ids, dtype=np.int32)
+
+
+def encode(texts: Sequence[str], tokenizer: Tokenizer, max_length: int, truncation: str) -> list[np.ndarray]:
+    """Token ids of each text, cut to `max_length`; all texts at once, on all cores.
+
+    Raises:
+        ConfigError: an unknown truncation, or max_length below 1.
+    """
+    if truncation not in TRUNCATIONS:
+        raise ConfigError(f"truncation must be one of {', '.join(TRUNCATIONS)}, got {truncation!r}")
+    if max_length < 1:
+        raise ConfigError(f"max_length must be at least 1, got {max_length}")
+    return [truncate(ids, max_length, truncation) for ids in tokenizer.encode_batch(texts)]
+
+
+def loss_sum(logits: Tensor, batch: Batch) -> Tensor:
+    """Cross-entropy in nats, summed over the batch: logits (B, K), labels (B,)."""
+    return F.cross_entropy(logits.float(), batch.labels, reduction="sum")
+
+
+@torch.inference_mode()
+def predict_logits(model: nn.Module, ids: Sequence[np.ndarray], device: torch.device, precision: torch.dtype,
+                   batch_size: int = 64, progress: str | None = None) -> Tensor:
+    """Label logits (N, K) of every text, in the given order.
+
+    Args:
+        progress: title of a progress bar; None shows none.
+    """
+    model.eval()
+    logits = torch.zeros(len(ids), model.config.num_labels)
+    with tqdm(total=len(ids), desc=progress, unit="text", disable=progress is None, mininterval=1) as bar:
+        for rows, batch in in_order_of_length(ids, [0] * len(ids), batch_size):
+            batch = batch.to(device)
+            with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
+                output = model(batch.input_ids, attention_mask=batch.attention_mask)     # (B, K)
+            logits[torch.from_numpy(rows)] = output.float().cpu()
+            bar.update(len(rows))
+    return logits
+
+
+def metrics(logits: Tensor, labels: Sequence[int]) -> dict[str, Any]:
+    """Accuracy with its 95 % interval, F1, mean loss and the confusion matrix of predicted logits (N, K).
+
+    F1 is the positive label's for two labels, and the labels' unweighted mean for more.
+    """
+    targets = torch.tensor(labels)
+    predicted = logits.argmax(dim=1)                                             # (N,)
+    K = logits.shape[1]
+    confusion = torch.bincount(targets * K + predicted, minlength=K * K).view(K, K)   # rows: true, columns: predicted
+    correct = confusion.diag().sum().item()
+    f1 = 2 * confusion.diag() / (confusion.sum(0) + confusion.sum(1)).clamp(min=1)
+    low, high = wilson_interval(correct, len(labels))
+    return {"accuracy": round(correct / len(labels), 6), "accuracy_95_interval": [round(low, 6), round(high, 6)],
+            "f1": round((f1[1] if K == 2 else f1.mean()).item(), 6),
+            "loss": round(F.cross_entropy(logits, targets).item(), 6), "confusion_matrix": confusion.tolist(),
+            "examples": len(labels)}
+
+
+def wilson_interval(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval for a proportion; z = 1.96 gives 95 %. Stays inside [0, 1], unlike p +- z s."""
+    p = correct / total
+    centre = (p + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
+    return centre - half, centre + half
+
+
+@torch.inference_mode()
+def zero_shot_logits(model: GPT2LMHeadModel, tokenizer: Tokenizer, texts: Sequence[str], device: torch.device,
+                     precision: torch.dtype, max_length: int, prompt: str = ZERO_SHOT_PROMPT,
+                     words: dict[str, tuple[str, ...]] | None = None, batch_size: int = 64,
+                     progress: str | None = None) -> Tensor:
+    """Classify by asking the untrained language model how the review goes on.
+
+    logits[k] = log sum over label k's words of p(word | review, prompt): which label's words are the likelier
+    continuation. Only words that are one token of the vocabulary are used.
+
+    Returns:
+        (N, K), columns in the order of `words`.
+
+    Raises:
+        DataError: a label without any one-token word.
+    """
+    first_tokens = []
+    for label, candidates in (words or ZERO_SHOT_WORDS).items():
+        tokens = [ids[0] for ids in map(tokenizer.encode, candidates) if len(ids) == 1]
+        if not tokens:
+            raise DataError(f"no word for {label!r} is a single token of this vocabulary")
+        first_tokens.append(torch.tensor(tokens, device=device))
+    prompt_ids = np.asarray(tokenizer.encode(prompt), dtype=np.int32)
+    ids = [np.concatenate((row, prompt_ids))
+           for row in encode(texts, tokenizer, max_length - len(prompt_ids), "head_tail")]
+    model.eval()
+    logits = torch.zeros(len(ids), len(first_tokens))
+    with tqdm(total=len(ids), desc=progress, unit="text", disable=progress is None, mininterval=1) as bar:
+        for rows, batch in in_order_of_length(ids, [0] * len(ids), batch_size):
+            batch = batch.to(device)
+            with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
+                hidden = model.transformer(batch.input_ids, attention_mask=batch.attention_mask)     # (B, T, C)
+                last = hidden[torch.arange(len(rows)), batch.attention_mask.sum(dim=1) - 1]          # (B, C)
+                scores = model.lm_head(last).float().log_softmax(dim=-1)                             # (B, vocab)
+            columns = [scores[:, tokens].logsumexp(dim=1) for tokens in first_tokens]
+            logits[torch.from_numpy(rows)] = torch.stack(columns, dim=1).cpu()                       # (B, K)
+            bar.update(len(rows))
+    return logits

@@ -1,0 +1,248 @@
+"""The fine-tuning loop: precision, accumulation, clipping, schedule, best-on-validation, interruption and resume.
+
+It trains whatever parameters require a gradient and knows neither the method that left them trainable nor the task:
+the loss comes in as a function.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from tqdm import tqdm
+
+from minipeft.checkpoint import load_training_state, save_training_state
+from minipeft.data import Batch, BucketedBatches
+from minipeft.errors import ConfigError, HardwareError
+from minipeft.optimisation import adamw, warmup_cosine
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class TrainingConfig:
+    """How to train. Defaults per method are in `defaults.py`.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    epochs: int = field(default=2, metadata={"help": "passes over the training split"})
+    batch_size: int = field(default=16, metadata={"help": "texts per forward pass"})
+    gradient_accumulation: int = field(default=1, metadata={"help": "forward passes per optimiser step"})
+    learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate"})
+    weight_decay: float = field(default=0.01, metadata={"help": "on matrices; never on biases, LayerNorms, embeddings"})
+    warmup_ratio: float = field(default=0.06, metadata={"help": "share of the steps on which the rate rises"})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are scaled down to this norm"})
+    evaluations_per_epoch: int = field(default=2, metadata={"help": "validations per epoch; the best one is kept"})
+    seed: int = field(default=0, metadata={"help": "of initial values, dropout and the order of the data"})
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "gradient_accumulation", "evaluations_per_epoch"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        if not 0 <= self.warmup_ratio <= 1 or self.weight_decay < 0:
+            raise ConfigError("warmup_ratio must lie in [0, 1] and weight_decay must not be negative, got "
+                              f"{self.warmup_ratio} and {self.weight_decay}")
+
+
+@dataclass
+class History:
+    """What training leaves behind: the curve, the best validation, the time, and whether Ctrl-C ended it."""
+
+    curve: list[dict[str, Any]]
+    best: dict[str, Any]
+    seconds: float
+    samples: int
+    interrupted: bool = False
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """The device asked for, or CUDA where there is one, else the CPU.
+
+    Raises:
+        HardwareError: an unknown device, or CUDA asked for and absent.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise HardwareError(f"unknown device {name!r}: use cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise HardwareError("CUDA was asked for, but PyTorch sees no CUDA device here: use --device cpu, or install a "
+                            "CUDA build of torch and its driver")
+    return torch.device(name)
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype matrix products run in: "auto" takes bfloat16 where the hardware has it.
+
+    On CUDA without bfloat16, auto is float16 with a loss scaler; on a CPU without bfloat16 instructions, float32.
+
+    Raises:
+        HardwareError: an unknown name.
+    """
+    if name == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+        return torch.bfloat16 if native else torch.float32
+    if name not in PRECISIONS:
+        raise HardwareError(f"unknown precision {name!r}: use auto, {', '.join(PRECISIONS)}")
+    return PRECISIONS[name]
+
+
+@contextmanager
+def interrupt_between_steps() -> Iterator[Callable[[], bool]]:
+    """Within the block the first Ctrl-C only raises a flag, so that a step is never cut in half; a second one acts."""
+    pressed = False
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    try:
+        earlier = signal.signal(signal.SIGINT, handle)
+    except ValueError:  # not the main thread: signals go elsewhere
+        yield lambda: False
+        return
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, earlier)
+
+
+def train(model: nn.Module, batches: BucketedBatches, loss_sum: Callable[[Tensor, Batch], Tensor],
+          validate: Callable[[], dict[str, Any]], config: TrainingConfig, precision: torch.dtype = torch.float32,
+          compile_model: bool = False, save_best: Callable[[], None] = lambda: None, state_folder: Path | None = None,
+          resume: bool = False) -> History:
+    """Train the parameters that require a gradient, in place, and leave the model with its best validation's values.
+
+    Args:
+        model: on its device; parameters that are trained in float32.
+        batches: the training data.
+        loss_sum: (logits, batch) -> loss summed over the batch.
+        validate: metrics of the model as it stands; "accuracy" decides which is best.
+        precision: of the forward pass; parameters and optimiser stay float32.
+        compile_model: run the forward and backward pass through torch.compile.
+        save_best: called whenever a validation is the best so far, and at an interruption before the first one.
+        state_folder: where to keep what resuming needs; None keeps nothing.
+        resume: go on from `state_folder`, if it holds anything.
+
+    Returns:
+        The history. After Ctrl-C `interrupted` is true, and `state_folder` can be resumed from.
+    """
+    device = next(model.parameters()).device
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = adamw(trained.items(), model, config.learning_rate, config.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+    steps_per_epoch = -(-len(batches) // config.gradient_accumulation)
+    total_steps = steps_per_epoch * config.epochs
+    warmup_steps = round(config.warmup_ratio * total_steps)
+    evaluate_every = max(1, steps_per_epoch // config.evaluations_per_epoch)
+    forward = torch.compile(model, dynamic=True) if compile_model else model
+
+    step, samples, curve, best, best_values, seconds_before = 0, 0, [], {}, {}, 0.0
+    if resume and state_folder is not None:
+        step, extra, tensors = load_training_state(state_folder, model, optimizer)
+        if step:
+            if extra["config"] != asdict(config):
+                raise ConfigError(f"{state_folder} was left by a run with other settings: {extra['config']}")
+            curve, best, samples, seconds_before = (extra[key] for key in ("curve", "best", "samples", "seconds"))
+            scaler.load_state_dict(extra["scaler"])
+            best_values = {name: value.to(device) for name, value in tensors.items()}
+    started = time.perf_counter()
+    loss_total, hits, seen = 0.0, 0, 0
+
+    def seconds() -> float:
+        return seconds_before + time.perf_counter() - started
+
+    def save_state() -> None:
+        if state_folder is not None:
+            save_training_state(state_folder, model, optimizer, step, tensors=best_values, extra={
+                "config": asdict(config), "curve": curve, "best": best, "samples": samples, "seconds": seconds(),
+                "scaler": scaler.state_dict()})
+
+    model.train()
+    stream = _micro_batches(batches, step, steps_per_epoch, config.gradient_accumulation)
+    with interrupt_between_steps() as interrupted, \
+            tqdm(total=total_steps, initial=step, unit="step", desc="training", mininterval=1) as bar:
+        while step < total_steps and not interrupted():
+            rate = config.learning_rate * warmup_cosine(step, total_steps, warmup_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            group_of_batches = next(stream)
+            size = sum(len(batch.labels) for batch in group_of_batches)
+            for batch in group_of_batches:
+                batch = batch.to(device)
+                with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
+                    logits = forward(batch.input_ids, attention_mask=batch.attention_mask)
+                loss = loss_sum(logits, batch)
+                scaler.scale(loss / size).backward()
+                loss_total += loss.detach()
+                hits += (logits.detach().argmax(dim=-1) == batch.labels).sum()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(trained.values(), config.max_grad_norm)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            step, samples, seen = step + 1, samples + size, seen + size
+            bar.update()
+            if step % 10 == 0:
+                bar.set_postfix(loss=f"{float(loss_total) / seen:.3f}", accuracy=f"{float(hits) / seen:.3f}",
+                                samples_per_s=f"{samples / seconds():.1f}", refresh=False)
+            if step % evaluate_every == 0 and total_steps - step >= evaluate_every or step == total_steps:
+                found = validate()
+                curve.append({"step": step, "epoch": round(step / steps_per_epoch, 3), "learning_rate": rate,
+                              "train_loss": round(float(loss_total) / seen, 4),
+                              "train_accuracy": round(float(hits) / seen, 4),
+                              "validation_loss": found["loss"], "validation_accuracy": found["accuracy"],
+                              "seconds": round(seconds(), 2)})
+                bar.write(f"step {step}/{total_steps}: train loss {curve[-1]['train_loss']:.3f}, validation loss "
+                          f"{found['loss']:.3f}, validation accuracy {found['accuracy']:.4f}")
+                loss_total, hits, seen = 0.0, 0, 0
+                if not best or found["accuracy"] > best["accuracy"]:
+                    best = {"step": step, "accuracy": found["accuracy"], "loss": found["loss"]}
+                    best_values = {name: p.detach().clone() for name, p in trained.items()}
+                    save_best()
+                model.train()
+                save_state()
+        stopped = step < total_steps
+    if stopped:
+        save_state()
+    with torch.no_grad():
+        for name, value in best_values.items():
+            trained[name].copy_(value)
+    if not best:
+        save_best()
+    model.eval()
+    return History(curve, best, seconds(), samples, stopped)
+
+
+def _micro_batches(batches: BucketedBatches, step: int, steps_per_epoch: int,
+                   accumulation: int) -> Iterator[list[Batch]]:
+    """The batches of each optimiser step, from `step` on and without end."""
+    epoch, step_in_epoch = divmod(step, steps_per_epoch)
+    while True:
+        waiting: list[Batch] = []
+        for batch in batches.epoch(epoch, first=step_in_epoch * accumulation):
+            waiting.append(batch)
+            if len(waiting) == accumulation:
+                yield waiting
+                waiting = []
+        if waiting:
+            yield waiting
+        epoch, step_in_epoch = epoch + 1, 0

@@ -175,7 +175,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def save_training_state(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int,
                         extra: dict[str, Any], tensors: dict[str, torch.Tensor] | None = None) -> None:
-    """Write what resuming needs: trained parameters, the optimiser's moments, random state, step, and what else is given.
+    """Write what resuming needs: trained parameters, the optimiser's moments, random state, step and what is added.
 
     Raises:
         OutputError: the folder cannot be written, or the disk is full.

@@ -104,8 +104,9 @@ def load_dataset(name: str, data_dir: str | Path | None = None, text_column: str
         data = _imdb(data_dir, seed)
     elif name == "sample":
         splits = [_read_table(SAMPLE_FOLDER / f"{split}.jsonl") for split in ("train", "validation", "test")]
-        data = ClassificationData("sample", "640 reviews written for minipeft (minipeft/sample)", ["negative", "positive"],
-                                  *(Examples(t["text"].to_pylist(), t["label"].to_pylist()) for t in splits))
+        data = ClassificationData(
+            "sample", "640 reviews written for minipeft (minipeft/sample)", ["negative", "positive"],
+            *(Examples(table["text"].to_pylist(), table["label"].to_pylist()) for table in splits))
     elif name.endswith(FILE_TYPES):
         data = _own_file(Path(name), text_column, label_column, seed)
     else:
@@ -178,8 +179,8 @@ def _from_hub(repository: str, split: str) -> pa.Table:
 
     if not _in_hub_cache(repository) and not hub_is_reachable():
         raise DataError(f"{repository} is not on this machine and the Hugging Face hub cannot be reached: put its "
-                        "parquet files into FOLDER/imdb as train-00000-of-00001.parquet and test-00000-of-00001.parquet "
-                        "and pass --data-dir FOLDER, or use --dataset sample")
+                        "parquet files into FOLDER/imdb as train-00000-of-00001.parquet and "
+                        "test-00000-of-00001.parquet and pass --data-dir FOLDER, or use --dataset sample")
     try:
         return datasets.load_dataset(repository, split=split).data.table
     except Exception as error:  # the hub client raises its HTTP library's errors, which differ between versions
@@ -198,10 +199,11 @@ def _own_file(path: Path, text_column: str, label_column: str, seed: int) -> Cla
                         f"column {label_column!r} is empty")
     values = sorted(set(raw_labels), key=lambda value: (isinstance(value, str), value))
     if len(values) < 2:
-        raise DataError(f"{path}: column {label_column!r} holds one label only ({values[0]!r}); there is nothing to learn")
+        raise DataError(f"{path}: column {label_column!r} holds one label only ({values[0]!r}); there is nothing to "
+                        "learn")
     if len(values) > max(50, len(texts) // 10):
-        raise DataError(f"{path}: column {label_column!r} holds {len(values):,} different values in {len(texts):,} rows; "
-                        "that is not a set of classes")
+        raise DataError(f"{path}: column {label_column!r} holds {len(values):,} different values in {len(texts):,} "
+                        "rows; that is not a set of classes")
     number = {value: i for i, value in enumerate(values)}
     examples = Examples([clean(text) for text in texts], [number[label] for label in raw_labels])
     rest, test = stratified_split(examples.labels, VALIDATION_FRACTION, seed)

@@ -17,3 +17,5 @@ MAX_LENGTH, TRUNCATION = 512, "head_tail"
 # Sizes used on a CPU unless --full is given: enough to see a method work in minutes.
 CPU_TRAIN_SIZE, CPU_VALIDATION_SIZE, CPU_TEST_SIZE = 4000, 500, 2000
 EVALUATION_BATCH_SIZE = 64
+# On little data the table's epochs are too few steps to learn anything: more are taken, up to a limit.
+MINIMUM_STEPS, MAXIMUM_EPOCHS = 200, 10

@@ -110,7 +110,8 @@ def set_up(options: Options, say: Say) -> Setup:
                         + (" (a subset, as this is a CPU; --full takes everything)" if cut else ""))
     say(f"{'sizes':10} {choices['sizes']}")
     tokenizer = get_tokenizer(folder if (folder / VOCABULARY_FILE).is_file() else "gpt2")
-    return Setup(model_name, device, precision, data, tokenizer, options.max_length or defaults.MAX_LENGTH, choices, sizes)
+    max_length = defaults.MAX_LENGTH if options.max_length is None else options.max_length
+    return Setup(model_name, device, precision, data, tokenizer, max_length, choices, sizes)
 
 
 def finetune(options: Options, say: Say = lambda line: None) -> dict[str, Any]:
@@ -131,6 +132,10 @@ def finetune(options: Options, say: Say = lambda line: None) -> dict[str, Any]:
     method_config = method.config(**{**table["method"], **options.method_values})
     config = TrainingConfig(**{**table["training"], **options.training_values})
     setup = set_up(options, say)
+    if "epochs" not in options.training_values:
+        config = dataclasses.replace(config, epochs=_epochs(config, setup.sizes["train"]))
+        setup.choices["epochs"] = str(config.epochs)
+        say(f"{'epochs':10} {config.epochs}")
     torch.manual_seed(config.seed)
     model = GPT2ForSequenceClassification.from_pretrained(
         setup.model_name, num_labels=len(setup.data.label_names), **_dropouts(options.dropout))
@@ -257,8 +262,8 @@ def load_finetuned(folder: str | Path, model_name: str | None = None,
     details = read_details(folder)
     if not (folder / ADAPTER_CONFIG_FILE).is_file():
         if not (folder / "config.json").is_file():
-            raise AdapterError(f"{folder} holds neither {ADAPTER_CONFIG_FILE} nor config.json: train first, or name the "
-                               "folder that training printed")
+            raise AdapterError(f"{folder} holds neither {ADAPTER_CONFIG_FILE} nor config.json: train first, or name "
+                               "the folder that training printed")
         model = GPT2ForSequenceClassification.from_pretrained(folder)
         tokenizer = get_tokenizer(folder)
     else:
@@ -293,6 +298,12 @@ def _describe(setup: Setup, options: Options, max_length: int, base_fingerprint:
                         "truncation": options.truncation},
             "choices": setup.choices, "precision": _name(setup.precision), "compile": options.compile,
             "machine": machine(), "versions": versions(), "seed": options.training_values.get("seed", 0)}
+
+
+def _epochs(config: TrainingConfig, examples: int) -> int:
+    """The table's epochs or, on little data, as many as make enough steps to learn from."""
+    steps = -(-examples // (config.batch_size * config.gradient_accumulation))
+    return max(config.epochs, min(defaults.MAXIMUM_EPOCHS, -(-defaults.MINIMUM_STEPS // steps)))
 
 
 def _dropouts(dropout: float | None) -> dict[str, float]:

@@ -26,7 +26,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn as nn
@@ -36,6 +36,9 @@ from torch.utils.checkpoint import checkpoint
 
 from minipeft import weights
 from minipeft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # name -> (n_layer, n_head, n_embd): the four models OpenAI released.
 OFFICIAL_SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280),
@@ -252,7 +255,7 @@ class PretrainedModel(nn.Module):
     head: ClassVar[str | None] = None
 
     @classmethod
-    def from_pretrained(cls, name_or_folder: str | Path, dtype: torch.dtype = torch.float32, **config: Any):
+    def from_pretrained(cls, name_or_folder: str | Path, dtype: torch.dtype = torch.float32, **config: Any) -> Self:
         """Load weights from "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "mini", or a folder.
 
         A name is looked up on disk first and downloaded from the Hugging Face hub otherwise. Keyword arguments such

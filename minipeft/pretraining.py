@@ -95,7 +95,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, embedding: Tensor, targets: Tensor, rows: int) -> Tensor:  # noqa: ANN001
+    def forward(ctx, hidden: Tensor, embedding: Tensor, targets: Tensor, rows: int) -> Tensor:
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_grad = torch.empty_like(hidden)                                   # (N, C)
         embedding_grad = torch.zeros_like(embedding, dtype=torch.float32)        # (vocab, C)
@@ -110,7 +110,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # noqa: ANN001, ANN205
+    def backward(ctx, grad: Tensor):
         hidden_grad, embedding_grad = ctx.saved_tensors
         return hidden_grad * grad.to(hidden_grad.dtype), embedding_grad * grad.to(embedding_grad.dtype), None, None
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import tiktoken
 
 from minipeft.errors import WeightsError
+from minipeft.weights import MINI_FOLDER
 
 VOCABULARY_FILE = "vocab.tiktoken"
 END_OF_TEXT = "<|endoftext|>"
@@ -56,8 +57,6 @@ def get_tokenizer(folder: str | Path | None = None) -> Tokenizer:
     Raises:
         WeightsError: a damaged vocabulary file, or GPT-2's vocabulary neither cached nor downloadable.
     """
-    from minipeft.weights import MINI_FOLDER
-
     path = (MINI_FOLDER if folder == "mini" else Path(folder or "gpt2")) / VOCABULARY_FILE
     if path.is_file():
         return Tokenizer(_read_vocabulary(path))
@@ -92,7 +91,8 @@ def train_vocabulary(texts: Sequence[str], size: int, path: Path) -> None:
         from tokenizers import Tokenizer as Trainable
         from tokenizers import models, pre_tokenizers, trainers
     except ImportError as error:
-        raise WeightsError("training a vocabulary needs the tokenizers package: pip install minipeft[pretrain]") from error
+        raise WeightsError("training a vocabulary needs the tokenizers package: "
+                           "pip install minipeft[pretrain]") from error
     trainable = Trainable(models.BPE())
     trainable.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()

@@ -204,7 +204,7 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: Callable[[Tensor
             if step % 10 == 0:
                 bar.set_postfix(loss=f"{float(loss_total) / seen:.3f}", accuracy=f"{float(hits) / seen:.3f}",
                                 samples_per_s=f"{samples / seconds():.1f}", refresh=False)
-            if step % evaluate_every == 0 and total_steps - step >= evaluate_every or step == total_steps:
+            if (step % evaluate_every == 0 and total_steps - step >= evaluate_every) or step == total_steps:
                 found = validate()
                 curve.append({"step": step, "epoch": round(step / steps_per_epoch, 3), "learning_rate": rate,
                               "train_loss": round(float(loss_total) / seen, 4),

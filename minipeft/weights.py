@@ -15,10 +15,12 @@ import os
 import shutil
 import socket
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 import torch.nn as nn
@@ -62,17 +64,21 @@ def find(name_or_folder: str | Path) -> Path:
 
 def hub_is_reachable(timeout: float = 3.0) -> bool:
     """Whether the Hugging Face hub (or the mirror named by HF_ENDPOINT) accepts a connection, within `timeout` s."""
-    from urllib.parse import urlsplit
-
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
         return False
     endpoint = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
     port = endpoint.port or (443 if endpoint.scheme == "https" else 80)
-    try:
-        with socket.create_connection((endpoint.hostname or "", port), timeout=timeout):
-            return True
-    except OSError:
-        return False
+    reached = threading.Event()
+
+    def connect() -> None:
+        with suppress(OSError), socket.create_connection((endpoint.hostname or "", port), timeout=timeout):
+            reached.set()
+
+    # In a thread of its own, since the look-up of a name has no timeout.
+    attempt = threading.Thread(target=connect, daemon=True)
+    attempt.start()
+    attempt.join(timeout)
+    return reached.is_set()
 
 
 def _download(name: str) -> Path:
@@ -89,9 +95,11 @@ def _download(name: str) -> Path:
     advice = (f"put {CONFIG_FILE} and {WEIGHTS_FILE} of {repository} into a folder and pass the folder's path instead "
               "of the name")
     if not hub_is_reachable():
-        raise WeightsError(f"model {name!r} is not on this machine and the Hugging Face hub cannot be reached: {advice}")
+        raise WeightsError(f"model {name!r} is not on this machine and the Hugging Face hub cannot be reached: "
+                           f"{advice}")
     try:
-        return Path([hf_hub_download(repository, file) for file in (CONFIG_FILE, WEIGHTS_FILE)][0]).parent
+        hf_hub_download(repository, CONFIG_FILE)
+        return Path(hf_hub_download(repository, WEIGHTS_FILE)).parent
     except Exception as error:  # the hub client raises its HTTP library's errors, which differ between versions
         raise WeightsError(f"downloading {repository} failed ({type(error).__name__}): {advice}") from error
 
@@ -252,7 +260,7 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
         yield temporary
         for file in sorted(temporary.iterdir()):
-            os.replace(file, folder / file.name)
+            file.replace(folder / file.name)
     except (OSError, SafetensorError) as error:
         raise OutputError(_cannot_write(folder, error)) from error
     finally:
@@ -277,7 +285,7 @@ def write_json_file(path: str | Path, content: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(temporary, content)
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise OutputError(_cannot_write(path, error)) from error

@@ -45,7 +45,8 @@ def main() -> None:
     small = device.type == "cpu" and not options.full
     test = data.test.subset(options.test_size or (defaults.CPU_TEST_SIZE if small else None), seed=0)
     ids = encode(test.texts, tokenizer, details["max_length"], details["truncation"])
-    found = metrics(predict_logits(model, ids, device, precision, defaults.EVALUATION_BATCH_SIZE, "testing"), test.labels)
+    logits = predict_logits(model, ids, device, precision, defaults.EVALUATION_BATCH_SIZE, "testing")
+    found = metrics(logits, test.labels)
     low, high = found["accuracy_95_interval"]
     print(f"{name}, {len(test):,} of {len(data.test):,} test examples" + (" (--full takes all)" if small else ""))
     print(f"accuracy {found['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f})   F1 {found['f1']:.4f}   "

@@ -1,4 +1,4 @@
-"""Pretrain the bundled base model `mini` on IMDb's train and unsupervised reviews. Interrupt it, run it again: it goes on.
+"""Pretrain the bundled base model `mini` on IMDb's train and unsupervised reviews. Run again, it goes on.
 
     python scripts/pretrain.py --data-dir ../shared/data
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from common import run
 
 from minipeft import weights
 from minipeft.data import clean, data_folder, read_parquet_split, stratified_split
@@ -18,7 +19,6 @@ from minipeft.gpt2 import GPT2Config, GPT2LMHeadModel
 from minipeft.pretraining import PackedWindows, PretrainingConfig, bits_per_byte, pretrain, validation_loss
 from minipeft.report import machine, versions
 from minipeft.tokenizer import VOCABULARY_FILE, get_tokenizer, train_vocabulary
-from common import run
 
 
 def parse() -> argparse.Namespace:
@@ -30,7 +30,7 @@ def parse() -> argparse.Namespace:
     where.add_argument("--state", type=Path, default=Path("checkpoints/pretraining_state"),
                        help="folder of the resumable state")
     where.add_argument("--results", type=Path, default=Path("results/pretraining_mini.json"))
-    where.add_argument("--init-from", type=Path, help="start from this model folder and its vocabulary instead of random")
+    where.add_argument("--init-from", type=Path, help="start from this model folder, not at random")
     size = parser.add_argument_group("size (ignored with --init-from)")
     size.add_argument("--n-layer", type=int, default=6)
     size.add_argument("--n-head", type=int, default=4)
@@ -79,7 +79,8 @@ def main() -> None:
             train_vocabulary(train_texts, options.vocab_size - 1, vocabulary)
         model = GPT2LMHeadModel(GPT2Config(
             vocab_size=options.vocab_size, n_positions=options.window, n_embd=options.n_embd, n_layer=options.n_layer,
-            n_head=options.n_head, bos_token_id=options.vocab_size - 1, eos_token_id=options.vocab_size - 1, **dropouts))
+            n_head=options.n_head, bos_token_id=options.vocab_size - 1, eos_token_id=options.vocab_size - 1,
+            **dropouts))
     tokenizer = get_tokenizer(vocabulary.parent)
     model.to(options.device)
     print(f"tokenising {len(train_texts):,} reviews")

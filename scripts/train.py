@@ -2,8 +2,8 @@
 
     python scripts/train.py --method lora
 
-Without more it uses what there is: gpt2 on a GPU and the bundled mini model on a CPU; IMDb where it can be had, else the
-bundled sample reviews. `--method NAME --help` adds the method's own options.
+Without more it uses what there is: gpt2 on a GPU and the bundled mini model on a CPU; IMDb where it can be had, else
+the bundled sample reviews. `--method NAME --help` adds the method's own options.
 """
 
 from __future__ import annotations

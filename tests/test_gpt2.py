@@ -11,7 +11,6 @@ from minipeft.errors import ConfigError
 from minipeft.gpt2 import (
     OFFICIAL_SIZES,
     Attention,
-    Block,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2ForTokenClassification,
@@ -409,7 +408,3 @@ def test_the_initial_models_next_word_is_nearly_uniform(tiny_config, make_ids):
     logits = GPT2LMHeadModel(tiny_config).eval()(make_ids(4, 20))
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), make_ids(4, 20)[:, 1:].flatten())
     assert loss.item() == pytest.approx(math.log(97), abs=0.2)
-
-
-def test_a_block_is_only_its_two_sublayers(tiny_config):
-    assert [name for name, _ in Block(tiny_config, 0).named_children()] == ["ln_1", "attn", "ln_2", "mlp"]

@@ -27,9 +27,7 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from minipeft.errors import ConfigError

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,6 +61,32 @@ def reviews(folder: Path, seed: int = 0) -> tuple[list[str], list[str]]:
     return ([texts[i] for i in kept] + [clean(text) for text in unlabelled["text"]], [texts[i] for i in held_out])
 
 
+def model_card(results: dict[str, Any]) -> str:
+    """What the bundled model is, from what was measured while making it."""
+    model, recipe, data = results["model"], results["recipe"], results["data"]
+    start = ("random initialisation" if results["initialisation"] == "random" else
+             f"the checkpoint `{results['initialisation']}`, whose own tokens are not counted below")
+    return f"""# mini: the bundled base model
+
+GPT-2's architecture at {model["n_layer"]} layers, width {model["n_embd"]}, {model["n_head"]} heads, {model["n_positions"]} positions: {model["parameters"]:,} parameters, stored as
+float16 in the official layout (`config.json`, `model.safetensors`). Its vocabulary, `vocab.tiktoken`, is a byte-level BPE
+of {model["vocab_size"]:,} entries in tiktoken's rank-file format, `<|endoftext|>` being the last.
+
+- **Data**: {data["train_reviews"]:,} film reviews from the train and unsupervised parts of IMDb (Large Movie Review Dataset v1.0,
+  Maas et al., ACL 2011), {data["train_tokens_per_epoch"]:,} tokens; line-break tags became line breaks. Never a test review. Held out:
+  {data["held_out_reviews"]:,} train reviews, the same that `--dataset imdb` uses for validation.
+- **Recipe**: `scripts/pretrain.py`, from {start}. {results["tokens_seen"]:,} tokens in
+  batches of {recipe["batch_size"]} x {recipe["window"]}, AdamW {tuple(recipe["betas"])}, weight decay {recipe["weight_decay"]} on matrices, peak learning rate {recipe["learning_rate"]} after
+  {recipe["warmup_steps"]} steps of warm-up, cosine to {recipe["final_learning_rate"]:.0%} of it, gradient norm clipped to {recipe["max_grad_norm"]}, bfloat16 autocast, dropout
+  {model["resid_pdrop"]}. {results["seconds"] / 60:.0f} minutes on {results["machine"]["cores"]} cores ({results["machine"]["processor"]}).
+- **Loss** on the held-out reviews: {results["validation_loss"]:.3f} nats a token, {results["bits_per_byte"]:.3f} bits a byte. The curve is in
+  `results/pretraining_mini.json`.
+- **Limits**: it knows English film reviews and nothing else, is small and, for its size, briefly trained. It exists so
+  that every method can be run, compared and tested anywhere, offline. Its text is not meant to be read, its opinions
+  are its sources'. For research and teaching, as IMDb's reviews are.
+"""
+
+
 def main() -> None:
     options = parse()
     folder = data_folder(options.data_dir)
@@ -106,7 +133,7 @@ def main() -> None:
     if vocabulary.parent.resolve() != options.output.resolve():
         (options.output / VOCABULARY_FILE).write_bytes(vocabulary.read_bytes())
     held_out_bytes = sum(len(text.encode()) for text in held_out_texts)
-    weights.write_json_file(options.results, {
+    results = {
         "model": {"parameters": parameters, **model.config.to_dict()}, "recipe": vars(config),
         "initialisation": str(options.init_from.name) if options.init_from else "random",
         "data": {"train_reviews": len(train_texts), "held_out_reviews": len(held_out_texts),
@@ -114,7 +141,9 @@ def main() -> None:
         "tokens_seen": config.steps * config.window * config.batch_size,
         "validation_loss": round(loss, 4),
         "bits_per_byte": round(bits_per_byte(loss, sum(len(ids) + 1 for ids in held_out_ids), held_out_bytes), 4),
-        "seconds": history["seconds"], "curve": history["curve"], "machine": machine(), "versions": versions()})
+        "seconds": history["seconds"], "curve": history["curve"], "machine": machine(), "versions": versions()}
+    weights.write_json_file(options.results, results)
+    (options.output / "README.md").write_text(model_card(results), encoding="utf-8")
     print(f"validation loss {loss:.4f}; wrote {options.output} and {options.results}")
 
 

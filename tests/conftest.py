@@ -33,7 +33,7 @@ def pytest_unconfigure(config):
 @pytest.fixture
 def tiny_config():
     """A GPT-2 of 17,000 parameters, without dropout."""
-    from minipeft.gpt2 import GPT2Config
+    from minipeft.config import GPT2Config
 
     return GPT2Config(vocab_size=97, n_positions=40, n_embd=24, n_layer=2, n_head=3, resid_pdrop=0.0, embd_pdrop=0.0,
                       attn_pdrop=0.0, classifier_dropout=0.0, bos_token_id=96, eos_token_id=96)
@@ -82,6 +82,15 @@ def make_mask():
 def peft_fixtures():
     """The folder of reference cases that peft and transformers wrote; it is not part of this repository."""
     folder = SHARED / "fixtures" / "peft"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not on this machine")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiktoken_cache():
+    """A folder with tiktoken's files of GPT-2's vocabulary; it is not part of this repository."""
+    folder = SHARED / "tiktoken_cache"
     if not folder.is_dir():
         pytest.skip(f"{folder} is not on this machine")
     return folder

@@ -7,11 +7,10 @@ import math
 import pytest
 import torch
 
+from minipeft.config import OFFICIAL_SIZES, GPT2Config
 from minipeft.errors import ConfigError
 from minipeft.gpt2 import (
-    OFFICIAL_SIZES,
     Attention,
-    GPT2Config,
     GPT2ForSequenceClassification,
     GPT2ForTokenClassification,
     GPT2LMHeadModel,

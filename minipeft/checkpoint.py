@@ -16,9 +16,10 @@ import torch.nn as nn
 from safetensors.torch import load_file, save_file
 
 from minipeft.errors import AdapterError, ConfigError, MinipeftError, OutputError, WeightsError
+from minipeft.files import replacing_folder, write_json
 from minipeft.methods import METHODS, Method, inject
 from minipeft.methods.surgery import fingerprint, injections, remove
-from minipeft.weights import open_tensors, replacing_folder, write_json
+from minipeft.weights import open_tensors
 
 CONFIG_FILE, TENSORS_FILE, DETAILS_FILE = "adapter_config.json", "adapter_model.safetensors", "minipeft.json"
 STATE_TENSORS, STATE_FILE = "training_state.safetensors", "training_state.json"

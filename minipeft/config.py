@@ -55,8 +55,10 @@ class GPT2Config:
     classifier_dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "num_labels"):
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "num_labels"):
             value = getattr(self, name)
+            if name == "n_inner" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"GPT-2 config: {name} must be a positive integer, got {value!r}")
         for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "classifier_dropout"):

@@ -21,6 +21,7 @@ from minipeft.checkpoint import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from minipeft.checkpoint import DETAILS_FILE, load_adapter, read_details, save_adapter
 from minipeft.data import BucketedBatches, ClassificationData, choose_dataset, load_dataset
 from minipeft.errors import AdapterError, ConfigError
+from minipeft.files import replacing_folder, write_json, write_json_file
 from minipeft.gpt2 import GPT2ForSequenceClassification, GPT2LMHeadModel
 from minipeft.methods import METHODS, inject
 from minipeft.methods.surgery import fingerprint, injections, trainable_parameters
@@ -28,7 +29,7 @@ from minipeft.report import machine, peak_memory_bytes, versions
 from minipeft.tasks import classification
 from minipeft.tokenizer import VOCABULARY_FILE, Tokenizer, get_tokenizer
 from minipeft.training import TrainingConfig, choose_device, choose_precision, train
-from minipeft.weights import find, replacing_folder, write_json, write_json_file
+from minipeft.weights import find
 
 Say = Callable[[str], None]
 

@@ -9,12 +9,9 @@ This file knows tensors and files and no model class: it reads the names it must
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import shutil
 import socket
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -28,7 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minipeft.errors import OutputError, WeightsError
+from minipeft.errors import WeightsError
+from minipeft.files import replacing_folder, write_json
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 MINI_FOLDER = Path(__file__).resolve().parents[1] / "checkpoints" / "mini"
@@ -239,53 +237,3 @@ def save(model: nn.Module, config: dict[str, Any], folder: str | Path, dtype: to
     with replacing_folder(folder) as temporary:
         save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         write_json(temporary / CONFIG_FILE, config)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file as people and diffs like it: indented, keys sorted, newline at the end."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def replacing_folder(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder whose files move into `folder` once all of them are written; on an error nothing moves.
-
-    Raises:
-        OutputError: the folder cannot be created or written, or the disk is full.
-    """
-    folder = Path(folder)
-    temporary = None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
-        yield temporary
-        for file in sorted(temporary.iterdir()):
-            file.replace(folder / file.name)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(_cannot_write(folder, error)) from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _cannot_write(path: Path, error: Exception) -> str:
-    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-    reason = "the disk is full" if full else getattr(error, "strerror", None) or str(error)
-    return f"cannot write to {path}: {reason}; choose another folder or free some space"
-
-
-def write_json_file(path: str | Path, content: dict[str, Any]) -> None:
-    """Write one JSON file under a temporary name, then rename it.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.writing")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(temporary, content)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(_cannot_write(path, error)) from error

@@ -13,10 +13,10 @@ from common import add_data_options, add_machine_options, run
 from minipeft import defaults
 from minipeft.data import choose_dataset, load_dataset
 from minipeft.errors import DataError
+from minipeft.files import write_json_file
 from minipeft.finetune import load_finetuned
 from minipeft.tasks.classification import encode, metrics, predict_logits
 from minipeft.training import choose_device, choose_precision
-from minipeft.weights import write_json_file
 
 
 def parse() -> argparse.Namespace:

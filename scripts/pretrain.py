@@ -16,6 +16,7 @@ from common import run
 from minipeft import weights
 from minipeft.data import clean, data_folder, read_parquet_split, stratified_split
 from minipeft.errors import DataError
+from minipeft.files import write_json_file
 from minipeft.gpt2 import GPT2Config, GPT2LMHeadModel
 from minipeft.pretraining import PackedWindows, PretrainingConfig, bits_per_byte, pretrain, validation_loss
 from minipeft.report import machine, versions
@@ -142,7 +143,7 @@ def main() -> None:
         "validation_loss": round(loss, 4),
         "bits_per_byte": round(bits_per_byte(loss, sum(len(ids) + 1 for ids in held_out_ids), held_out_bytes), 4),
         "seconds": history["seconds"], "curve": history["curve"], "machine": machine(), "versions": versions()}
-    weights.write_json_file(options.results, results)
+    write_json_file(options.results, results)
     (options.output / "README.md").write_text(model_card(results), encoding="utf-8")
     print(f"validation loss {loss:.4f}; wrote {options.output} and {options.results}")
 

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from minipeft import weights
 from minipeft.config import GPT2Config
 from minipeft.errors import ConfigError, OutputError, WeightsError
+from minipeft.files import write_json_file
 from minipeft.gpt2 import (
     GPT2ForSequenceClassification,
     GPT2ForTokenClassification,
@@ -446,8 +447,8 @@ def test_saving_over_an_older_model_replaces_it_and_keeps_other_files(saved, mak
 def test_a_json_file_that_cannot_be_written_is_an_output_error(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(OutputError, match="cannot write to"):
-        weights.write_json_file(tmp_path / "file" / "results.json", {})
-    weights.write_json_file(tmp_path / "new" / "results.json", {"b": 1, "a": [2]})
+        write_json_file(tmp_path / "file" / "results.json", {})
+    write_json_file(tmp_path / "new" / "results.json", {"b": 1, "a": [2]})
     assert json.loads((tmp_path / "new" / "results.json").read_text()) == {"a": [2], "b": 1}
     assert list(contents(tmp_path / "new")) == ["results.json"]
 

@@ -31,7 +31,16 @@ import torch.nn as nn
 from torch import Tensor
 
 from minipeft.errors import ConfigError
-from minipeft.methods.surgery import AdapterLayer, Injection, find_targets, fingerprint, pattern_value, record, swap
+from minipeft.methods.surgery import (
+    AdapterLayer,
+    Injection,
+    find_targets,
+    fingerprint,
+    pattern_value,
+    record,
+    swap,
+    to_dtype_of,
+)
 
 
 @dataclass
@@ -86,7 +95,7 @@ class LoRALinear(AdapterLayer):
         y = self.base_layer(x)                                                # (B, T, out)
         if not self.enabled:
             return y
-        x = self.lora_dropout(x.to(self.lora_A.weight.dtype))
+        x = self.lora_dropout(to_dtype_of(self.lora_A.weight, x))
         # Scaled while it is r wide: that is out / r times less work than scaling the result.
         update = self.lora_B(self.lora_A(x) * self.scaling)                   # (B, T, in) -> (B, T, r) -> (B, T, out)
         return (y + update).to(y.dtype)

@@ -50,6 +50,14 @@ class AdapterLayer(nn.Module):
         raise InjectionError(f"{type(self).__name__} cannot be merged: it is not a change of weights")
 
 
+def to_dtype_of(parameter: Tensor, x: Tensor) -> Tensor:
+    """`x` in the dtype of the parameter it meets: adapters stay float32 on a half-precision base.
+
+    Under autocast the matrix product chooses the dtype itself, and a cast here would only be undone.
+    """
+    return x if torch.is_autocast_enabled(x.device.type) else x.to(parameter.dtype)
+
+
 @dataclass
 class Injection:
     """What one injection did to a model.

@@ -170,6 +170,19 @@ def test_a_bfloat16_base_keeps_its_type_and_its_adapter_is_float32(tiny_config):
     assert model(IDS).dtype == torch.bfloat16
 
 
+def test_under_autocast_the_products_are_bfloat16_and_parameters_and_gradients_float32():
+    adapted = layer()
+    x = torch.randn(20, 6)
+    expected = adapted(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = adapted(x)
+    assert actual.dtype == torch.bfloat16
+    torch.testing.assert_close(actual.float(), expected, atol=0.1, rtol=0.05)
+    actual.float().square().sum().backward()
+    for parameter in (adapted.lora_A.weight, adapted.lora_B.weight):
+        assert parameter.dtype == parameter.grad.dtype == torch.float32
+
+
 # --- the start --------------------------------------------------------------------------------------------------------
 
 def test_default_start_is_uniform_a_up_to_one_over_root_in_and_zero_b():

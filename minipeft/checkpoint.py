@@ -13,22 +13,24 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from minipeft.errors import AdapterError, ConfigError, MinipeftError, OutputError, WeightsError
 from minipeft.files import replacing_folder, write_json
 from minipeft.methods import METHODS, Method, inject
-from minipeft.methods.surgery import fingerprint, injections, remove
+from minipeft.methods.surgery import fingerprint, injections, pattern_value, remove
 from minipeft.weights import open_tensors
 
 CONFIG_FILE, TENSORS_FILE, DETAILS_FILE = "adapter_config.json", "adapter_model.safetensors", "minipeft.json"
-STATE_TENSORS, STATE_FILE = "training_state.safetensors", "training_state.json"
+STATE_FILE = "training_state.safetensors"
 _PREFIX = "base_model.model."
 _TASK_TYPES = {None: "FEATURE_EXTRACTION", "lm_head": "CAUSAL_LM", "score": "SEQ_CLS", "classifier": "TOKEN_CLS"}
 # Keys of peft's adapter_config.json that do not change what the model computes, whatever they say.
 _HARMLESS = {"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping",
              "peft_version", "modules_to_save", "fan_in_fan_out", "megatron_core", "qalora_group_size", "loftq_config",
              "runtime_config", "eva_config", "use_qalora"}
+# With bias="all" peft writes a token classifier's bias twice more, once as trained and once as it was before.
+_IGNORED_TENSORS = {f"{_PREFIX}classifier.{kind}.bias" for kind in ("modules_to_save", "original_module")}
 # Saved values of init_lora_weights that say how training began and nothing about how to load.
 _INIT_ONLY = ("eva", "orthogonal", "mica")
 
@@ -60,6 +62,10 @@ def save_adapter(model: nn.Module, folder: str | Path, details: dict[str, Any] |
     config = dataclasses.asdict(injection.config)
     if isinstance(config["target_modules"], str) and config["target_modules"].lower() == "all-linear":
         config["target_modules"] = list(injection.layers)
+    for pattern, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+        # One exact key a module: JSON readers may reorder keys, and then another of two matching ones would count.
+        config[pattern] = {name: value for name in injection.layers
+                           if (value := pattern_value(config[pattern], name, config[default])) != config[default]}
     config.update(
         peft_type=injection.config.peft_type, task_type=_TASK_TYPES[head], inference_mode=True,
         base_model_name_or_path=getattr(model, "name_or_path", None), fan_in_fan_out=True, use_dora=False,
@@ -131,7 +137,7 @@ def _parse_config(saved: dict[str, Any], folder: Path) -> Any:
     by_type: dict[str, Method] = {m.config_class.peft_type: m for m in METHODS.values()
                                   if hasattr(m.config_class, "peft_type")}
     kind = saved.get("peft_type")
-    if kind not in by_type:
+    if not isinstance(kind, str) or kind not in by_type:
         raise AdapterError(f"{folder / CONFIG_FILE} says peft_type {kind!r}; known are {', '.join(sorted(by_type))}")
     method = by_type[kind]
     known = {field.name: field for field in dataclasses.fields(method.config_class)}
@@ -149,10 +155,13 @@ def _parse_config(saved: dict[str, Any], folder: Path) -> Any:
 def _fill(model: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> None:
     parameters = dict(model.named_parameters())
     wanted = {_PREFIX + name: parameters[name] for name in injections(model)[-1].trained_names()}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in _IGNORED_TENSORS}
     problems = [f"missing {name}" for name in wanted if name not in tensors]
     problems += [f"unexpected {name}" for name in tensors if name not in wanted]
     problems += [f"{name} is {tuple(tensors[name].shape)}, this model needs {tuple(parameter.shape)}"
                  for name, parameter in wanted.items() if name in tensors and tensors[name].shape != parameter.shape]
+    problems += [f"{name} holds {tensor.dtype}, not floating point" for name, tensor in tensors.items()
+                 if not tensor.is_floating_point()]
     problems += [f"{name} holds NaN or infinity" for name, tensor in tensors.items()
                  if not torch.isfinite(tensor.float()).all()]
     if problems:
@@ -165,7 +174,7 @@ def _fill(model: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> N
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(content, dict):
         raise AdapterError(f"{path} is not a JSON object")
@@ -190,9 +199,10 @@ def save_training_state(folder: str | Path, model: nn.Module, optimizer: torch.o
     state["random/cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         state["random/cuda"] = torch.cuda.get_rng_state()
+    # One file, with step and extra in its header: a process killed at any moment leaves a whole state, old or new.
     with replacing_folder(folder) as temporary:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, temporary / STATE_TENSORS)
-        write_json(temporary / STATE_FILE, {"step": step, "extra": extra})
+        save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, temporary / STATE_FILE,
+                  metadata={"state": json.dumps({"step": step, "extra": extra})})
 
 
 def load_training_state(folder: str | Path, model: nn.Module,
@@ -209,9 +219,11 @@ def load_training_state(folder: str | Path, model: nn.Module,
     if not (folder / STATE_FILE).is_file():
         return 0, {}, {}
     try:
-        saved = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        tensors = load_file(folder / STATE_TENSORS)
-    except Exception as error:
+        with open_tensors(folder / STATE_FILE) as file:
+            saved = json.loads(file.metadata()["state"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        step, extra, random_state = saved["step"], saved["extra"], tensors["random/cpu"]
+    except (WeightsError, ValueError, KeyError, TypeError) as error:
         raise OutputError(f"{folder} holds a damaged training state ({error}): delete it") from error
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     stored = {name.removeprefix("model/"): t.shape for name, t in tensors.items() if name.startswith("model/")}
@@ -225,8 +237,8 @@ def load_training_state(folder: str | Path, model: nn.Module,
         if kind == "optimizer":
             entry, _, name = rest.partition("/")
             optimizer.state[trained[name]][entry] = tensor.to(trained[name].device)
-    torch.set_rng_state(tensors["random/cpu"])
+    torch.set_rng_state(random_state)
     if torch.cuda.is_available() and "random/cuda" in tensors:
         torch.cuda.set_rng_state(tensors["random/cuda"])
     others = {name.removeprefix("extra/"): t for name, t in tensors.items() if name.startswith("extra/")}
-    return saved["step"], saved["extra"], others
+    return step, extra, others

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from minipeft.gpt2 import GPT2Config, GPT2LMHeadModel
+from minipeft import GPT2Config, GPT2LMHeadModel
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "scripts"

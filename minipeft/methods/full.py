@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch.nn as nn
 
-from minipeft.methods.surgery import Injection, fingerprint, record
+from minipeft.methods.surgery import begin, record
 
 
 @dataclass
@@ -21,5 +21,5 @@ class FullConfig:
 
 def inject(model: nn.Module, config: FullConfig) -> nn.Module:
     """Declare every parameter as trained; no layer is replaced."""
-    injection = Injection("full", config, fingerprint=fingerprint(model))
-    return record(model, injection, trained_base=[name for name, _ in model.named_parameters()])
+    injection = begin(model, "full", config)
+    return record(model, injection, trained_base=[name for name, _ in model.named_parameters()], keep_values=False)

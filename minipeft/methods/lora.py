@@ -31,16 +31,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from minipeft.errors import ConfigError
-from minipeft.methods.surgery import (
-    AdapterLayer,
-    Injection,
-    find_targets,
-    fingerprint,
-    pattern_value,
-    record,
-    swap,
-    to_dtype_of,
-)
+from minipeft.methods.fields import check_fields
+from minipeft.methods.surgery import AdapterLayer, begin, find_targets, insert, pattern_value, record, to_dtype_of
 
 
 @dataclass
@@ -121,11 +113,10 @@ def inject(model: nn.Module, config: LoraConfig) -> nn.Module:
         if r > min(linear.in_features, linear.out_features):
             raise ConfigError(f"r={r} is larger than {name}, a {linear.out_features} x {linear.in_features} matrix")
         plan[name] = (linear, r, pattern_value(config.alpha_pattern, name, config.lora_alpha))
-    injection = Injection("lora", config, fingerprint=fingerprint(model))
+    injection = begin(model, "lora", config)
     for name, (linear, r, lora_alpha) in plan.items():
         layer = LoRALinear(linear, r, lora_alpha, config.lora_dropout, config.use_rslora, config.init_lora_weights)
-        swap(model, name, layer)
-        injection.layers[name] = layer
+        insert(model, injection, name, layer)
     return record(model, injection, trained_base=_trained_biases(model, config.bias, injection.layers))
 
 
@@ -140,17 +131,12 @@ def _trained_biases(model: nn.Module, bias: str, layers: dict[str, LoRALinear]) 
 
 def check(config: LoraConfig) -> None:
     """Refuse values that make no LoRA, before anything is touched."""
-    for name, r in {"r": config.r, **{f"rank_pattern[{key!r}]": r for key, r in config.rank_pattern.items()}}.items():
-        if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-            raise ConfigError(f"{name} must be a positive integer, got {r!r}")
-    alphas = {"lora_alpha": config.lora_alpha, **config.alpha_pattern}
-    for name, alpha in alphas.items():
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+    check_fields(config)
+    for name, r in {"r": config.r, **config.rank_pattern}.items():
+        if r < 1:
+            raise ConfigError(f"the rank {name} must be a positive integer, got {r!r}")
+    for name, alpha in {"lora_alpha": config.lora_alpha, **config.alpha_pattern}.items():
+        if not math.isfinite(alpha):
             raise ConfigError(f"{name} must be a finite number, got {alpha!r}")
-    if isinstance(config.lora_dropout, bool) or not isinstance(config.lora_dropout, (int, float)) \
-            or not 0 <= config.lora_dropout < 1:
+    if not 0 <= config.lora_dropout < 1:
         raise ConfigError(f"lora_dropout must be a probability in [0, 1), got {config.lora_dropout!r}")
-    for name in ("bias", "init_lora_weights"):
-        choices = LoraConfig.__dataclass_fields__[name].metadata["choices"]
-        if getattr(config, name) not in choices:
-            raise ConfigError(f"{name} must be one of {', '.join(map(str, choices))}, got {getattr(config, name)!r}")

@@ -7,6 +7,7 @@ counting, saving and undoing read these two, and never look for "lora_" or "bias
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import re
@@ -20,6 +21,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from minipeft.errors import ConfigError, InjectionError
+from minipeft.methods.fields import compiled
 
 HEADS = ("score", "classifier", "lm_head")
 
@@ -64,19 +66,21 @@ class Injection:
 
     Attributes:
         method: its name in METHODS.
-        config: the user's configuration, unchanged.
+        config: a copy of the user's configuration.
+        fingerprint: of the base model (see `fingerprint`).
+        required_grad: parameter name -> whether it required a gradient before.
         layers: module name -> the layer put there.
         base_values: name -> value before training, of each of the base model's own tensors that the method trains
-            (biases, the head).
-        fingerprint: of the base model (see `fingerprint`).
+            (biases, the head); None where no copy is kept.
         merged: module name -> the plain weight that `merge` replaced.
     """
 
     method: str
     config: Any
+    fingerprint: str
+    required_grad: dict[str, bool]
     layers: dict[str, AdapterLayer] = field(default_factory=dict)
-    base_values: dict[str, Tensor] = field(default_factory=dict)
-    fingerprint: str = ""
+    base_values: dict[str, Tensor | None] = field(default_factory=dict)
     merged: dict[str, Tensor] = field(default_factory=dict)
 
     def trained_names(self) -> list[str]:
@@ -119,7 +123,8 @@ def find_targets(model: nn.Module, config: Targeting, default: Sequence[str]) ->
         raise ConfigError("layers_to_transform needs target_modules as a list of names, not as an expression")
     if config.layers_pattern and not layers:
         raise ConfigError("layers_pattern needs layers_to_transform")
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in HEADS]
+    linear = [name for name, module in model.named_modules()
+              if isinstance(module, nn.Linear) and name and name not in HEADS]
     if isinstance(targets, str) and targets.lower() == "all-linear":
         found = linear
     else:
@@ -144,17 +149,14 @@ def find_targets(model: nn.Module, config: Targeting, default: Sequence[str]) ->
 
 def _matches(name: str, targets: str | Sequence[str], layers: list[int], layers_pattern: str | None) -> bool:
     if isinstance(targets, str):
-        try:
-            return re.fullmatch(targets, name) is not None
-        except re.error as error:
-            raise ConfigError(f"{targets!r} is not a regular expression: {error}") from error
+        return compiled(targets, "target").fullmatch(name) is not None
     if name in targets:
         return True  # a full name is meant as it stands, whatever layers are chosen
     if not any(name.endswith(f".{target}") for target in targets):
         return False
     if not layers:
         return True
-    number = re.match(rf".*?\.{layers_pattern or '[^.]*'}\.(\d+)\.", f".{name}")
+    number = compiled(rf".*?\.{layers_pattern or '[^.]*'}\.(\d+)\.", "layers_pattern").match(f".{name}")
     return number is not None and int(number.group(1)) in layers
 
 
@@ -168,12 +170,18 @@ def _nearest(wanted: str, names: list[str]) -> list[str]:
 def pattern_value(patterns: dict[str, Any], name: str, default: Any) -> Any:
     """The value of the first pattern that matches the end of a module's name, as peft reads rank_pattern."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if compiled(rf"(.*\.)?({pattern})$", "pattern").match(name):
             return value
     return default
 
 
 # --- cut --------------------------------------------------------------------------------------------------------------
+
+def begin(model: nn.Module, method: str, config: Any) -> Injection:
+    """Note how the model is before it is touched; `record` ends what this begins."""
+    return Injection(method, copy.deepcopy(config), fingerprint(model),
+                     {name: parameter.requires_grad for name, parameter in model.named_parameters()})
+
 
 def swap(model: nn.Module, name: str, replacement: nn.Module) -> None:
     """Put `replacement` where the submodule `name` is."""
@@ -181,17 +189,29 @@ def swap(model: nn.Module, name: str, replacement: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, replacement)
 
 
-def record(model: nn.Module, injection: Injection, trained_base: Sequence[str] = ()) -> nn.Module:
+def insert(model: nn.Module, injection: Injection, name: str, layer: AdapterLayer) -> None:
+    """Put a method's layer where the submodule `name` is, in the mode (training or eval) that one was in."""
+    layer.train(layer.base_layer.training)
+    swap(model, name, layer)
+    injection.layers[name] = layer
+
+
+def record(model: nn.Module, injection: Injection, trained_base: Sequence[str] = (),
+           keep_values: bool = True) -> nn.Module:
     """Finish an injection: note it on the model, freeze everything, and unfreeze what is declared as trained.
 
     The classification head is trained by every method, since a new one is random.
+
+    Args:
+        trained_base: names of the base model's own tensors that the method trains.
+        keep_values: copy their values, which `disable_adapter` and `remove` need.
     """
     head = getattr(model, "head", None)
     if head in ("score", "classifier"):
         trained_base = [*trained_base, *(f"{head}.{name}" for name, _ in getattr(model, head).named_parameters())]
     taken = {name for earlier in injections(model) for name in earlier.base_values}
     parameters = dict(model.named_parameters())
-    injection.base_values = {name: parameters[name].detach().clone()
+    injection.base_values = {name: parameters[name].detach().clone() if keep_values else None
                              for name in dict.fromkeys(trained_base) if name not in taken}
     injections(model).append(injection)
     freeze(model)
@@ -206,7 +226,12 @@ def freeze(model: nn.Module) -> None:
 
 
 def remove(model: nn.Module) -> nn.Module:
-    """Take every injection out again: the base model's own modules and values, bit for bit."""
+    """Take every injection out again: the base model's own modules, values and requires_grad, bit for bit.
+
+    Raises:
+        InjectionError: full fine-tuning, which keeps no copy of the base.
+    """
+    _need_base_values(model)
     if any(injection.merged for injection in injections(model)):
         unmerge(model)
     parameters = dict(model.named_parameters())
@@ -216,10 +241,16 @@ def remove(model: nn.Module) -> nn.Module:
                 parameters[name].copy_(value)
         for name, layer in injection.layers.items():
             swap(model, name, layer.base_layer)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(injection.required_grad[name])
     injections(model).clear()
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
     return model
+
+
+def _need_base_values(model: nn.Module) -> None:
+    for injection in injections(model):
+        if None in injection.base_values.values():
+            raise InjectionError(f"{injection.method} keeps no copy of the base model's weights: load it anew")
 
 
 @contextmanager
@@ -227,23 +258,25 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     """Within the block the model computes what the base model did: no adapter, untrained biases and head.
 
     Raises:
-        InjectionError: the adapter is merged, so that the base's weights are no longer in place.
+        InjectionError: the base's weights are not at hand: the adapter is merged, or all of them were trained.
     """
     if any(injection.merged for injection in injections(model)):
         raise InjectionError("the adapter is merged into the weights: call unmerge first")
+    _need_base_values(model)
     parameters = dict(model.named_parameters())
     layers = [layer for injection in injections(model) for layer in injection.layers.values()]
     base_values = {name: value for injection in injections(model) for name, value in injection.base_values.items()}
     trained_values = {name: parameters[name].data for name in base_values}
+    were_enabled = [layer.enabled for layer in layers]
     try:
         for layer in layers:
             layer.enabled = False
         for name, value in base_values.items():
-            parameters[name].data = value.to(parameters[name].device)
+            parameters[name].data = value.to(parameters[name])
         yield model
     finally:
-        for layer in layers:
-            layer.enabled = True
+        for layer, was_enabled in zip(layers, were_enabled):
+            layer.enabled = was_enabled
         for name, value in trained_values.items():
             parameters[name].data = value
 
@@ -281,8 +314,11 @@ def unmerge(model: nn.Module) -> nn.Module:
         raise InjectionError("nothing is merged into this model")
     for injection in injections(model):
         for name, weight in injection.merged.items():
-            layer = injection.layers[name]
-            layer.base_layer.weight.data = weight
+            layer, plain = injection.layers[name], model.get_submodule(name)
+            # The kept weight and layer were not part of the model while it was merged: follow where it has gone since.
+            layer.to(device=plain.weight.device)
+            layer.base_layer.weight.data = weight.to(plain.weight)
+            layer.train(plain.training)
             swap(model, name, layer)
         injection.merged.clear()
     return model
@@ -314,9 +350,11 @@ def fingerprint(model: nn.Module, samples: int = 4096) -> str:
     called before anything is injected.
 
     Returns:
-        16 hexadecimal digits.
+        16 hexadecimal digits, or nothing for a model on the meta device, which has no values.
     """
     base = getattr(model, "transformer", model)
+    if any(parameter.is_meta for parameter in base.parameters()):
+        return ""
     digest = hashlib.sha256()
     for name, tensor in sorted(base.state_dict().items()):
         flat = tensor.detach().flatten()

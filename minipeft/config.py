@@ -65,6 +65,10 @@ class GPT2Config:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
                 raise ConfigError(f"GPT-2 config: {name} must be a probability in [0, 1), got {value!r}")
+        for name in ("layer_norm_epsilon", "initializer_range"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+                raise ConfigError(f"GPT-2 config: {name} must be a number between 0 and 1, got {value!r}")
         if self.n_embd % self.n_head:
             raise ConfigError(f"GPT-2 config: n_head={self.n_head} does not divide n_embd={self.n_embd}")
         if self.activation_function not in ("gelu_new", "gelu_pytorch_tanh"):

@@ -51,8 +51,12 @@ class Examples:
         """`size` examples, each label in its own share; all of them where there are no more."""
         if size is None or size >= len(self):
             return self
-        _, chosen = stratified_split(self.labels, size / len(self), seed)
-        return self.take(chosen[:size].tolist())
+        labels, rng = np.asarray(self.labels), np.random.default_rng(seed)
+        place = np.empty(len(labels))  # each label's examples evenly spaced in [0, 1), in random order
+        for label in np.unique(labels):
+            rows = rng.permutation(np.flatnonzero(labels == label))
+            place[rows] = (np.arange(len(rows)) + 0.5) / len(rows)
+        return self.take(rng.permutation(np.argsort(place, kind="stable")[:size]).tolist())
 
 
 @dataclass
@@ -80,6 +84,8 @@ def choose_dataset(data_dir: str | Path | None = None) -> tuple[str, str]:
     folder = data_folder(data_dir)
     if folder is not None and (folder / "imdb").is_dir():
         return "imdb", f"found in {folder}"
+    if folder is not None:
+        return "sample", f"{folder} has no folder imdb"
     if _in_hub_cache(HUB_NAMES["imdb"]):
         return "imdb", "found in the Hugging Face cache"
     if hub_is_reachable():
@@ -125,7 +131,10 @@ def check_texts(texts: Sequence[str], where: str) -> None:
     if not texts:
         raise DataError(f"{where}: there is no text at all")
     for row, text in enumerate(texts, start=1):
-        if not isinstance(text, str) or not text.strip():
+        if text is not None and not isinstance(text, str):
+            raise DataError(f"{where}, row {row}: {str(text)[:40]!r} is {type(text).__name__}, not text"
+                            + ("; is the file encoded in UTF-8?" if isinstance(text, bytes) else ""))
+        if text is None or not text.strip():
             raise DataError(f"{where}, row {row}: the text is empty")
         if len(text) > MAX_CHARACTERS:
             raise DataError(f"{where}, row {row}: the text has {len(text):,} characters, the limit is "
@@ -159,6 +168,11 @@ def _imdb(data_dir: str | Path | None, seed: int) -> ClassificationData:
     else:
         tables = {split: _from_hub(HUB_NAMES["imdb"], split) for split in ("train", "test")}
         source = f"{HUB_NAMES['imdb']} on the Hugging Face hub"
+    for split, table in tables.items():
+        for column in ("text", "label"):
+            if table.column_names.count(column) != 1:
+                raise DataError(f"IMDb's {split} file has no column {column!r}; it has {', '.join(table.column_names)}")
+        check_texts(table["text"].to_pylist(), f"imdb {split}")
     labelled = {split: Examples([clean(text) for text in table["text"].to_pylist()], table["label"].to_pylist())
                 for split, table in tables.items()}
     kept, held_out = stratified_split(labelled["train"].labels, VALIDATION_FRACTION, seed)
@@ -192,6 +206,10 @@ def _own_file(path: Path, text_column: str, label_column: str, seed: int) -> Cla
     for column, option in ((text_column, "--text-column"), (label_column, "--label-column")):
         if column not in table.column_names:
             raise DataError(f"{path} has no column {column!r}; {option} can be one of {', '.join(table.column_names)}")
+        if table.column_names.count(column) > 1:
+            raise DataError(f"{path} has {table.column_names.count(column)} columns named {column!r}")
+        if pa.types.is_nested(table.schema.field(column).type):
+            raise DataError(f"{path}: column {column!r} holds {table.schema.field(column).type}, not single values")
     texts, raw_labels = table[text_column].to_pylist(), table[label_column].to_pylist()
     check_texts(texts, str(path))
     if any(label is None or label == "" for label in raw_labels):
@@ -209,7 +227,8 @@ def _own_file(path: Path, text_column: str, label_column: str, seed: int) -> Cla
     rest, test = stratified_split(examples.labels, VALIDATION_FRACTION, seed)
     rest_examples = examples.take(rest)
     train, validation = stratified_split(rest_examples.labels, VALIDATION_FRACTION, seed + 1)
-    data = ClassificationData(path.stem, str(path), [str(value) for value in values], rest_examples.take(train),
+    name = path.name if path.stem in (*HUB_NAMES, "sample") else path.stem  # results on another "imdb" are not IMDb's
+    data = ClassificationData(name, str(path), [str(value) for value in values], rest_examples.take(train),
                               rest_examples.take(validation), examples.take(test))
     if not len(data.validation) or not len(data.test):
         raise DataError(f"{path}: {len(texts)} rows are too few to hold out a validation and a test split; "
@@ -224,7 +243,8 @@ def _read_table(path: Path) -> pa.Table:
         if path.suffix == ".parquet":
             return pyarrow.parquet.read_table(path)
         if path.suffix == ".jsonl":
-            return pyarrow.json.read_json(path)
+            # One block, as a row may not span three; a row of a book's length should be refused as that.
+            return pyarrow.json.read_json(path, pyarrow.json.ReadOptions(block_size=max(1 << 20, path.stat().st_size)))
         return pyarrow.csv.read_csv(path, parse_options=pyarrow.csv.ParseOptions(
             delimiter="\t" if path.suffix == ".tsv" else ",", newlines_in_values=True))
     except (pa.ArrowException, OSError) as error:

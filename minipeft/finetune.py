@@ -19,9 +19,10 @@ import torch.nn as nn
 from minipeft import defaults
 from minipeft.checkpoint import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from minipeft.checkpoint import DETAILS_FILE, load_adapter, read_details, save_adapter
+from minipeft.checkpoint import TENSORS_FILE as ADAPTER_TENSORS_FILE
 from minipeft.data import BucketedBatches, ClassificationData, choose_dataset, load_dataset
-from minipeft.errors import AdapterError, ConfigError
-from minipeft.files import replacing_folder, write_json, write_json_file
+from minipeft.errors import AdapterError, ConfigError, WeightsError
+from minipeft.files import check_writable, replacing_folder, write_json, write_json_file
 from minipeft.gpt2 import GPT2ForSequenceClassification, GPT2LMHeadModel
 from minipeft.methods import METHODS, inject
 from minipeft.methods.surgery import fingerprint, injections, trainable_parameters
@@ -80,11 +81,15 @@ def set_up(options: Options, say: Say) -> Setup:
     """Choose model, dataset, sizes and device; print each choice and its reason; read the data."""
     device = choose_device(options.device)
     precision = choose_precision(options.precision, device)
+    classification.check_length(defaults.MAX_LENGTH if options.max_length is None else options.max_length,
+                                options.truncation)
     choices = {"device": f"{device.type} ({'asked for' if options.device else 'what this machine has'})",
                "precision": f"{_name(precision)} ({'asked for' if options.precision != 'auto' else 'best here'})"}
-    model_name = options.model or ("gpt2" if device.type == "cuda" else "mini")
+    model_name = options.model
+    if model_name is None:
+        model_name = "gpt2" if device.type == "cuda" else "mini"
     choices["model"] = f"{model_name} ({'asked for' if options.model else f'default on {device.type}'})"
-    if options.dataset:
+    if options.dataset is not None:
         dataset, why = options.dataset, "asked for"
     else:
         dataset, why = choose_dataset(options.data_dir)
@@ -146,11 +151,10 @@ def finetune(options: Options, say: Say = lambda line: None) -> dict[str, Any]:
     model.transformer.gradient_checkpointing = options.gradient_checkpointing
     counts = trainable_parameters(model)
     say(f"{'method':10} {options.method}: {counts}")
-    max_length = min(setup.max_length, model.config.n_positions)
-
+    max_length = _max_length(setup, options, model)
     folder = Path(options.output or f"checkpoints/{options.method}_finetuned")
-    with replacing_folder(folder):
-        pass  # a folder that cannot be written should be known before training, not after
+    for place in (folder, options.results_dir):
+        check_writable(place)  # known before training, not after
     details = {"label_names": setup.data.label_names, "max_length": max_length, "truncation": options.truncation,
                "dataset": setup.data.name}
     started = time.perf_counter()
@@ -167,7 +171,10 @@ def finetune(options: Options, say: Say = lambda line: None) -> dict[str, Any]:
         model, BucketedBatches(train_ids, setup.data.train.labels, config.batch_size, config.seed),
         classification.loss_sum, validate, config, setup.precision, options.compile,
         save_best=lambda: save_finetuned(model, folder, setup.tokenizer, setup.model_name, details),
-        state_folder=folder / "training_state", resume=options.resume)
+        state_folder=folder / "training_state", resume=options.resume,
+        request={"method": options.method, "method_config": dataclasses.asdict(method_config), "base": base_fingerprint,
+                 "dataset": [setup.data.name, setup.data.source, setup.sizes], "max_length": max_length,
+                 "truncation": options.truncation, "dropout": options.dropout})
     if history.interrupted:
         say(f"interrupted: {folder} holds the best model so far; --resume goes on from here")
         return {}
@@ -197,10 +204,12 @@ def baseline(options: Options, say: Say = lambda line: None) -> dict[str, Any]:
     Returns:
         The content of the results file.
     """
+    TrainingConfig(**options.training_values)
     setup = set_up(options, say)
+    check_writable(options.results_dir)
     torch.manual_seed(options.training_values.get("seed", 0))
     model = GPT2ForSequenceClassification.from_pretrained(setup.model_name, num_labels=len(setup.data.label_names))
-    max_length = min(setup.max_length, model.config.n_positions)
+    max_length = _max_length(setup, options, model)
     base_fingerprint = fingerprint(model)
     model.to(setup.device)
     untrained, untrained_seconds = _test(model, setup, options.truncation, max_length)
@@ -219,6 +228,8 @@ def baseline(options: Options, say: Say = lambda line: None) -> dict[str, Any]:
     results = {"method": "baseline", **_describe(setup, options, max_length, base_fingerprint), "metrics": found,
                "zero_shot": {"prompt": classification.ZERO_SHOT_PROMPT, "words": classification.ZERO_SHOT_WORDS},
                "parameters": {"trainable": 0, "total": total}, "seconds": seconds,
+               "samples_per_second": {name: round(setup.sizes["test"] / max(taken, 0.01), 2)
+                                      for name, taken in seconds.items()},
                "peak_memory_bytes": peak_memory_bytes(setup.device)}
     path = results_path(options.results_dir, "baseline", setup.data.name)
     write_json_file(path, results)
@@ -238,12 +249,14 @@ def save_finetuned(model: nn.Module, folder: Path, tokenizer: Tokenizer, base: s
     if hasattr(injections(model)[-1].config, "peft_type"):
         save_adapter(model, folder, details)
         return
-    model.save_pretrained(folder)
     vocabulary = find(base) / VOCABULARY_FILE
     with replacing_folder(folder) as temporary:
+        model.save_pretrained(temporary)
         if vocabulary.is_file():
             shutil.copyfile(vocabulary, temporary / VOCABULARY_FILE)
         write_json(temporary / DETAILS_FILE, {"method": "full", "base_model": base, **details})
+    for file in (ADAPTER_CONFIG_FILE, ADAPTER_TENSORS_FILE):  # an adapter that was there before is not this model's
+        (folder / file).unlink(missing_ok=True)
 
 
 def load_finetuned(folder: str | Path, model_name: str | None = None,
@@ -260,7 +273,7 @@ def load_finetuned(folder: str | Path, model_name: str | None = None,
         AdapterError: neither an adapter nor a model folder, or an adapter of another base.
     """
     folder = Path(folder)
-    details = read_details(folder)
+    details = _checked(read_details(folder), folder)
     if not (folder / ADAPTER_CONFIG_FILE).is_file():
         if not (folder / "config.json").is_file():
             raise AdapterError(f"{folder} holds neither {ADAPTER_CONFIG_FILE} nor config.json: train first, or name "
@@ -275,11 +288,42 @@ def load_finetuned(folder: str | Path, model_name: str | None = None,
         model = load_adapter(GPT2ForSequenceClassification.from_pretrained(
             name, **({"num_labels": len(labels)} if labels else {})), folder)
         tokenizer = get_tokenizer(find(name))
+    _check_vocabulary(tokenizer, model)
     model.to(device or torch.device("cpu"))
     details.setdefault("label_names", [str(i) for i in range(model.config.num_labels)])
     details.setdefault("max_length", min(defaults.MAX_LENGTH, model.config.n_positions))
     details.setdefault("truncation", defaults.TRUNCATION)
     return model, tokenizer, details
+
+
+def _checked(details: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The content of a minipeft.json, whose values are of the types that are needed.
+
+    Raises:
+        AdapterError: they are not.
+    """
+    names = details.get("label_names", ["one", "two"])
+    good = {"label_names": isinstance(names, list) and len(names) > 1 and all(isinstance(name, str) for name in names),
+            "max_length": type(details.get("max_length", 1)) is int, "base_model": isinstance(
+                details.get("base_model") or "", str)}
+    wrong = [key for key, value in good.items() if not value]
+    if wrong:
+        raise AdapterError(f"{folder / DETAILS_FILE} has an unusable {wrong[0]}: {details[wrong[0]]!r}")
+    return details
+
+
+def _check_vocabulary(tokenizer: Tokenizer, model: nn.Module) -> None:
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise WeightsError(f"the vocabulary has {tokenizer.vocab_size:,} entries, the model only "
+                           f"{model.config.vocab_size:,}: put the model's own {VOCABULARY_FILE} beside its weights")
+
+
+def _max_length(setup: Setup, options: Options, model: nn.Module) -> int:
+    _check_vocabulary(setup.tokenizer, model)
+    if options.max_length is not None and options.max_length > model.config.n_positions:
+        raise ConfigError(f"max_length={options.max_length} is more than the model's {model.config.n_positions} "
+                          "positions")
+    return min(setup.max_length, model.config.n_positions)
 
 
 # --- pieces of a results file -----------------------------------------------------------------------------------------

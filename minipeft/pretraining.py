@@ -45,6 +45,15 @@ class PretrainingConfig:
     seed: int = 0
     evaluate_every: int = 500
 
+    def __post_init__(self) -> None:
+        for name in ("tokens", "window", "batch_size", "evaluate_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ConfigError(f"learning_rate must be positive and finite, got {self.learning_rate}")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed must be a number from 0 to 2**63 - 1, got {self.seed}")
+
     @property
     def steps(self) -> int:
         """Optimiser steps of the whole run."""

@@ -6,6 +6,8 @@ the loss comes in as a function.
 
 from __future__ import annotations
 
+import json
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -51,11 +53,13 @@ class TrainingConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("learning_rate", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
-        if not 0 <= self.warmup_ratio <= 1 or self.weight_decay < 0:
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        if not 0 <= self.warmup_ratio <= 1 or not 0 <= self.weight_decay < math.inf:
             raise ConfigError("warmup_ratio must lie in [0, 1] and weight_decay must not be negative, got "
                               f"{self.warmup_ratio} and {self.weight_decay}")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed must be a number from 0 to 2**63 - 1, got {self.seed}")
 
 
 @dataclass
@@ -128,7 +132,7 @@ def interrupt_between_steps() -> Iterator[Callable[[], bool]]:
 def train(model: nn.Module, batches: BucketedBatches, loss_sum: Callable[[Tensor, Batch], Tensor],
           validate: Callable[[], dict[str, Any]], config: TrainingConfig, precision: torch.dtype = torch.float32,
           compile_model: bool = False, save_best: Callable[[], None] = lambda: None, state_folder: Path | None = None,
-          resume: bool = False) -> History:
+          resume: bool = False, request: dict[str, Any] | None = None) -> History:
     """Train the parameters that require a gradient, in place, and leave the model with its best validation's values.
 
     Args:
@@ -141,6 +145,7 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: Callable[[Tensor
         save_best: called whenever a validation is the best so far, and at an interruption before the first one.
         state_folder: where to keep what resuming needs; None keeps nothing.
         resume: go on from `state_folder`, if it holds anything.
+        request: what else must be the same in a resumed run: data, base model, method.
 
     Returns:
         The history. After Ctrl-C `interrupted` is true, and `state_folder` can be resumed from.
@@ -156,16 +161,21 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: Callable[[Tensor
     forward = torch.compile(model, dynamic=True) if compile_model else model
 
     step, samples, curve, best, best_values, seconds_before = 0, 0, [], {}, {}, 0.0
+    loss_total, hits, seen = 0.0, 0, 0
+    settings = {**asdict(config), "precision": str(precision), **(request or {})}
     if resume and state_folder is not None:
         step, extra, tensors = load_training_state(state_folder, model, optimizer)
         if step:
-            if extra["config"] != asdict(config):
-                raise ConfigError(f"{state_folder} was left by a run with other settings: {extra['config']}")
+            wanted = json.loads(json.dumps(settings))  # as it reads after a trip through the state's header
+            changed = [key for key in wanted if extra["settings"].get(key) != wanted[key]]
+            if changed:
+                raise ConfigError(f"{state_folder} was left by a run with other settings ({', '.join(changed)}): give "
+                                  "them as they were, or start anew without --resume")
             curve, best, samples, seconds_before = (extra[key] for key in ("curve", "best", "samples", "seconds"))
+            loss_total, hits, seen = extra["running"]
             scaler.load_state_dict(extra["scaler"])
             best_values = {name: value.to(device) for name, value in tensors.items()}
     started = time.perf_counter()
-    loss_total, hits, seen = 0.0, 0, 0
 
     def seconds() -> float:
         return seconds_before + time.perf_counter() - started
@@ -173,8 +183,8 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: Callable[[Tensor
     def save_state() -> None:
         if state_folder is not None:
             save_training_state(state_folder, model, optimizer, step, tensors=best_values, extra={
-                "config": asdict(config), "curve": curve, "best": best, "samples": samples, "seconds": seconds(),
-                "scaler": scaler.state_dict()})
+                "settings": settings, "curve": curve, "best": best, "samples": samples, "seconds": seconds(),
+                "running": [float(loss_total), float(hits), seen], "scaler": scaler.state_dict()})
 
     model.train()
     stream = _micro_batches(batches, step, steps_per_epoch, config.gradient_accumulation)

@@ -9,15 +9,16 @@ This file knows tensors and files and no model class: it reads the names it must
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
-import socket
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 import torch.nn as nn
@@ -51,7 +52,7 @@ def find(name_or_folder: str | Path) -> Path:
     folder = MINI_FOLDER if name == "mini" else Path(name)
     if name in HUB_NAMES and not folder.is_dir():
         return _download(name)
-    if not folder.is_dir():
+    if not name or not folder.is_dir():
         raise WeightsError(f"model {name!r} is neither a folder nor one of mini, {', '.join(HUB_NAMES)}")
     missing = [file for file in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / file).is_file()]
     if missing:
@@ -61,19 +62,23 @@ def find(name_or_folder: str | Path) -> Path:
 
 
 def hub_is_reachable(timeout: float = 3.0) -> bool:
-    """Whether the Hugging Face hub (or the mirror named by HF_ENDPOINT) accepts a connection, within `timeout` s."""
+    """Whether the Hugging Face hub (or the mirror named by HF_ENDPOINT) answers a request, within `timeout` s."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
         return False
-    endpoint = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
-    port = endpoint.port or (443 if endpoint.scheme == "https" else 80)
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     reached = threading.Event()
 
-    def connect() -> None:
-        with suppress(OSError), socket.create_connection((endpoint.hostname or "", port), timeout=timeout):
+    def ask() -> None:
+        try:
+            with urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=timeout):
+                reached.set()
+        except urllib.error.HTTPError:  # whatever it answers, it answers
             reached.set()
+        except (OSError, ValueError, http.client.HTTPException):
+            pass
 
     # In a thread of its own, since the look-up of a name has no timeout.
-    attempt = threading.Thread(target=connect, daemon=True)
+    attempt = threading.Thread(target=ask, daemon=True)
     attempt.start()
     attempt.join(timeout)
     return reached.is_set()

@@ -66,7 +66,7 @@ def _parser(annotation: str) -> Callable[[str], Any]:
             return _json_object(text)
         if "list[int]" in kinds:
             return [int(part) for part in text.split(",")]
-        if "list[str]" in kinds and "," in text:
+        if "list[str]" in kinds and "," in text and text.replace(",", "").replace("_", "").replace(".", "").isalnum():
             return [part.strip() for part in text.split(",")]
         if "list[str]" in kinds and text.lower() != "all-linear" and text.replace("_", "").replace(".", "").isalnum():
             return [text]  # a plain name; anything with other characters is a regular expression

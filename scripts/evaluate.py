@@ -12,8 +12,8 @@ from common import add_data_options, add_machine_options, run
 
 from minipeft import defaults
 from minipeft.data import choose_dataset, load_dataset
-from minipeft.errors import DataError
-from minipeft.files import write_json_file
+from minipeft.errors import ConfigError, DataError
+from minipeft.files import check_writable, write_json_file
 from minipeft.finetune import load_finetuned
 from minipeft.tasks.classification import encode, metrics, predict_logits
 from minipeft.training import choose_device, choose_precision
@@ -37,18 +37,24 @@ def main() -> None:
     device = choose_device(options.device)
     precision = choose_precision(options.precision, device)
     model, tokenizer, details = load_finetuned(options.adapter, options.model, device)
-    name = options.dataset or choose_dataset(options.data_dir)[0]
+    name, why = (options.dataset, "asked for") if options.dataset is not None else choose_dataset(options.data_dir)
+    print(f"dataset    {name} ({why})")
     data = load_dataset(name, options.data_dir, options.text_column, options.label_column)
+    if options.json:
+        check_writable(options.json.parent)
     if len(data.label_names) != len(details["label_names"]):
         raise DataError(f"{name} has the labels {', '.join(data.label_names)}, but {options.adapter} was trained for "
                         f"{', '.join(details['label_names'])}")
+    if options.test_size is not None and options.test_size < 1:
+        raise ConfigError(f"test_size must be at least 1, got {options.test_size}")
     small = device.type == "cpu" and not options.full
     test = data.test.subset(options.test_size or (defaults.CPU_TEST_SIZE if small else None), seed=0)
     ids = encode(test.texts, tokenizer, details["max_length"], details["truncation"])
     logits = predict_logits(model, ids, device, precision, defaults.EVALUATION_BATCH_SIZE, "testing")
     found = metrics(logits, test.labels)
     low, high = found["accuracy_95_interval"]
-    print(f"{name}, {len(test):,} of {len(data.test):,} test examples" + (" (--full takes all)" if small else ""))
+    more = " (--full takes all)" if len(test) < len(data.test) else ""
+    print(f"{name}, {len(test):,} of {len(data.test):,} test examples{more}")
     print(f"accuracy {found['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f})   F1 {found['f1']:.4f}   "
           f"loss {found['loss']:.4f}")
     width = max(len(label) for label in data.label_names) + 2

@@ -33,7 +33,10 @@ def main() -> None:
     options = parse()
     if not options.texts and sys.stdin.isatty():
         raise DataError("no text: give texts as arguments, or lines on standard input")
-    texts = options.texts or [line for line in sys.stdin.read().splitlines() if line.strip()]
+    try:
+        texts = options.texts or [line for line in sys.stdin.read().splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise DataError(f"standard input is not UTF-8: {error}") from error
     check_texts(texts, "argument" if options.texts else "standard input")
     device = choose_device(options.device)
     precision = choose_precision(options.precision, device)

@@ -15,12 +15,13 @@ from common import run
 
 from minipeft import weights
 from minipeft.data import clean, data_folder, read_parquet_split, stratified_split
-from minipeft.errors import DataError
-from minipeft.files import write_json_file
+from minipeft.errors import ConfigError, DataError
+from minipeft.files import check_writable, write_json_file
 from minipeft.gpt2 import GPT2Config, GPT2LMHeadModel
 from minipeft.pretraining import PackedWindows, PretrainingConfig, bits_per_byte, pretrain, validation_loss
 from minipeft.report import machine, versions
 from minipeft.tokenizer import VOCABULARY_FILE, get_tokenizer, train_vocabulary
+from minipeft.training import choose_device
 
 
 def parse() -> argparse.Namespace:
@@ -48,7 +49,7 @@ def parse() -> argparse.Namespace:
     how.add_argument("--evaluate-every", type=int, default=recipe.evaluate_every, help="steps between evaluations")
     how.add_argument("--seed", type=int, default=recipe.seed)
     machine_group = parser.add_argument_group("machine")
-    machine_group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    machine_group.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
     machine_group.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     machine_group.add_argument("--no-compile", action="store_true")
     return parser.parse_args()
@@ -57,9 +58,10 @@ def parse() -> argparse.Namespace:
 def reviews(folder: Path, seed: int = 0) -> tuple[list[str], list[str]]:
     """The texts to learn from, and the held-out ones: exactly the validation split of `--dataset imdb`."""
     train, unlabelled = read_parquet_split(folder, "train"), read_parquet_split(folder, "unsupervised")
-    texts = [clean(text) for text in train["text"]]
-    kept, held_out = stratified_split(train["label"], 0.1, seed)
-    return ([texts[i] for i in kept] + [clean(text) for text in unlabelled["text"]], [texts[i] for i in held_out])
+    texts = [clean(text) for text in train["text"].to_pylist()]
+    kept, held_out = stratified_split(train["label"].to_pylist(), 0.1, seed)
+    more = [clean(text) for text in unlabelled["text"].to_pylist()]
+    return [texts[i] for i in kept] + more, [texts[i] for i in held_out]
 
 
 def model_card(results: dict[str, Any]) -> str:
@@ -94,6 +96,14 @@ def main() -> None:
     if folder is None:
         raise DataError("pretraining needs IMDb's parquet files: pass --data-dir, or set MINIPEFT_DATA, to a folder "
                         "that holds imdb/train-*.parquet and imdb/unsupervised-*.parquet")
+    config = PretrainingConfig(tokens=options.tokens, window=options.window, batch_size=options.batch_size,
+                               learning_rate=options.learning_rate, warmup_steps=options.warmup_steps,
+                               seed=options.seed, evaluate_every=options.evaluate_every)
+    device = choose_device(options.device)
+    if not 257 <= options.vocab_size <= 2**16:
+        raise ConfigError(f"vocab_size must lie between 257 and 65,536, got {options.vocab_size}")
+    for place in (options.output, options.state, options.results.parent):
+        check_writable(place)
     train_texts, held_out_texts = reviews(folder / "imdb")
     torch.manual_seed(options.seed)
     dropouts = {name: options.dropout for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
@@ -110,19 +120,16 @@ def main() -> None:
             n_head=options.n_head, bos_token_id=options.vocab_size - 1, eos_token_id=options.vocab_size - 1,
             **dropouts))
     tokenizer = get_tokenizer(vocabulary.parent)
-    model.to(options.device)
+    model.to(device)
     print(f"tokenising {len(train_texts):,} reviews")
     train_ids = [np.array(ids, dtype=np.uint16) for ids in tokenizer.encode_batch(train_texts)]
     held_out_ids = [np.array(ids, dtype=np.uint16) for ids in tokenizer.encode_batch(held_out_texts)]
 
-    config = PretrainingConfig(tokens=options.tokens, window=options.window, batch_size=options.batch_size,
-                               learning_rate=options.learning_rate, warmup_steps=options.warmup_steps,
-                               seed=options.seed, evaluate_every=options.evaluate_every)
     precision = torch.bfloat16 if options.precision == "bf16" else torch.float32
     batches = PackedWindows(train_ids, tokenizer.eos_token_id, config.window, config.batch_size, config.seed)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters:,} parameters, {batches.tokens:,} tokens of text, {config.steps:,} steps of "
-          f"{config.window * config.batch_size:,} tokens on {options.device}")
+          f"{config.window * config.batch_size:,} tokens on {device}")
 
     def held_out_loss(count: int | None = None) -> float:
         return validation_loss(model, held_out_ids[:count], tokenizer.eos_token_id, config.window, precision)

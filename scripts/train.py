@@ -66,6 +66,8 @@ def main() -> int | None:
         baseline(options, print)
         return None
     options.method_values = given(arguments, METHODS[arguments.method].config_class)
+    if "layers_to_transform" in options.method_values:  # blocks are chosen for modules that are named, in peft too
+        options.method_values.setdefault("target_modules", ["c_attn", "c_proj", "c_fc"])
     return None if finetune(options, print) else 130
 
 

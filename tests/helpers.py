@@ -99,14 +99,6 @@ class Outcome:
         return [line for line in lines if line.strip() and "%|" not in line and "it/s" not in line]
 
 
-@pytest.fixture
-def in_empty_folder(tmp_path, monkeypatch):
-    """Work in a folder of its own, so that default output paths are harmless; no data folder is set."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MINIPEFT_DATA", raising=False)
-    return tmp_path
-
-
 class ScriptRunner:
     """runner("train.py", "--epochs", 1) runs a script as the command line would, but in this process."""
 

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import pickle
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -123,10 +124,6 @@ def assert_refused(tiny_config, folder, error, message, model_class=GPT2ForSeque
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
-def leaks(error):
-    return pytest.mark.xfail(strict=True, reason=f"raises {error}")
-
-
 # --- adapter folders: round trips -------------------------------------------------------------------------------------
 
 ROUND_TRIPS = {
@@ -163,14 +160,12 @@ def test_a_saved_adapter_loads_into_a_fresh_base_with_equal_logits(tiny_config, 
 
 @pytest.mark.parametrize("pattern", [
     {"rank_pattern": {"c_proj": 2, "attn.c_proj": 4}}, {"alpha_pattern": {"c_proj": 2, "attn.c_proj": 40}}], ids=str)
-@pytest.mark.xfail(strict=True, reason="keys are sorted on saving, so that another one comes first on loading")
 def test_overlapping_patterns_mean_the_same_after_saving(tiny_config, tmp_path, pattern):
     model = perturb(inject(build(GPT2LMHeadModel, tiny_config), LoraConfig(target_modules=["c_proj"], **pattern)))
     save_adapter(model, tmp_path)
     assert torch.equal(load_adapter(build(GPT2LMHeadModel, tiny_config), tmp_path)(IDS), model.eval()(IDS))
 
 
-@pytest.mark.xfail(strict=True, reason="the injection keeps the caller's object, not its values")
 def test_what_is_saved_is_what_was_injected_even_if_the_configuration_object_is_reused(tiny_config, tmp_path):
     config = LoraConfig(r=2, lora_alpha=4)
     model = perturb(inject(build(GPT2LMHeadModel, tiny_config), config))
@@ -211,6 +206,21 @@ def test_an_adapter_loads_on_the_same_base_in_half_precision_and_stays_float32(t
     loaded = model.transformer.h[0].attn.c_attn.lora_A.weight
     assert loaded.dtype == torch.float32
     assert torch.equal(loaded, trained.transformer.h[0].attn.c_attn.lora_A.weight)
+
+
+def test_a_loaded_model_is_in_eval_mode_wherever_it_was_before(tiny_config, adapter):
+    model = load_adapter(build(GPT2ForSequenceClassification, tiny_config).train(), adapter[0])
+    assert {module.training for module in model.modules()} == {False}
+
+
+def test_the_extra_copies_of_a_token_classifiers_bias_that_peft_writes_are_ignored(tiny_config, tmp_path):
+    model = perturb(inject(build(GPT2ForTokenClassification, tiny_config), LoraConfig(r=2, bias="all")))
+    save_adapter(model, tmp_path)
+    edit_tensors(tmp_path / TENSORS, lambda tensors: tensors.update({
+        "base_model.model.classifier.modules_to_save.bias": model.classifier.bias.detach().clone(),
+        "base_model.model.classifier.original_module.bias": torch.full((2,), 100.0)}))
+    loaded = load_adapter(with_new_head(GPT2ForTokenClassification, tiny_config), tmp_path)
+    assert torch.equal(loaded(IDS, MASK), model.eval()(IDS, MASK))
 
 
 def test_training_can_go_on_from_a_loaded_adapter(tiny_config, adapter):
@@ -437,7 +447,7 @@ def test_a_truncated_tensor_file_is_named(tiny_config, adapter, keep):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1, 2]", b"null", b"\xff\xfe\x00", b'{"r": 8',
-                                     pytest.param(b"[" * 100_000, id="nested too deep", marks=leaks("RecursionError"))])
+                                     pytest.param(b"[" * 100_000, id="nested too deep")])
 @pytest.mark.parametrize("file", [CONFIG, DETAILS])
 def test_a_damaged_json_file_is_named(tiny_config, adapter, file, content):
     (adapter[0] / file).write_bytes(content)
@@ -501,14 +511,13 @@ def integers(tensors):
     (more_labels, r"score\.weight is \(5, 24\), this model needs \(2, 24\)"),
     (not_a_number, r"h\.0\.attn\.c_attn\.lora_A\.weight holds NaN or infinity"),
     (infinite, r"score\.weight holds NaN or infinity"),
-    pytest.param(integers, r"score\.weight .*floating point", marks=leaks("nothing, and loads the integers")),
+    (integers, r"score\.weight holds torch\.int64, not floating point"),
 ])
 def test_tensors_that_do_not_fit_are_named(tiny_config, adapter, change, message):
     edit_tensors(adapter[0] / TENSORS, change)
     assert_refused(tiny_config, adapter[0], AdapterError, message)
 
 
-@pytest.mark.xfail(strict=True, reason="undoing the injection makes every parameter require gradients")
 def test_a_failed_load_leaves_what_the_user_had_frozen_frozen(tiny_config, adapter):
     edit_tensors(adapter[0] / TENSORS, missing_a)
     model = build(GPT2ForSequenceClassification, tiny_config)
@@ -544,10 +553,10 @@ def test_a_classifier_adapter_without_task_and_head_is_refused(tiny_config, adap
     assert_refused(tiny_config, adapter[0], AdapterError, r"missing base_model\.model\.score\.weight")
 
 
-@pytest.mark.parametrize("kind", ["VERA", "", "lora", None, 3, pytest.param(["LORA"], marks=leaks("TypeError"))])
+@pytest.mark.parametrize("kind", ["VERA", "", "lora", None, 3, ["LORA"]])
 def test_an_unknown_peft_type_is_refused_with_the_known_ones(tiny_config, adapter, kind):
     edit_json(adapter[0] / CONFIG, peft_type=kind)
-    assert_refused(tiny_config, adapter[0], AdapterError, rf"peft_type {kind!r}; known are .*LORA")
+    assert_refused(tiny_config, adapter[0], AdapterError, rf"peft_type {re.escape(repr(kind))}; known are .*LORA")
 
 
 @pytest.mark.parametrize(("field", "value"), [
@@ -596,14 +605,14 @@ def test_the_smallest_config_means_the_defaults(tiny_config, tmp_path):
     {"target_modules": ["wte"]}, {"layers_to_transform": [7]}, {"layers_pattern": "h"},
     {"alpha_pattern": {"c_attn": "6"}}, {"init_lora_weights": [1]}, {"init_lora_weights": {}},
     {"layers_to_transform": "0"},
-    pytest.param({"target_modules": 5}, marks=leaks("TypeError")),
-    pytest.param({"target_modules": [None]}, marks=leaks("TypeError")),
-    pytest.param({"exclude_modules": 5}, marks=leaks("TypeError")),
-    pytest.param({"layers_to_transform": 1.5}, marks=leaks("TypeError")),
-    pytest.param({"rank_pattern": [2]}, marks=leaks("AttributeError")),
-    pytest.param({"rank_pattern": {"(": 2}}, marks=leaks("re.error")),
-    pytest.param({"alpha_pattern": [1]}, marks=leaks("TypeError")),
-    pytest.param({"use_rslora": "false"}, marks=leaks("nothing and loads with rsLoRA on")),
+    {"target_modules": 5},
+    {"target_modules": [None]},
+    {"exclude_modules": 5},
+    {"layers_to_transform": 1.5},
+    {"rank_pattern": [2]},
+    {"rank_pattern": {"(": 2}},
+    {"alpha_pattern": [1]},
+    {"use_rslora": "false"},
 ], ids=str)
 def test_a_config_with_a_bad_value_is_refused(tiny_config, adapter, fields):
     edit_json(adapter[0] / CONFIG, **fields)
@@ -684,7 +693,7 @@ def test_saving_the_state_does_not_disturb_the_run(tiny_config, tmp_path):
         actual = run(model, optimizer, [step])
         save_training_state(tmp_path, model, optimizer, step + 1, {})
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
-    assert names_in(tmp_path) == ["training_state.json", "training_state.safetensors"]
+    assert names_in(tmp_path) == ["training_state.safetensors"]
 
 
 def test_only_what_is_trained_is_stored(tiny_config, tmp_path):
@@ -720,32 +729,29 @@ def test_a_state_of_other_parameters_is_refused(tiny_config, tmp_path, other):
 
 
 def drop(name):
-    def change(folder):
-        edit_tensors(folder / "training_state.safetensors", lambda tensors: tensors.pop(name))
-    return change
+    return lambda tensors, header: (({key: t for key, t in tensors.items() if key != name}), header)
 
 
-def write(text):
-    return lambda folder: (folder / "training_state.json").write_text(text)
-
-
-def truncate(folder):
-    path = folder / "training_state.safetensors"
-    path.write_bytes(path.read_bytes()[:-7])
+def header(text):
+    return lambda tensors, _: (tensors, {"state": text})
 
 
 @pytest.mark.parametrize("damage", [
-    pytest.param(write("{"), id="broken JSON"), pytest.param(truncate, id="truncated tensors"),
-    pytest.param(lambda folder: (folder / "training_state.safetensors").unlink(), id="no tensors"),
-    pytest.param(write("[]"), id="JSON of another kind", marks=leaks("TypeError")),
-    pytest.param(write("{}"), id="no step", marks=leaks("KeyError")),
-    pytest.param(drop("random/cpu"), id="no random state", marks=leaks("KeyError")),
-])
+    pytest.param(header("{"), id="broken JSON"), pytest.param(header("[]"), id="JSON of another kind"),
+    pytest.param(header("{}"), id="no step"), pytest.param(lambda tensors, _: (tensors, None), id="no header"),
+    pytest.param(lambda tensors, _: (tensors, {"format": "pt"}), id="another program's header"),
+    pytest.param(drop("random/cpu"), id="no random state"), pytest.param(None, id="truncated")])
 def test_a_damaged_state_is_refused_and_changes_nothing(tiny_config, tmp_path, damage):
     model, optimizer = start(tiny_config, METHODS[0])
     run(model, optimizer, range(1))
     save_training_state(tmp_path, model, optimizer, 1, {})
-    damage(tmp_path)
+    (path,) = tmp_path.iterdir()
+    if damage is None:
+        path.write_bytes(path.read_bytes()[:-7])
+    else:
+        with safe_open(path, framework="pt") as file:
+            tensors, metadata = damage(load_file(path), file.metadata())
+        save_file(tensors, path, metadata=metadata)
     model, optimizer = start(tiny_config, METHODS[0])
     before = snapshot(model)
     with pytest.raises(OutputError, match="delete it") as caught:
@@ -765,7 +771,6 @@ def test_a_full_disk_leaves_the_older_state(tiny_config, tmp_path, monkeypatch):
     assert contents(tmp_path) == before
 
 
-@pytest.mark.xfail(strict=True, reason="the two files are renamed one after the other: step 2 with step 1's tensors")
 def test_a_process_killed_while_saving_leaves_one_whole_state(tiny_config, tmp_path, monkeypatch):
     model, optimizer = start(tiny_config, METHODS[0])
     values = {1: run(model, optimizer, [0])}
@@ -790,5 +795,5 @@ def test_a_process_killed_while_saving_leaves_one_whole_state(tiny_config, tmp_p
     try:
         step, _, _ = load_training_state(tmp_path, model, optimizer)
     except OutputError:
-        return  # to say so is as good
+        return  # to say so would be as good
     assert all(torch.equal(tensor, values[step][name]) for name, tensor in model.state_dict().items())

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pyarrow as pa
@@ -499,13 +500,24 @@ def seconds_until_unreachable():
     return time.perf_counter() - started
 
 
-def test_the_hub_is_reachable_where_something_listens(online, listener):
-    online(f"http://127.0.0.1:{listener}")
+@pytest.fixture
+def web_server():
+    """A server that answers every request, with 404: that much any hub does."""
+    handler = type("Handler", (BaseHTTPRequestHandler,), {"log_message": lambda *arguments: None})
+    handler.do_GET = handler.do_HEAD = lambda self: self.send_error(404)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port
+        server.shutdown()
+
+
+def test_the_hub_is_reachable_where_a_server_answers(online, web_server):
+    online(f"http://127.0.0.1:{web_server}")
     assert hub_is_reachable() is True
 
 
-def test_the_hub_is_unreachable_when_offline_is_asked_for(online, listener, monkeypatch):
-    online(f"http://127.0.0.1:{listener}")
+def test_the_hub_is_unreachable_when_offline_is_asked_for(online, web_server, monkeypatch):
+    online(f"http://127.0.0.1:{web_server}")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert hub_is_reachable() is False
 

@@ -50,11 +50,20 @@ def encode(texts: Sequence[str], tokenizer: Tokenizer, max_length: int, truncati
     Raises:
         ConfigError: an unknown truncation, or max_length below 1.
     """
+    check_length(max_length, truncation)
+    return [truncate(ids, max_length, truncation) for ids in tokenizer.encode_batch(texts)]
+
+
+def check_length(max_length: int, truncation: str) -> None:
+    """Refuse a length or a truncation that cannot be.
+
+    Raises:
+        ConfigError: an unknown truncation, or max_length below 1.
+    """
     if truncation not in TRUNCATIONS:
         raise ConfigError(f"truncation must be one of {', '.join(TRUNCATIONS)}, got {truncation!r}")
     if max_length < 1:
         raise ConfigError(f"max_length must be at least 1, got {max_length}")
-    return [truncate(ids, max_length, truncation) for ids in tokenizer.encode_batch(texts)]
 
 
 def loss_sum(logits: Tensor, batch: Batch) -> Tensor:
@@ -105,7 +114,7 @@ def wilson_interval(correct: int, total: int, z: float = 1.959964) -> tuple[floa
     p = correct / total
     centre = (p + z * z / (2 * total)) / (1 + z * z / total)
     half = z / (1 + z * z / total) * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
-    return centre - half, centre + half
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 @torch.inference_mode()
@@ -131,6 +140,9 @@ def zero_shot_logits(model: GPT2LMHeadModel, tokenizer: Tokenizer, texts: Sequen
             raise DataError(f"no word for {label!r} is a single token of this vocabulary")
         first_tokens.append(torch.tensor(tokens, device=device))
     prompt_ids = np.asarray(tokenizer.encode(prompt), dtype=np.int32)
+    if max_length <= len(prompt_ids):
+        raise ConfigError(f"max_length={max_length} leaves no room for a review: the prompt alone has "
+                          f"{len(prompt_ids)} tokens")
     ids = [np.concatenate((row, prompt_ids))
            for row in encode(texts, tokenizer, max_length - len(prompt_ids), "head_tail")]
     model.eval()

@@ -1,0 +1,588 @@
+"""Whatever a user gets wrong ends in exit code 2 and one line that says what, where and what to do; nothing is left
+half-written. One test for each item of the list that the project promises, and for what came up beside it."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import re
+import shutil
+import sys
+
+import pytest
+import torch
+from helpers import ScriptRunner, files_below, write_csv, write_imdb, write_parquet, write_tiny_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from minipeft import checkpoint, data, files, finetune, weights
+from minipeft.finetune import Options
+
+QUICK = ("--epochs", 1, "--batch-size", 4, "--precision", "fp32")
+FULL_DISK = [OSError(errno.ENOSPC, "No space left on device"),
+             SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")]
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def trained_adapter(tmp_path_factory, tiny_model):
+    """An adapter folder as training leaves it."""
+    folder = tmp_path_factory.mktemp("trained")
+    finetune.finetune(Options(
+        model=str(tiny_model), dataset=write_csv(folder / "films.csv"), precision="fp32",
+        output=str(folder / "adapter"), results_dir=str(folder), training_values={"epochs": 1}))
+    return folder / "adapter"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Each test works in a folder of its own that holds films.csv."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MINIPEFT_DATA", raising=False)
+    write_csv("films.csv")
+    return tmp_path
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    return ScriptRunner(monkeypatch, capsys)
+
+
+@pytest.fixture
+def refused(script, folder):
+    """refused("train.py", *options): the script must end with code 2, one line and no new file; returns the line."""
+
+    def run(name, *options):
+        before = files_below(folder)
+        outcome = script(name, *options)
+        assert outcome.code == 2, outcome.out
+        assert len(outcome.error_lines) == 1, outcome.err
+        assert outcome.error_lines[0].startswith("error: ")
+        assert "Traceback" not in outcome.err
+        assert files_below(folder) == before
+        return outcome.error_lines[0]
+
+    return run
+
+
+@pytest.fixture
+def train(refused, tiny_model):
+    """train(*options): a training run that must be refused."""
+
+    def run(*options):
+        return refused("train.py", "--model", tiny_model, "--dataset", "films.csv", *QUICK, *options)
+
+    return run
+
+
+@pytest.fixture
+def adapter(trained_adapter, folder):
+    """A copy of the trained adapter, to damage."""
+    return shutil.copytree(trained_adapter, folder / "adapter")
+
+
+@pytest.fixture
+def model(tiny_model, folder):
+    """A copy of the tiny model, to damage."""
+    return shutil.copytree(tiny_model, folder / "model")
+
+
+@pytest.fixture
+def usage_error(script, folder):
+    """usage_error("train.py", *options): argparse refuses; its last line says why, and nothing is written."""
+
+    def run(name, *options):
+        before = files_below(folder)
+        outcome = script(name, *options)
+        assert outcome.code == 2
+        assert outcome.error_lines[0].startswith("usage: ") and "Traceback" not in outcome.err
+        assert sum("error: " in line for line in outcome.error_lines) == 1
+        assert files_below(folder) == before
+        return outcome.error_lines[-1]
+
+    return run
+
+
+# --- unknown names ----------------------------------------------------------------------------------------------------
+
+def test_an_unknown_method(train, refused):
+    line = train("--method", "lorra")
+    assert "'lorra'" in line and "baseline, full, lora" in line
+    assert "'lorra'" in refused("train.py", "--method", "lorra", "--help")
+
+
+@pytest.mark.parametrize("name", ["gpt3", "openai-community/gpt2", "nowhere/model", ""])
+def test_an_unknown_model(train, name):
+    line = train("--model", name)
+    assert repr(name) in line and "mini, gpt2, gpt2-medium" in line
+
+
+@pytest.mark.parametrize("name", ["imbd", "films.txt", ""])
+@pytest.mark.parametrize("script_name", ["train.py", "evaluate.py"])
+def test_an_unknown_dataset(refused, adapter, tiny_model, name, script_name):
+    options = ("--model", tiny_model) if script_name == "train.py" else ("--adapter", adapter)
+    line = refused(script_name, *options, "--dataset", name)
+    assert repr(name) in line and "imdb, sample, or the path of a .csv" in line
+
+
+def test_a_dataset_file_that_is_not_there(train):
+    assert "nowhere.csv" in train("--dataset", "nowhere.csv")
+
+
+@pytest.mark.parametrize(("option", "column"), [("--text-column", "body"), ("--label-column", "stars")])
+@pytest.mark.parametrize("script_name", ["train.py", "evaluate.py"])
+def test_an_unknown_column(refused, adapter, tiny_model, option, column, script_name):
+    options = ("--model", tiny_model) if script_name == "train.py" else ("--adapter", adapter)
+    line = refused(script_name, *options, "--dataset", "films.csv", option, column)
+    assert repr(column) in line and "text, label" in line and option in line
+
+
+@pytest.mark.parametrize("option", ["--rank", "--lora-alhpa"])
+def test_an_unknown_option(usage_error, option):
+    assert option in usage_error("train.py", option, "8")
+
+
+def test_an_option_of_another_method(usage_error):
+    assert "--lora-alpha" in usage_error("train.py", "--method", "full", "--lora-alpha", 8)
+
+
+# --- model files ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("missing", [["model.safetensors"], ["config.json"], ["config.json", "model.safetensors"]])
+def test_a_model_folder_without_weights(train, model, missing):
+    for file in missing:
+        (model / file).unlink()
+    line = train("--model", "model")
+    assert line.startswith("error: model holds no ") and all(file in line for file in missing)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, 0.5, -8], ids=str)
+def test_a_truncated_weights_file(train, model, kept):
+    file = model / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:int(kept * len(content)) if isinstance(kept, float) else kept])
+    assert "model.safetensors is truncated or not a safetensors file" in train("--model", "model")
+
+
+def test_a_corrupt_weights_file(train, model):
+    (model / "model.safetensors").write_bytes(b"\x80\x02}q\x00." * 1000)
+    assert "model.safetensors is truncated or not a safetensors file" in train("--model", "model")
+
+
+def test_weights_of_other_shapes_than_the_configuration_says(train, model):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "n_embd": 32}))
+    line = train("--model", "model")
+    assert "does not fit its config.json" in line
+    assert "transformer.h.0.attn.c_attn.weight is (16, 48), expected (32, 96)" in line
+
+
+def test_weights_with_missing_and_unexpected_tensors(train, model):
+    tensors = load_file(model / "model.safetensors")
+    tensors["transformer.extra.weight"] = tensors.pop("transformer.h.1.mlp.c_fc.bias")
+    save_file(tensors, model / "model.safetensors")
+    line = train("--model", "model")
+    assert "missing transformer.h.1.mlp.c_fc.bias" in line and "unexpected transformer.extra.weight" in line
+
+
+def test_a_weights_file_that_is_not_gpt2(train, model):
+    save_file({"bert.embeddings.weight": torch.zeros(2, 2)}, model / "model.safetensors")
+    line = train("--model", "model")
+    assert "is not a GPT-2" in line and "bert.embeddings.weight" in line
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ("", "not readable JSON"), ("{", "not readable JSON"), ("[1]", "not a JSON object")])
+def test_an_unreadable_model_configuration(train, model, content, message):
+    (model / "config.json").write_text(content)
+    assert message in train("--model", "model")
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("model_type", "bert"), ("n_embd", -1), ("n_embd", "wide"), ("n_head", 5), ("n_layer", 1.5), ("resid_pdrop", 2),
+    ("layer_norm_epsilon", "small"), ("activation_function", "relu"), ("scale_attn_by_inverse_layer_idx", True)])
+def test_a_model_configuration_with_a_wrong_value(train, model, field, value):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, field: value}))
+    line = train("--model", "model")
+    assert field in line or repr(value) in line
+
+
+@pytest.mark.parametrize("content", [b"", b"not a rank file", b"YQ== 0\n", b"\xff\xfe\n"])
+def test_a_damaged_vocabulary(train, model, content):
+    (model / "vocab.tiktoken").write_bytes(content)
+    assert "vocab.tiktoken is not a tiktoken rank file" in train("--model", "model")
+
+
+def test_a_vocabulary_larger_than_the_model(train, folder):
+    write_tiny_model(folder / "small", vocab_size=100, bos_token_id=99, eos_token_id=99)
+    line = train("--model", "small")
+    assert "100" in line and "264" in line
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+def test_a_folder_without_an_adapter(refused):
+    for name in ("predict.py", "evaluate.py"):
+        line = refused(name, "--adapter", "nowhere", *(["text"] if name == "predict.py" else []))
+        assert line.startswith("error: nowhere holds neither adapter_config.json nor config.json: train first")
+
+
+@pytest.mark.parametrize("sizes", [{"seed": 1}, {"n_embd": 32}, {"n_layer": 1}, {"n_layer": 3}], ids=str)
+def test_an_adapter_for_another_base(refused, adapter, folder, sizes):
+    write_tiny_model(folder / "other", **sizes)
+    line = refused("predict.py", "text", "--adapter", "adapter", "--model", "other")
+    assert "was trained on another base model" in line
+
+
+def test_an_adapter_whose_base_has_gone(refused, adapter):
+    details = json.loads((adapter / "minipeft.json").read_text())
+    (adapter / "minipeft.json").write_text(json.dumps({**details, "base_model": "gone/away"}))
+    assert "gone/away" in refused("predict.py", "text", "--adapter", "adapter")
+
+
+@pytest.mark.parametrize("kept", [0, 4, 0.5, -8], ids=str)
+def test_a_truncated_adapter(refused, adapter, kept):
+    file = adapter / "adapter_model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:int(kept * len(content)) if isinstance(kept, float) else kept])
+    assert "adapter_model.safetensors" in refused("predict.py", "text", "--adapter", "adapter")
+
+
+def test_an_adapter_with_missing_misshapen_or_damaged_tensors(refused, adapter):
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    names = sorted(tensors)
+    tensors[names[0]] = torch.zeros(3, 3)
+    tensors[names[1]] = torch.full_like(tensors[names[1]], float("nan"))
+    del tensors[names[2]]
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    line = refused("predict.py", "text", "--adapter", "adapter")
+    assert f"{names[0]} is (3, 3)" in line and f"{names[1]} holds NaN" in line and f"missing {names[2]}" in line
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "minipeft.json"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "7"])
+def test_an_adapters_unreadable_json(refused, adapter, file, content):
+    (adapter / file).write_text(content)
+    assert file in refused("predict.py", "text", "--adapter", "adapter")
+
+
+WRONG_FIELDS = [
+    ("adapter_config.json", "r", "8"), ("adapter_config.json", "r", -1), ("adapter_config.json", "lora_alpha", "x"),
+    ("adapter_config.json", "target_modules", 5), ("adapter_config.json", "rank_pattern", [1]),
+    ("adapter_config.json", "rank_pattern", {"(": 2}), ("adapter_config.json", "alpha_pattern", "x"),
+    ("adapter_config.json", "exclude_modules", 5), ("adapter_config.json", "bias", "some"),
+    ("adapter_config.json", "peft_type", ["LORA"]), ("adapter_config.json", "peft_type", "XLORA"),
+    ("adapter_config.json", "use_dora", True), ("adapter_config.json", "task_type", "CAUSAL_LM"),
+    ("minipeft.json", "label_names", 5), ("minipeft.json", "label_names", []), ("minipeft.json", "label_names", {}),
+    ("minipeft.json", "label_names", None), ("minipeft.json", "label_names", ["one", "two", "three"]),
+    ("minipeft.json", "max_length", "x"), ("minipeft.json", "max_length", 0), ("minipeft.json", "max_length", None),
+    ("minipeft.json", "max_length", 10**6), ("minipeft.json", "truncation", "tail"), ("minipeft.json", "base_model", 5)]
+
+
+@pytest.mark.parametrize(("file", "field", "value"), WRONG_FIELDS, ids=lambda value: str(value).replace("/", "_"))
+def test_an_adapters_json_with_a_wrong_value(refused, adapter, file, field, value):
+    content = json.loads((adapter / file).read_text())
+    (adapter / file).write_text(json.dumps({**content, field: value}))
+    text = "a text longer than the model has positions " * 5
+    refused("predict.py", text, "--adapter", "adapter")
+
+
+def test_a_dataset_with_other_labels_than_the_adapters(refused, adapter):
+    write_csv("stars.csv", [(f"text {i}", i % 3) for i in range(60)])
+    line = refused("evaluate.py", "--adapter", "adapter", "--dataset", "stars.csv")
+    assert "0, 1, 2" in line and "negative, positive" in line
+
+
+# --- no network -------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(params=["offline", "refused"])
+def no_network(request, monkeypatch):
+    if request.param == "refused":
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+
+
+def test_no_network_for_a_model_says_which_files_to_put_where(train, no_network):
+    line = train("--model", "gpt2")
+    assert "cannot be reached" in line
+    for part in ("config.json", "model.safetensors", "openai-community/gpt2", "folder"):
+        assert part in line
+
+
+def test_no_network_for_imdb_says_which_files_to_put_where(train, no_network):
+    line = train("--dataset", "imdb")
+    assert "cannot be reached" in line
+    for part in ("train-00000-of-00001.parquet", "test-00000-of-00001.parquet", "--data-dir", "--dataset sample"):
+        assert part in line
+
+
+def test_no_network_for_gpt2s_vocabulary_says_where_to_put_it(train, model, monkeypatch):
+    import tiktoken
+
+    def fail(name):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", fail)
+    (model / "vocab.tiktoken").unlink()
+    assert "TIKTOKEN_CACHE_DIR" in train("--model", "model")
+
+
+def test_a_data_folder_without_imdb(train, folder):
+    assert "imdb/train-*.parquet" in train("--dataset", "imdb", "--data-dir", folder)
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+BAD_DATA = {
+    "an empty file": ("", "films.csv"), "a header and no rows": ("text,label\n", "no text"),
+    "an empty review": ('text,label\nfine,0\n"",1\n', "row 2: the text is empty"),
+    "a blank review": ('text,label\n"  \n ",1\nfine,0\n', "row 1: the text is empty"),
+    "one label only": ("text,label\n" + "".join(f"film {i},good\n" for i in range(40)), "one label only ('good')"),
+    "a missing label": ("text,label\nfine,0\nbad,\n", "row 2: column 'label' is empty"),
+    "few rows": ("text,label\nfine,0\nbad,1\n", "too few"),
+    "a label a row": ("text,label\n" + "".join(f"film {i},a{i}\n" for i in range(90)), "90 different values"),
+    "ragged rows": ("text,label\nfine,0\nbad,1,2,3\n", "not a readable .csv"),
+    "a review of a million characters": ("text,label\nfine,0\n" + "x" * 1_000_000 + ",1\n",
+                                         "row 2.*1,000,000 characters"),
+    "two columns of one name": ("text,text,label\na,b,0\nc,d,1\n", "text"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_unusable_data(train, folder, case):
+    content, message = BAD_DATA[case]
+    (folder / "films.csv").write_text(content)
+    line = train()
+    assert "films.csv" in line
+    assert re.search(message if "*" in message else re.escape(message), line)
+
+
+def test_imdb_files_with_other_columns(train, folder):
+    write_imdb(folder)
+    write_parquet("imdb/train-00000-of-00001.parquet", review=["a"], stars=[1])
+    assert "text" in train("--dataset", "imdb", "--data-dir", ".")
+
+
+def test_a_damaged_parquet_file(train, folder):
+    (folder / "films.parquet").write_bytes(b"PAR1" + b"\0" * 100 + b"PAR1")
+    assert "films.parquet" in train("--dataset", "films.parquet")
+
+
+def test_an_error_of_several_lines_from_the_hubs_client_is_printed_as_one(train, monkeypatch):
+    import datasets
+
+    def fail(*arguments, **options):
+        raise RuntimeError("first line\n  second line\n\nthird")
+
+    monkeypatch.setattr(data, "_in_hub_cache", lambda repository: True)
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    assert "first line second line third" in train("--dataset", "imdb")
+
+
+@pytest.mark.parametrize("texts", [[""], ["fine", "  "], ["x" * 1_000_000]], ids=["empty", "blank", "million"])
+def test_a_text_that_cannot_be_predicted(refused, adapter, texts):
+    line = refused("predict.py", "--adapter", "adapter", *texts)
+    assert f"argument, row {len(texts)}" in line
+    assert len(line) < 300
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ("", "no text at all"), ("\n \n\n", "no text at all"), ("fine\n" + "x" * 1_000_000, "row 2.*1,000,000 characters")],
+    ids=["nothing", "blank lines", "million"])
+def test_lines_that_cannot_be_predicted(refused, adapter, monkeypatch, content, message):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(content))
+    line = refused("predict.py", "--adapter", "adapter")
+    assert "standard input" in line and re.search(message, line)
+
+
+def test_standard_input_that_is_not_utf_8(refused, adapter, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("un café".encode("latin-1")), encoding="utf-8"))
+    assert "UTF-8" in refused("predict.py", "--adapter", "adapter").upper()
+
+
+def test_no_text_and_no_pipe(refused, adapter, monkeypatch):
+    terminal = io.StringIO("")
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdin", terminal)
+    assert "give texts as arguments, or lines on standard input" in refused("predict.py", "--adapter", "adapter")
+
+
+# --- the method's values ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("options", "message"), [
+    (("--r", 0), "r must be a positive integer, got 0"), (("--r", -1), "r must be a positive integer, got -1"),
+    (("--r", 17), "r=17 is larger than transformer.h.0.attn.c_attn, a 48 x 16 matrix"),
+    (("--rank-pattern", '{"c_fc": 99}'), "r=99 is larger than transformer.h.0.mlp.c_fc"),
+    (("--rank-pattern", '{"c_fc": 0}'), "must be a positive integer, got 0"),
+    (("--rank-pattern", '{"(": 4}'), "not a regular expression"),
+    (("--alpha-pattern", '{"c_fc": "x"}'), "'x'"), (("--alpha-pattern", '{"[": 1}'), "not a regular expression"),
+    (("--lora-alpha", "nan"), "lora_alpha"), (("--lora-alpha", "inf"), "lora_alpha"),
+    (("--lora-dropout", 1), "lora_dropout"), (("--lora-dropout", -0.5), "lora_dropout"),
+    (("--bias", "some"), "none, lora_only, all"), (("--init-lora-weights", "zeros"), "gaussian"),
+    (("--target-modules", "("), "not a regular expression"), (("--exclude-modules", "("), "not a regular expression"),
+    (("--exclude-modules", "c_attn,c_proj,c_fc"), "match nothing"),
+    (("--target-modules", "wte"), "only linear layers"), (("--target-modules", ""), "match nothing"),
+    (("--target-modules", "score"), "match nothing"),
+    (("--target-modules", "c_attn", "--layers-to-transform", 9), "match nothing in layers [9]"),
+    (("--target-modules", "c_attn", "--layers-to-transform", -1), "-1"),
+    (("--layers-pattern", "h"), "layers_pattern needs layers_to_transform")],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "")
+def test_values_that_make_no_lora(train, options, message):
+    assert message in train(*options)
+
+
+@pytest.mark.parametrize(("wanted", "nearest"), [
+    ("c_atn", "c_attn"), ("q_proj,v_proj", "c_proj"), ("attn.c_prj", "attn.c_proj"), ("mlp.fc", "mlp.c_fc"),
+    ("query_key_value", "c_attn, c_fc, c_proj")])
+def test_target_modules_that_match_nothing_list_the_nearest_names(train, wanted, nearest):
+    line = train("--target-modules", wanted)
+    assert "match nothing" in line
+    names = line.split("nearest names: ")[1].split(", ")
+    assert set(nearest.split(", ")) <= set(names)
+
+
+@pytest.mark.parametrize(("option", "value"), [
+    ("--r", "eight"), ("--lora-alpha", "x"), ("--rank-pattern", "c_fc=4"), ("--rank-pattern", "[1]"),
+    ("--layers-to-transform", "first"), ("--layers-to-transform", "0,x"), ("--use-rslora", "maybe"),
+    ("--epochs", "1.5"), ("--learning-rate", "fast"), ("--max-length", "long"), ("--truncation", "tail"),
+    ("--test-size", "all")])
+def test_a_value_of_the_wrong_kind(usage_error, option, value):
+    line = usage_error("train.py", option, value)
+    assert option in line and value in line
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("option", "value", "name"), [
+    ("--epochs", 0, "epochs"), ("--epochs", -2, "epochs"), ("--batch-size", 0, "batch_size"),
+    ("--gradient-accumulation", 0, "gradient_accumulation"), ("--evaluations-per-epoch", 0, "evaluations_per_epoch"),
+    ("--learning-rate", -1, "learning_rate"), ("--learning-rate", 0, "learning_rate"),
+    ("--learning-rate", "nan", "learning_rate"), ("--learning-rate", "inf", "learning_rate"),
+    ("--weight-decay", -1, "weight_decay"), ("--weight-decay", "nan", "weight_decay"),
+    ("--warmup-ratio", 2, "warmup_ratio"), ("--max-grad-norm", 0, "max_grad_norm"), ("--seed", -1, "seed"),
+    ("--seed", 2**70, "seed"), ("--dropout", 1.5, "probability"), ("--dropout", "nan", "probability"),
+    ("--max-length", 0, "max_length"), ("--max-length", -5, "max_length"), ("--train-size", 0, "train_size"),
+    ("--validation-size", 0, "validation_size"), ("--test-size", 0, "test_size"), ("--test-size", -1, "test_size")])
+def test_a_number_out_of_range(train, option, value, name):
+    line = train(option, value)
+    assert name in line and str(value) in line
+
+
+@pytest.mark.parametrize("size", [0, -3])
+def test_a_test_size_out_of_range_in_evaluate(refused, adapter, size):
+    line = refused("evaluate.py", "--adapter", "adapter", "--dataset", "films.csv", "--test-size", size)
+    assert str(size) in line
+
+
+# --- the machine ------------------------------------------------------------------------------------------------------
+
+def test_cuda_asked_for_and_absent(refused, tiny_model, adapter, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for options in (("train.py", "--model", tiny_model, "--dataset", "films.csv"),
+                    ("train.py", "--method", "baseline", "--model", tiny_model, "--dataset", "films.csv"),
+                    ("evaluate.py", "--adapter", "adapter"), ("predict.py", "--adapter", "adapter", "text")):
+        assert "CUDA was asked for" in refused(*options, "--device", "cuda")
+
+
+def test_an_unknown_device_or_precision(train):
+    assert "use cpu or cuda" in train("--device", "tpu")
+    assert "use auto, fp32, bf16, fp16" in train("--precision", "fp8")
+
+
+# --- places that cannot be written ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("place", ["films.csv", "films.csv/below", "films.csv/far/below"])
+@pytest.mark.parametrize("option", ["--output", "--results-dir"])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_an_output_folder_that_cannot_be_written(train, monkeypatch, place, option, method):
+    monkeypatch.setattr(finetune, "train", lambda *a, **k: pytest.fail("found out only after the training"))
+    assert "cannot write to films.csv" in train("--method", method, option, place)
+
+
+def test_a_results_folder_that_cannot_be_written_by_the_baseline(train):
+    assert "cannot write to films.csv" in train("--method", "baseline", "--results-dir", "films.csv/below")
+
+
+@pytest.mark.parametrize("place", ["films.csv/metrics.json", "adapter"])
+def test_a_metrics_file_that_cannot_be_written(refused, adapter, place):
+    line = refused("evaluate.py", "--adapter", "adapter", "--dataset", "films.csv", "--json", place)
+    assert "cannot write to" in line and place.split("/")[0] in line
+
+
+def partly_written(error):
+    """A save_file that writes some bytes and then finds the disk full."""
+
+    def save(tensors, path, metadata=None):
+        with open(path, "wb") as file:  # noqa: PTH123
+            file.write(b"half of it")
+        raise error
+
+    return save
+
+
+@pytest.mark.parametrize("error", FULL_DISK, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_disk_that_is_full_when_the_model_is_saved(train, monkeypatch, error, method):
+    monkeypatch.setattr(checkpoint if method == "lora" else weights, "save_file", partly_written(error))
+    assert "the disk is full" in train("--method", method)
+
+
+def test_a_disk_that_is_full_leaves_the_earlier_adapter_whole(script, folder, tiny_model, monkeypatch):
+    options = ("--model", tiny_model, "--dataset", "films.csv", *QUICK)
+    assert script("train.py", *options).code == 0
+    before = {file: open(file, "rb").read() for file in files_below(folder)}  # noqa: PTH123, SIM115
+    monkeypatch.setattr(checkpoint, "save_file", partly_written(FULL_DISK[0]))
+    assert script("train.py", *options, "--seed", 1).code == 2
+    assert {file: open(file, "rb").read() for file in files_below(folder)} == before  # noqa: PTH123, SIM115
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_disk_that_is_full_when_the_last_file_of_a_model_is_written(train, folder, monkeypatch, method):
+    write_json = files.write_json
+
+    def full_at_the_details(path, content):
+        if path.name == "minipeft.json":
+            path.write_text('{"label_names": [')
+            raise FULL_DISK[0]
+        write_json(path, content)
+
+    for module in (checkpoint, finetune):
+        monkeypatch.setattr(module, "write_json", full_at_the_details)
+    assert "the disk is full" in train("--method", method)
+
+
+@pytest.mark.parametrize("method", ["lora", "baseline"])
+def test_a_disk_that_is_full_when_the_results_are_written(script, folder, tiny_model, monkeypatch, method):
+    def full(path, content):
+        path.write_text('{"accuracy": ')
+        raise FULL_DISK[0]
+
+    monkeypatch.setattr(files, "write_json", full)
+    outcome = script("train.py", "--method", method, "--model", tiny_model, "--dataset", "films.csv", *QUICK)
+    assert outcome.code == 2
+    assert [line.startswith("error: cannot write to results") for line in outcome.error_lines] == [True]
+    assert "the disk is full" in outcome.err
+    assert files_below(folder / "results") == []
+
+
+# --- resuming ---------------------------------------------------------------------------------------------------------
+
+def test_a_damaged_training_state(refused, tiny_model, folder):
+    state = folder / "checkpoints" / "lora_finetuned" / "training_state"
+    state.mkdir(parents=True)
+    (state / "training_state.safetensors").write_bytes(b"half of it")
+    line = refused("train.py", "--model", tiny_model, "--dataset", "films.csv", *QUICK, "--resume")
+    assert "damaged training state" in line and "delete it" in line
+
+
+def test_what_is_not_wrong_is_not_refused(script, tiny_model, adapter):
+    """The same calls without a mistake succeed, or the tests above would prove nothing."""
+    assert script("train.py", "--model", tiny_model, "--dataset", "films.csv", *QUICK).code == 0
+    assert script("evaluate.py", "--adapter", "adapter", "--dataset", "films.csv").code == 0
+    assert script("predict.py", "--adapter", "adapter", "text").code == 0

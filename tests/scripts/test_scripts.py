@@ -1,0 +1,351 @@
+"""The scripts as a user calls them: train, evaluate, predict, report, and their help. Bad input has its own file."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+from helpers import (
+    ROOT,
+    SCRIPTS,
+    ScriptRunner,
+    files_below,
+    read_json,
+    rows,
+    write_csv,
+    write_imdb,
+    write_tiny_model,
+)
+
+from minipeft import defaults, finetune
+from minipeft.tasks import classification
+
+QUICK = ("--epochs", 3, "--batch-size", 4, "--learning-rate", 0.02, "--precision", "fp32")
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Each test works in a folder of its own that holds films.csv, so that default paths are harmless."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MINIPEFT_DATA", raising=False)
+    write_csv("films.csv")
+    return tmp_path
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    return ScriptRunner(monkeypatch, capsys)
+
+
+@pytest.fixture
+def train(script, tiny_model):
+    """train(*options): a LoRA run of a second, unless the options say otherwise; it must succeed."""
+
+    def run(*options):
+        outcome = script("train.py", "--model", tiny_model, "--dataset", "films.csv", *QUICK, *options)
+        assert outcome.code == 0, outcome.err
+        return outcome
+
+    return run
+
+
+# --- from training to a prediction ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_train_then_evaluate_then_predict(train, script, folder, method):
+    trained = train("--method", method)
+    assert f"wrote checkpoints/{method}_finetuned and results/fine_tuned_{method}_films_results.json" in trained.out
+    results = read_json(f"results/fine_tuned_{method}_films_results.json")
+
+    evaluated = script("evaluate.py", "--adapter", f"checkpoints/{method}_finetuned", "--dataset", "films.csv",
+                       "--precision", "fp32", "--json", "metrics/all.json")
+    assert evaluated.code == 0, evaluated.err
+    assert "4 of 4 test examples" in evaluated.out
+    assert f"accuracy {results['metrics']['test']['accuracy']:.4f} (95 % interval" in evaluated.out
+    assert read_json("metrics/all.json")["metrics"] == results["metrics"]["test"]
+    table = [line.split() for line in evaluated.out.splitlines()[-3:]]
+    assert table[0] == ["true", "/", "predicted", "negative", "positive"]
+    assert [[name, *map(int, counts)] for name, *counts in table[1:]] == [
+        [name, *counts] for name, counts in zip(("negative", "positive"),
+                                                results["metrics"]["test"]["confusion_matrix"])]
+
+    predicted = script("predict.py", "--adapter", f"checkpoints/{method}_finetuned", *(text for text, _ in rows(2)))
+    assert predicted.code == 0, predicted.err
+    lines = [line.split("\t") for line in predicted.out.splitlines()]
+    assert [line[2] for line in lines] == [text for text, _ in rows(2)]
+    assert [line[0] for line in lines] == [label for _, label in rows(2)]
+    assert all(0.5 <= float(line[1]) <= 1 for line in lines)
+
+
+def test_predictions_do_not_depend_on_what_else_is_asked(train, script):
+    train()
+    texts = ["a bad film", "a good film of some length, truly", "x"]
+
+    def predict(*texts):
+        return [line.split("\t") for line in script("predict.py", *texts, "--precision", "fp32").out.splitlines()]
+
+    for (label, probability, _), text in zip(predict(*texts), texts):
+        (alone, probability_alone, _), = predict(text)
+        assert label == alone
+        assert float(probability) == pytest.approx(float(probability_alone), abs=1.1e-4)
+
+
+def test_predict_reads_lines_of_standard_input(train, script, monkeypatch):
+    import io
+
+    train()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a good film\n\na bad film\n"))
+    from_stdin = script("predict.py")
+    assert from_stdin.out == script("predict.py", "a good film", "a bad film").out
+    assert len(from_stdin.out.splitlines()) == 2
+
+
+def test_predict_shows_a_long_text_on_one_line(train, script):
+    train()
+    line, = script("predict.py", "first line\nsecond\tline " + "x" * 500).out.splitlines()
+    label, probability, text = line.split("\t")
+    assert text.startswith("first line second line xxx") and len(text) <= 80
+    assert label in ("negative", "positive") and re.fullmatch(r"[01]\.\d{4}", probability)
+
+
+def test_baseline_trains_nothing_and_writes_its_results(train, folder):
+    outcome = train("--method", "baseline")
+    assert "untrained head: accuracy" in outcome.out and "zero-shot: accuracy" in outcome.out
+    assert read_json("results/baseline_films_results.json")["method"] == "baseline"
+    assert not (folder / "checkpoints").exists()
+
+
+def test_evaluate_takes_a_subset_on_a_cpu_and_everything_when_asked(train, script, monkeypatch):
+    train()
+    monkeypatch.setattr(defaults, "CPU_TEST_SIZE", 2)
+    assert "2 of 4 test examples (--full takes all)" in script("evaluate.py", "--dataset", "films.csv").out
+    assert "4 of 4 test examples\n" in script("evaluate.py", "--dataset", "films.csv", "--full").out
+    assert "3 of 4 test examples" in script("evaluate.py", "--dataset", "films.csv", "--test-size", 3).out
+
+
+def test_a_model_trained_on_one_dataset_can_be_tested_on_another(train, script):
+    train()
+    write_imdb(".", train=40, test=20)
+    outcome = script("evaluate.py", "--dataset", "imdb", "--data-dir", ".")
+    assert outcome.code == 0 and "imdb, 20 of 20 test examples" in outcome.out
+
+
+def test_ctrl_c_ends_with_code_130_says_how_to_go_on_and_resume_does(train, script, tiny_model, monkeypatch):
+    original, calls = classification.loss_sum, []
+
+    def pressing(logits, batch):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(logits, batch)
+
+    monkeypatch.setattr(classification, "loss_sum", pressing)
+    outcome = script("train.py", "--model", tiny_model, "--dataset", "films.csv", *QUICK)
+    assert outcome.code == 130
+    assert "--resume" in outcome.out and not outcome.error_lines
+    assert script("predict.py", "a good film").code == 0
+    assert read_json(train("--resume").out.split()[-1])["curve"][-1]["step"] == 24
+
+
+def test_report_makes_a_table_of_the_results(train, script):
+    train("--method", "baseline")
+    train("--method", "lora")
+    outcome = script("report.py", "--dataset", "films")
+    assert outcome.code == 0, outcome.err
+    lines = outcome.out.splitlines()
+    assert len(lines) == 2 + 3
+    assert "untrained head" in outcome.out and "zero-shot" in outcome.out and lines[-1].startswith("| lora |")
+
+
+# --- what is said first -----------------------------------------------------------------------------------------------
+
+def test_what_was_chosen_is_printed_first_with_the_reason(train, tiny_model):
+    lines = train().out.splitlines()
+    assert re.fullmatch(r"device +cpu \(what this machine has\)", lines[0])
+    assert re.fullmatch(r"precision +float32 \(asked for\)", lines[1])
+    assert re.fullmatch(rf"model +{tiny_model} \(asked for\)", lines[2])
+    assert re.fullmatch(r"dataset +films\.csv \(asked for\)", lines[3])
+    assert re.fullmatch(r"sizes +32 train, 4 validation, 4 test", lines[4])
+    assert "trainable params: " in lines[5]
+
+
+def test_without_a_dataset_or_network_the_sample_is_used_and_the_reason_printed(script, tiny_model):
+    outcome = script("train.py", "--model", tiny_model, *QUICK, "--epochs", 1, "--train-size", 20)
+    assert outcome.code == 0, outcome.err
+    assert re.search(r"^dataset +sample \(IMDb is not on this machine", outcome.out, re.MULTILINE)
+    assert "20 train" in outcome.out
+
+
+def test_evaluate_says_which_dataset_it_chose_and_why(train, script):
+    train()
+    outcome = script("evaluate.py")
+    assert outcome.code == 0, outcome.err
+    assert "sample" in outcome.out.splitlines()[0] and "IMDb is not on this machine" in outcome.out
+
+
+# --- options reach the configuration ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("options", "expected"), [
+    (("--r", 2), {"r": 2}), (("--lora-alpha", 7.5), {"lora_alpha": 7.5}),
+    (("--lora-dropout", 0.25), {"lora_dropout": 0.25}),
+    (("--target-modules", "c_attn"), {"target_modules": ["c_attn"]}),
+    (("--target-modules", "c_attn,mlp.c_fc"), {"target_modules": ["c_attn", "mlp.c_fc"]}),
+    (("--target-modules", r".*\.h\.1\..*c_proj"), {"target_modules": r".*\.h\.1\..*c_proj"}),
+    (("--target-modules", r".*h\.\d{1,2}\.mlp\.c_fc"), {"target_modules": r".*h\.\d{1,2}\.mlp\.c_fc"}),
+    (("--target-modules", "all-linear"), {"target_modules": "all-linear"}),
+    (("--exclude-modules", "c_proj"), {"exclude_modules": ["c_proj"]}),
+    (("--target-modules", "c_attn", "--layers-to-transform", "0,1"), {"layers_to_transform": [0, 1]}),
+    (("--target-modules", "c_attn", "--layers-to-transform", "1"), {"layers_to_transform": 1}),
+    (("--target-modules", "c_attn", "--layers-to-transform", "1", "--layers-pattern", "h"), {"layers_pattern": "h"}),
+    (("--rank-pattern", '{"c_attn": 3}'), {"rank_pattern": {"c_attn": 3}}),
+    (("--alpha-pattern", '{"c_attn": 3.5}'), {"alpha_pattern": {"c_attn": 3.5}}),
+    (("--bias", "lora_only"), {"bias": "lora_only"}), (("--use-rslora", "true"), {"use_rslora": True}),
+    (("--init-lora-weights", "gaussian"), {"init_lora_weights": "gaussian"}),
+    (("--init-lora-weights", "false"), {"init_lora_weights": False}),
+    (("--init-lora-weights", "True"), {"init_lora_weights": True})],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "")
+def test_an_option_of_the_method_reaches_its_configuration(train, options, expected):
+    train("--epochs", 1, *options)
+    found = read_json("results/fine_tuned_lora_films_results.json")["method_config"]
+    assert {key: found[key] for key in expected} == expected
+
+
+def test_layers_can_be_chosen_without_naming_modules(train):
+    train("--epochs", 1, "--layers-to-transform", "1")
+    tensors = read_json("checkpoints/lora_finetuned/adapter_config.json")
+    assert tensors["layers_to_transform"] in (1, [1]) or all(".h.1." in name for name in tensors["target_modules"])
+
+
+def test_an_option_of_the_training_reaches_its_configuration(train):
+    train("--epochs", 2, "--gradient-accumulation", 2, "--weight-decay", 0.3, "--warmup-ratio", 0.2, "--max-grad-norm",
+          0.5, "--evaluations-per-epoch", 1, "--seed", 11)
+    found = read_json("results/fine_tuned_lora_films_results.json")
+    assert found["training_config"] == {
+        "epochs": 2, "batch_size": 4, "gradient_accumulation": 2, "learning_rate": 0.02, "weight_decay": 0.3,
+        "warmup_ratio": 0.2, "max_grad_norm": 0.5, "evaluations_per_epoch": 1, "seed": 11}
+    assert found["seed"] == 11 and len(found["curve"]) == 2
+
+
+def test_what_is_not_given_comes_from_the_table_of_defaults(script, tiny_model):
+    script("train.py", "--model", tiny_model, "--dataset", "films.csv", "--epochs", 1)
+    found = read_json("results/fine_tuned_lora_films_results.json")
+    table = defaults.DEFAULTS["lora"]
+    assert {key: found["method_config"][key] for key in table["method"]} == table["method"]
+    assert found["training_config"]["learning_rate"] == table["training"]["learning_rate"]
+
+
+def test_output_and_results_go_where_they_are_sent(train, folder):
+    train("--output", "here/adapter", "--results-dir", "there")
+    assert {os.path.relpath(file, folder) for file in files_below(folder)} == {
+        "films.csv", "here/adapter/adapter_config.json", "here/adapter/adapter_model.safetensors",
+        "here/adapter/minipeft.json", "there/fine_tuned_lora_films_results.json"}
+
+
+def test_columns_of_ones_own_file_are_named_by_options(script, tiny_model):
+    write_csv("other.csv", header=("review", "verdict"))
+    outcome = script("train.py", "--model", tiny_model, "--dataset", "other.csv", "--text-column", "review",
+                     "--label-column", "verdict", *QUICK)
+    assert outcome.code == 0, outcome.err
+
+
+def test_switches_reach_the_run(script, tiny_model, monkeypatch):
+    received = {}
+
+    def note(options, say):
+        received.update(vars(options))
+        return {"done": True}
+
+    monkeypatch.setattr(finetune, "finetune", note)
+    assert script("train.py", "--full", "--compile", "--gradient-checkpointing", "--resume", "--max-length", 9,
+                  "--dropout", 0.3, "--device", "cpu", "--truncation", "head", "--test-size", 5).code == 0
+    assert {"full": True, "compile": True, "gradient_checkpointing": True, "resume": True, "max_length": 9,
+            "dropout": 0.3, "device": "cpu", "truncation": "head", "test_size": 5, "train_size": None,
+            "model": None, "dataset": None, "method": "lora"}.items() <= received.items()
+    assert script("train.py").code == 0
+    assert not any(received[name] for name in ("full", "compile", "gradient_checkpointing", "resume"))
+
+
+# --- help -------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("name", "groups"), [
+    ("train.py", ["what to train", "method lora", "data", "length and size", "training", "machine", "output"]),
+    ("evaluate.py", ["what to test", "data", "machine"]), ("predict.py", ["what to predict", "machine"]),
+    ("pretrain.py", ["where", "size", "recipe", "machine"]), ("report.py", [])])
+def test_help_groups_the_options_and_shows_the_command(script, name, groups):
+    outcome = script(name, "--help")
+    assert outcome.code == 0 and not outcome.err
+    for group in groups:
+        assert re.search(rf"^{group}.*:$", outcome.out, re.MULTILINE), group
+    assert f"python scripts/{name}" in outcome.out
+
+
+def test_a_methods_help_shows_its_own_options_and_no_others(script):
+    lora, full = (script("train.py", "--method", method, "--help").out for method in ("lora", "full"))
+    for option in ("--lora-alpha", "--lora-dropout", "--target-modules", "--layers-to-transform", "--bias", "--r "):
+        assert option in lora
+        assert option not in full
+    for option in ("--learning-rate", "--epochs", "--max-length"):
+        assert option in lora and option in full
+
+
+def test_help_shows_the_methods_defaults(script):
+    table = defaults.DEFAULTS["lora"]
+    text = " ".join(script("train.py", "--method", "lora", "--help").out.split())
+    assert f"divided by r; default {table['method']['lora_alpha']}" in text
+    assert f"peak learning rate; default {table['training']['learning_rate']}" in text
+
+
+# --- in a process of their own ----------------------------------------------------------------------------------------
+
+def call(*command, **more):
+    """A script run as from a shell, somewhere else than in the repository, without its progress bars."""
+    environment = {key: value for key, value in os.environ.items() if key != "MINIPEFT_DATA"}
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=300,
+                          env=environment | {"PYTHONWARNINGS": "ignore"}, **more)
+
+
+def test_the_scripts_run_from_another_folder_as_processes(tiny_model, folder):
+    done = call(SCRIPTS / "train.py", "--model", tiny_model, "--dataset", "films.csv", *QUICK)
+    assert done.returncode == 0, done.stderr
+    assert not [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip() and "%|" not in line]
+    done = call(SCRIPTS / "predict.py", input="a good film\na bad film\n")
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert len(done.stdout.splitlines()) == 2
+
+
+def test_a_users_mistake_is_one_line_and_code_2_also_in_a_process(folder):
+    done = call(SCRIPTS / "predict.py", "text", "--adapter", "nowhere")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"error: nowhere holds neither .*\n", done.stderr)
+
+
+def test_the_library_never_imports_transformers_or_peft(folder):
+    code = ("import sys, runpy; sys.argv = ['train.py', '--help']\n"
+            f"sys.path.insert(0, {str(SCRIPTS)!r})\n"
+            f"try: runpy.run_path({str(SCRIPTS / 'train.py')!r}, run_name='__main__')\n"
+            "except SystemExit: pass\n"
+            "import minipeft, minipeft.pretraining\n"
+            "assert not {'transformers', 'peft'} & set(sys.modules), 'imported'")
+    done = call("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not (ROOT / "checkpoints" / "mini" / "model.safetensors").is_file(), reason="no bundled model")
+def test_with_nothing_named_the_bundled_model_trains_and_predicts(script):
+    outcome = script("train.py", "--train-size", 64, "--validation-size", 20, "--test-size", 20, "--epochs", 1,
+                     "--max-length", 64, "--device", "cpu")
+    assert outcome.code == 0, outcome.err
+    assert re.search(r"^model +mini \(default on cpu\)", outcome.out, re.MULTILINE)
+    assert re.search(r"^dataset +sample ", outcome.out, re.MULTILINE)
+    assert "64 train, 20 validation, 20 test" in outcome.out
+    predicted = script("predict.py", "A film I will not forget.")
+    assert predicted.code == 0 and predicted.out.endswith("\tA film I will not forget.\n")

@@ -1,0 +1,35 @@
+"""README says what is true: its example runs, its table is the results', its files exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from minipeft.report import TABLE_END, TABLE_START, results_table
+from minipeft.weights import MINI_FOLDER
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_python_example_runs_as_printed_and_has_ten_lines_at_most(capsys):
+    example = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
+    assert len([line for line in example.splitlines() if line.strip()]) <= 10
+    exec(compile(example, "README.md", "exec"), {})
+    assert "trainable params: " in capsys.readouterr().out
+
+
+def test_the_table_is_what_the_results_files_say():
+    table = README.partition(TABLE_START)[2].partition(TABLE_END)[0].strip()
+    assert table == results_table(ROOT / "results")
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README))))
+def test_a_linked_file_exists(path):
+    assert (ROOT / path).exists()
+
+
+def test_the_bundled_model_is_small_and_complete():
+    names = {path.name for path in MINI_FOLDER.iterdir()}
+    assert names == {"config.json", "model.safetensors", "vocab.tiktoken", "README.md"}
+    assert sum(path.stat().st_size for path in MINI_FOLDER.iterdir()) <= 24_000_000

@@ -24,12 +24,12 @@ from minipeft.data import BucketedBatches, ClassificationData, choose_dataset, l
 from minipeft.errors import AdapterError, ConfigError, WeightsError
 from minipeft.files import check_writable, replacing_folder, write_json, write_json_file
 from minipeft.gpt2 import GPT2ForSequenceClassification, GPT2LMHeadModel
+from minipeft.hardware import choose_device, choose_precision, machine, peak_memory_bytes, versions
 from minipeft.methods import METHODS, inject
 from minipeft.methods.surgery import fingerprint, injections, trainable_parameters
-from minipeft.report import machine, peak_memory_bytes, versions
 from minipeft.tasks import classification
 from minipeft.tokenizer import VOCABULARY_FILE, Tokenizer, get_tokenizer
-from minipeft.training import TrainingConfig, choose_device, choose_precision, train
+from minipeft.training import TrainingConfig, train
 from minipeft.weights import find
 
 Say = Callable[[str], None]

@@ -20,12 +20,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from minipeft.checkpoint import load_training_state, save_training_state
 from minipeft.errors import ConfigError
 from minipeft.gpt2 import GPT2LMHeadModel
+from minipeft.hardware import computing_in
 from minipeft.optimisation import adamw, warmup_cosine
 
 
@@ -160,7 +160,7 @@ def validation_loss(model: GPT2LMHeadModel, texts: Sequence[np.ndarray], eos_tok
     total = 0.0
     for start in range(0, count, batch_size):
         batch, target = inputs[start:start + batch_size].to(device), targets[start:start + batch_size].to(device)
-        with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
+        with computing_in(precision, device):
             logits = model(batch)                                                # (B, T, vocab)
         total += F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="sum").item()
     model.train()
@@ -186,7 +186,6 @@ def pretrain(model: GPT2LMHeadModel, train: PackedWindows, evaluate: Callable[[]
     curve, seconds_before = extra.get("curve", []), extra.get("seconds", 0.0)
     device = model.lm_head.weight.device
     body: nn.Module = torch.compile(model.transformer, dynamic=False) if compile_model else model.transformer
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # the MATH kernel then stays in bfloat16
     started, running = time.perf_counter(), []
     model.train()
     bar = tqdm(total=config.steps, initial=step, unit="step", desc="pretraining", mininterval=5)
@@ -195,10 +194,7 @@ def pretrain(model: GPT2LMHeadModel, train: PackedWindows, evaluate: Callable[[]
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * scale
         tokens = train.batch(step).to(device)                                    # (B, T + 1)
-        # On these short windows the plain softmax(QK)V, fused by the compiler, beats the CPU's flash kernel.
-        with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32), \
-                sdpa_kernel(SDPBackend.MATH if device.type == "cpu" and compile_model else
-                            [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        with computing_in(precision, device):
             hidden = body(tokens[:, :-1])                                        # (B, T, C)
             if precision != torch.float32:
                 hidden = hidden.to(precision)

@@ -71,11 +71,13 @@ def _read_vocabulary(path: Path) -> tiktoken.Encoding:
     """A rank file: one line per token, its bytes in base64 and its rank. The end-of-text token follows the last."""
     try:
         lines = [line.split() for line in path.read_bytes().splitlines() if line]
-        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     except ValueError as error:
         raise WeightsError(f"{path} is not a tiktoken rank file: {error}") from error
-    if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) < 256:
+    if sorted(ranks.values()) != list(range(len(lines))):
         raise WeightsError(f"{path} is not a tiktoken rank file: its ranks do not count up from 0")
+    if not all(bytes([byte]) in ranks for byte in range(256)):
+        raise WeightsError(f"{path} is not a tiktoken rank file: it lacks some of the 256 bytes")
     return tiktoken.Encoding(name=path.parent.name, pat_str=GPT2_SPLIT_PATTERN, mergeable_ranks=ranks,
                              special_tokens={END_OF_TEXT: len(ranks)})
 

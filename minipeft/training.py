@@ -24,10 +24,9 @@ from tqdm import tqdm
 
 from minipeft.checkpoint import load_training_state, save_training_state
 from minipeft.data import Batch, BucketedBatches
-from minipeft.errors import ConfigError, HardwareError
+from minipeft.errors import ConfigError
+from minipeft.hardware import computing_in
 from minipeft.optimisation import adamw, warmup_cosine
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -71,40 +70,6 @@ class History:
     seconds: float
     samples: int
     interrupted: bool = False
-
-
-def choose_device(name: str | None = None) -> torch.device:
-    """The device asked for, or CUDA where there is one, else the CPU.
-
-    Raises:
-        HardwareError: an unknown device, or CUDA asked for and absent.
-    """
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name not in ("cpu", "cuda"):
-        raise HardwareError(f"unknown device {name!r}: use cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise HardwareError("CUDA was asked for, but PyTorch sees no CUDA device here: use --device cpu, or install a "
-                            "CUDA build of torch and its driver")
-    return torch.device(name)
-
-
-def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype matrix products run in: "auto" takes bfloat16 where the hardware has it.
-
-    On CUDA without bfloat16, auto is float16 with a loss scaler; on a CPU without bfloat16 instructions, float32.
-
-    Raises:
-        HardwareError: an unknown name.
-    """
-    if name == "auto":
-        if device.type == "cuda":
-            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-        native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-        return torch.bfloat16 if native else torch.float32
-    if name not in PRECISIONS:
-        raise HardwareError(f"unknown precision {name!r}: use auto, {', '.join(PRECISIONS)}")
-    return PRECISIONS[name]
 
 
 @contextmanager
@@ -198,7 +163,7 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: Callable[[Tensor
             size = sum(len(batch.labels) for batch in group_of_batches)
             for batch in group_of_batches:
                 batch = batch.to(device)
-                with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
+                with computing_in(precision, device):
                     logits = forward(batch.input_ids, attention_mask=batch.attention_mask)
                 loss = loss_sum(logits, batch)
                 scaler.scale(loss / size).backward()

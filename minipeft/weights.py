@@ -154,7 +154,8 @@ def load(model: nn.Module, folder: Path, dtype: torch.dtype, initialise: Callabl
     head = getattr(model, "head", None)
     with open_tensors(path) as file:
         stored = {name: file.get_slice(name) for name in file.keys()}
-        source = {_our_name(name, model.prefix): name for name in stored if not name.endswith(_BUFFERS)}
+        parameters = [name for name in stored if not name.endswith(_BUFFERS)]
+        source = {_our_name(name, model.prefix): name for name in parameters}
         shapes = {ours: tuple(stored[name].get_shape()) for ours, name in source.items()}
         kinds = {ours: stored[name].get_dtype() for ours, name in source.items()}
     new_head = head is not None and not any(name.startswith(head + ".") for name in source)
@@ -162,8 +163,12 @@ def load(model: nn.Module, folder: Path, dtype: torch.dtype, initialise: Callabl
     if new_head or tied:
         wanted = {name: tensor for name, tensor in wanted.items() if not name.startswith(f"{head}.")}
     # Another class's head is not ours to load: a classifier's file is a fine source for a language model.
-    left_over = [name for name in source if name not in wanted and not name.startswith(_HEADS)]
+    others = tuple(name for name in _HEADS if name != f"{head}.")
+    left_over = [name for name in source if name not in wanted and not name.startswith(others)
+                 and not (tied and name == "lm_head.weight")]
     problems = [f"missing {name} {tuple(wanted[name].shape)}" for name in wanted if name not in source]
+    problems += [f"{name} and {source[_our_name(name, model.prefix)]} are the same tensor" for name in parameters
+                 if source[_our_name(name, model.prefix)] != name]
     problems += [f"unexpected {source[name]} {shapes[name]}" for name in left_over]
     for name in wanted.keys() & source.keys():
         expected = _stored_shape(name, tuple(wanted[name].shape))

@@ -15,8 +15,8 @@ from minipeft.data import choose_dataset, load_dataset
 from minipeft.errors import ConfigError, DataError
 from minipeft.files import check_writable, write_json_file
 from minipeft.finetune import load_finetuned
+from minipeft.hardware import choose_device, choose_precision
 from minipeft.tasks.classification import encode, metrics, predict_logits
-from minipeft.training import choose_device, choose_precision
 
 
 def parse() -> argparse.Namespace:

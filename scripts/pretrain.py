@@ -18,10 +18,9 @@ from minipeft.data import clean, data_folder, read_parquet_split, stratified_spl
 from minipeft.errors import ConfigError, DataError
 from minipeft.files import check_writable, write_json_file
 from minipeft.gpt2 import GPT2Config, GPT2LMHeadModel
+from minipeft.hardware import choose_device, machine, versions
 from minipeft.pretraining import PackedWindows, PretrainingConfig, bits_per_byte, pretrain, validation_loss
-from minipeft.report import machine, versions
 from minipeft.tokenizer import VOCABULARY_FILE, get_tokenizer, train_vocabulary
-from minipeft.training import choose_device
 
 
 def parse() -> argparse.Namespace:

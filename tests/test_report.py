@@ -1,11 +1,11 @@
-"""Results files become tables; where they were measured is told."""
+"""Results files become tables."""
 
 import json
 
 import pytest
 
 from minipeft.errors import OutputError
-from minipeft.report import TABLE_END, TABLE_START, machine, replace_table, results_table, versions
+from minipeft.report import TABLE_END, TABLE_START, replace_table, results_table
 
 
 def write(folder, name, method, dataset, metrics, trainable, seconds):
@@ -36,8 +36,3 @@ def test_a_table_replaces_what_is_between_the_markers_and_nothing_else():
     assert replace_table(text, "new") == f"before\n{TABLE_START}\nnew\n{TABLE_END}\nafter\n"
     with pytest.raises(OutputError, match="there is no"):
         replace_table("no markers", "new")
-
-
-def test_machine_and_versions_say_what_the_numbers_depend_on():
-    assert machine()["cores"] >= 1 and machine()["memory_gib"] > 0 and machine()["processor"]
-    assert {"python", "torch", "numpy", "minipeft"} <= set(versions())

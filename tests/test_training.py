@@ -20,9 +20,9 @@ from safetensors import safe_open
 
 from minipeft import FullConfig, GPT2ForSequenceClassification, LoraConfig, inject, training
 from minipeft.data import BucketedBatches, collate
-from minipeft.errors import ConfigError, HardwareError
+from minipeft.errors import ConfigError
 from minipeft.tasks.classification import loss_sum, metrics, predict_logits
-from minipeft.training import TrainingConfig, choose_device, choose_precision, train
+from minipeft.training import TrainingConfig, train
 
 CPU = torch.device("cpu")
 METHODS = {"full": FullConfig(), "lora": LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")}
@@ -62,51 +62,6 @@ def test_values_at_the_edge_of_their_range_are_accepted():
     TrainingConfig(epochs=1, batch_size=1, gradient_accumulation=1, evaluations_per_epoch=1, learning_rate=1e-12,
                    weight_decay=0, warmup_ratio=0, seed=0)
     TrainingConfig(warmup_ratio=1, seed=2**31)
-
-
-# --- device and precision ---------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize(("name", "present", "chosen"), [
-    (None, False, "cpu"), (None, True, "cuda"), ("cpu", True, "cpu"), ("cuda", True, "cuda")])
-def test_the_device_is_the_one_asked_for_else_the_best_there_is(monkeypatch, name, present, chosen):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: present)
-    assert choose_device(name).type == chosen
-
-
-def test_cuda_asked_for_and_absent_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(HardwareError, match=r"CUDA was asked for.*--device cpu"):
-        choose_device("cuda")
-
-
-@pytest.mark.parametrize("name", ["gpu", "cuda:1", "mps", ""])
-def test_an_unknown_device_is_refused(name):
-    with pytest.raises(HardwareError, match="use cpu or cuda"):
-        choose_device(name)
-
-
-@pytest.mark.parametrize(("name", "dtype"), [
-    ("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_precision_asked_for_is_the_one_used(name, dtype, device):
-    assert choose_precision(name, torch.device(device)) is dtype
-
-
-@pytest.mark.parametrize(("supported", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
-def test_cuda_runs_in_bfloat16_where_the_hardware_has_it_else_in_float16(monkeypatch, supported, dtype):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: supported)
-    assert choose_precision("auto", torch.device("cuda")) is dtype
-
-
-@pytest.mark.parametrize(("supported", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_a_cpu_runs_in_bfloat16_where_it_has_the_instructions_else_in_float32(monkeypatch, supported, dtype):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported, raising=False)
-    assert choose_precision("auto", CPU) is dtype
-
-
-def test_an_unknown_precision_is_refused():
-    with pytest.raises(HardwareError, match="unknown precision 'fp8': use auto, fp32, bf16, fp16"):
-        choose_precision("fp8", CPU)
 
 
 # --- a toy task: the last token says which label ----------------------------------------------------------------------

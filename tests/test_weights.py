@@ -617,10 +617,24 @@ def test_offline_mode_is_obeyed(monkeypatch, tmp_path, name):
     assert f"openai-community/{name} into a folder" in message and all(file in message for file in FILES)
 
 
-def test_the_hub_is_reachable_when_its_endpoint_accepts_a_connection(monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+def test_the_hub_is_reachable_when_its_endpoint_answers(monkeypatch):
+    with StandInHub("openai-community/gpt2", {}) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.address)
         assert not weights.hub_is_reachable()                                     # HF_HUB_OFFLINE is set
         monkeypatch.delenv("HF_HUB_OFFLINE")
         assert weights.hub_is_reachable()
     assert not weights.hub_is_reachable()
+
+
+def test_a_hub_that_takes_the_connection_but_never_answers_is_not_reachable(monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        assert not weights.hub_is_reachable(timeout=0.2)
+
+
+@pytest.mark.parametrize("endpoint", ["no address", "http://[broken", "ftp://127.0.0.1:9"])
+def test_a_malformed_endpoint_is_not_reachable(monkeypatch, endpoint):
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    assert not weights.hub_is_reachable(timeout=1)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from minipeft.data import Batch, in_order_of_length
 from minipeft.errors import ConfigError, DataError
 from minipeft.gpt2 import GPT2LMHeadModel
+from minipeft.hardware import computing_in
 from minipeft.tokenizer import Tokenizer
 
 TRUNCATIONS = ("head", "head_tail")
@@ -84,7 +85,7 @@ def predict_logits(model: nn.Module, ids: Sequence[np.ndarray], device: torch.de
     with tqdm(total=len(ids), desc=progress, unit="text", disable=progress is None, mininterval=1) as bar:
         for rows, batch in in_order_of_length(ids, [0] * len(ids), batch_size):
             batch = batch.to(device)
-            with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
+            with computing_in(precision, device):
                 output = model(batch.input_ids, attention_mask=batch.attention_mask)     # (B, K)
             logits[torch.from_numpy(rows)] = output.float().cpu()
             bar.update(len(rows))
@@ -150,7 +151,7 @@ def zero_shot_logits(model: GPT2LMHeadModel, tokenizer: Tokenizer, texts: Sequen
     with tqdm(total=len(ids), desc=progress, unit="text", disable=progress is None, mininterval=1) as bar:
         for rows, batch in in_order_of_length(ids, [0] * len(ids), batch_size):
             batch = batch.to(device)
-            with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
+            with computing_in(precision, device):
                 hidden = model.transformer(batch.input_ids, attention_mask=batch.attention_mask)     # (B, T, C)
                 last = hidden[torch.arange(len(rows)), batch.attention_mask.sum(dim=1) - 1]          # (B, C)
                 scores = model.lm_head(last).float().log_softmax(dim=-1)                             # (B, vocab)

@@ -1,0 +1,112 @@
+"""Where a run computes and in which number format: choosing both, computing in them, and describing the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from minipeft.errors import HardwareError
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """The device asked for, or CUDA where there is one, else the CPU.
+
+    Raises:
+        HardwareError: an unknown device, or CUDA asked for and absent.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise HardwareError(f"unknown device {name!r}: use cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise HardwareError("CUDA was asked for, but PyTorch sees no CUDA device here: use --device cpu, or install a "
+                            "CUDA build of torch and its driver")
+    return torch.device(name)
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype matrix products run in: "auto" takes bfloat16 where the hardware has it.
+
+    On CUDA without bfloat16, auto is float16 with a loss scaler; on a CPU without bfloat16 instructions, float32.
+
+    Raises:
+        HardwareError: an unknown name.
+    """
+    if name == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+        return torch.bfloat16 if native else torch.float32
+    if name not in PRECISIONS:
+        raise HardwareError(f"unknown precision {name!r}: use auto, {', '.join(PRECISIONS)}")
+    return PRECISIONS[name]
+
+
+@contextmanager
+def computing_in(precision: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Run a forward pass with its matrix products in `precision`, and the attention kernel that is fastest there.
+
+    In bfloat16 on a CPU that is the plain softmax(q k^T) v: at the length of a text it beats the flash kernel, which
+    saves memory instead. Everywhere else PyTorch chooses.
+    """
+    with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
+        if device.type != "cpu" or precision != torch.bfloat16:
+            yield
+            return
+        earlier = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # else it would compute in float32, slowly
+        try:
+            with sdpa_kernel(SDPBackend.MATH):
+                yield
+        finally:
+            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(earlier)
+
+
+def machine() -> dict[str, Any]:
+    """The machine's description for a results file."""
+    description: dict[str, Any] = {
+        "system": platform.system(), "processor": _processor(), "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)}
+    if torch.cuda.is_available():
+        description["gpu"] = torch.cuda.get_device_name()
+    return description
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for package in ("minipeft", "torch", "tiktoken", "safetensors", "numpy", "datasets"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak memory of this process: allocated on the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        return names[0] if names else platform.machine()
+    except OSError:
+        return platform.processor() or platform.machine()

@@ -1,0 +1,82 @@
+"""hardware.py: device and precision are chosen as asked or as is best, and are in force only where they should be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minipeft.errors import HardwareError
+from minipeft.hardware import choose_device, choose_precision, computing_in, machine, versions
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("name", "present", "chosen"), [
+    (None, False, "cpu"), (None, True, "cuda"), ("cpu", True, "cpu"), ("cuda", True, "cuda")])
+def test_the_device_is_the_one_asked_for_else_the_best_there_is(monkeypatch, name, present, chosen):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: present)
+    assert choose_device(name).type == chosen
+
+
+def test_cuda_asked_for_and_absent_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(HardwareError, match=r"CUDA was asked for.*--device cpu"):
+        choose_device("cuda")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:1", "mps", ""])
+def test_an_unknown_device_is_refused(name):
+    with pytest.raises(HardwareError, match="use cpu or cuda"):
+        choose_device(name)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [
+    ("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_precision_asked_for_is_the_one_used(name, dtype, device):
+    assert choose_precision(name, torch.device(device)) is dtype
+
+
+@pytest.mark.parametrize(("supported", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_cuda_runs_in_bfloat16_where_the_hardware_has_it_else_in_float16(monkeypatch, supported, dtype):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: supported)
+    assert choose_precision("auto", torch.device("cuda")) is dtype
+
+
+@pytest.mark.parametrize(("supported", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_cpu_runs_in_bfloat16_where_it_has_the_instructions_else_in_float32(monkeypatch, supported, dtype):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported, raising=False)
+    assert choose_precision("auto", CPU) is dtype
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(HardwareError, match="unknown precision 'fp8': use auto, fp32, bf16, fp16"):
+        choose_precision("fp8", CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_run_in_the_chosen_precision_inside_the_block_and_as_before_outside(dtype):
+    x, weight = torch.randn(2, 3), torch.randn(4, 3)
+    earlier = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed(), torch.backends.cuda.flash_sdp_enabled()
+    with pytest.raises(ZeroDivisionError), computing_in(dtype, CPU):
+        assert F.linear(x, weight).dtype is dtype
+        raise ZeroDivisionError
+    assert F.linear(x, weight).dtype is torch.float32
+    assert earlier == (torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed(),
+                       torch.backends.cuda.flash_sdp_enabled())
+
+
+def test_attention_in_bfloat16_agrees_with_float32():
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 3, 17, 8) for _ in range(3))
+    exact = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    with computing_in(torch.bfloat16, CPU):
+        close = F.scaled_dot_product_attention(*(x.bfloat16() for x in (query, key, value)), is_causal=True)
+    assert close.dtype is torch.bfloat16
+    assert (close.float() - exact).abs().max() < 0.05
+
+
+def test_machine_and_versions_say_what_the_numbers_depend_on():
+    assert machine()["cores"] >= 1 and machine()["memory_gib"] > 0 and machine()["processor"]
+    assert {"python", "torch", "numpy", "minipeft"} <= set(versions())

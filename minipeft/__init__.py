@@ -12,13 +12,24 @@ from minipeft.gpt2 import (
     KVCache,
 )
 from minipeft.methods import METHODS, inject
+from minipeft.methods.adapter import BottleneckConfig
+from minipeft.methods.bitfit import BitFitConfig
 from minipeft.methods.full import FullConfig
+from minipeft.methods.head import HeadConfig
+from minipeft.methods.ia3 import IA3Config
 from minipeft.methods.lora import LoraConfig
-from minipeft.methods.surgery import disable_adapter, merge, remove, trainable_parameters, unmerge
+from minipeft.methods.operations import disable_adapter, merge, remove, set_adapter, unmerge
+from minipeft.methods.prefix import PrefixTuningConfig
+from minipeft.methods.prompt import PromptTuningConfig
+from minipeft.methods.ptuning import PromptEncoderConfig
+from minipeft.methods.surgery import trainable_parameters
+from minipeft.methods.vera import VeraConfig
 from minipeft.tokenizer import get_tokenizer
 
 __all__ = [
-    "METHODS", "FullConfig", "GPT2Config", "GPT2ForSequenceClassification", "GPT2ForTokenClassification",
-    "GPT2LMHeadModel", "GPT2Model", "KVCache", "LoraConfig", "MinipeftError", "disable_adapter", "generate",
-    "get_tokenizer", "inject", "load_adapter", "merge", "remove", "save_adapter", "trainable_parameters", "unmerge",
+    "METHODS", "BitFitConfig", "BottleneckConfig", "FullConfig", "GPT2Config", "GPT2ForSequenceClassification",
+    "GPT2ForTokenClassification", "GPT2LMHeadModel", "GPT2Model", "HeadConfig", "IA3Config", "KVCache", "LoraConfig",
+    "MinipeftError", "PrefixTuningConfig", "PromptEncoderConfig", "PromptTuningConfig", "VeraConfig",
+    "disable_adapter", "generate", "get_tokenizer", "inject", "load_adapter", "merge", "remove", "save_adapter",
+    "set_adapter", "trainable_parameters", "unmerge",
 ]

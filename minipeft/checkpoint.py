@@ -15,69 +15,90 @@ import torch
 import torch.nn as nn
 from safetensors.torch import save_file
 
-from minipeft.errors import AdapterError, ConfigError, MinipeftError, OutputError, WeightsError
+from minipeft.errors import AdapterError, ConfigError, InjectionError, MinipeftError, OutputError, WeightsError
 from minipeft.files import replacing_folder, write_json
-from minipeft.methods import METHODS, Method, inject
-from minipeft.methods.surgery import fingerprint, injections, pattern_value, remove
+from minipeft.methods import METHODS, inject
+from minipeft.methods.operations import adapter_names, put_in_force, put_out_of_force, remove
+from minipeft.methods.surgery import (
+    Injection,
+    base_fingerprint,
+    base_of,
+    base_parameters,
+    injections,
+)
 from minipeft.weights import open_tensors
 
 CONFIG_FILE, TENSORS_FILE, DETAILS_FILE = "adapter_config.json", "adapter_model.safetensors", "minipeft.json"
 STATE_FILE = "training_state.safetensors"
-_PREFIX = "base_model.model."
 _TASK_TYPES = {None: "FEATURE_EXTRACTION", "lm_head": "CAUSAL_LM", "score": "SEQ_CLS", "classifier": "TOKEN_CLS"}
 # Keys of peft's adapter_config.json that do not change what the model computes, whatever they say.
 _HARMLESS = {"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping",
-             "peft_version", "modules_to_save", "fan_in_fan_out", "megatron_core", "qalora_group_size", "loftq_config",
-             "runtime_config", "eva_config", "use_qalora"}
+             "peft_version", "modules_to_save", "fan_in_fan_out", "runtime_config"}
 # With bias="all" peft writes a token classifier's bias twice more, once as trained and once as it was before.
-_IGNORED_TENSORS = {f"{_PREFIX}classifier.{kind}.bias" for kind in ("modules_to_save", "original_module")}
-# Saved values of init_lora_weights that say how training began and nothing about how to load.
-_INIT_ONLY = ("eva", "orthogonal", "mica")
+_IGNORED_TENSORS = {f"base_model.model.classifier.{kind}.bias" for kind in ("modules_to_save", "original_module")}
 
 
 # --- adapter folders --------------------------------------------------------------------------------------------------
 
 def save_adapter(model: nn.Module, folder: str | Path, details: dict[str, Any] | None = None) -> None:
-    """Write the trained tensors and the configuration of the injected method; peft loads the folder.
+    """Write the trained tensors and the configuration of what is in force; peft loads the folder where it knows the
+    method. A combination of methods becomes one sub-folder each, named by the method.
 
     Args:
-        model: carries exactly one injection whose method peft knows.
+        model: carries one injection or more.
         folder: created if absent; files of an earlier adapter are replaced once all new ones are written.
         details: more for `minipeft.json`, such as label names.
 
     Raises:
-        AdapterError: nothing is injected, the adapter is merged, or peft has no format for the method.
+        AdapterError: nothing is injected, the adapter is merged, or the method trains the whole model.
         OutputError: the folder cannot be written, or the disk is full.
     """
-    if not injections(model):
+    in_force = injections(model)
+    if not in_force:
         raise AdapterError("this model carries no adapter to save: inject a method first")
-    injection = injections(model)[-1]
-    if injection.merged:
+    if any(injection.merged for injection in in_force):
         raise AdapterError("the adapter is merged into the weights: unmerge it, or use save_pretrained")
-    if not hasattr(injection.config, "peft_type"):
-        raise AdapterError(f"{injection.method} has no adapter to save: use save_pretrained")
-    parameters = dict(model.named_parameters())
-    tensors = {_PREFIX + name: parameters[name].detach().cpu().contiguous() for name in injection.trained_names()}
-    head = getattr(model, "head", None)
-    config = dataclasses.asdict(injection.config)
-    if isinstance(config["target_modules"], str) and config["target_modules"].lower() == "all-linear":
-        config["target_modules"] = list(injection.layers)
-    for pattern, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
-        # One exact key a module: JSON readers may reorder keys, and then another of two matching ones would count.
-        config[pattern] = {name: value for name in injection.layers
-                           if (value := pattern_value(config[pattern], name, config[default])) != config[default]}
-    config.update(
-        peft_type=injection.config.peft_type, task_type=_TASK_TYPES[head], inference_mode=True,
-        base_model_name_or_path=getattr(model, "name_or_path", None), fan_in_fan_out=True, use_dora=False,
-        lora_bias=False, modules_to_save=["classifier", "score"] if head in ("score", "classifier") else None,
-        target_modules=config["target_modules"] or sorted({name.split(".")[-1] for name in injection.layers}))
-    base = getattr(model, "transformer", model)
+    for injection in in_force:
+        if not hasattr(injection.config, "peft_type"):
+            raise AdapterError(f"{injection.method} has no adapter to save: use save_pretrained")
+    folder = Path(folder)
     with replacing_folder(folder) as temporary:
-        save_file(tensors, temporary / TENSORS_FILE, metadata={"format": "pt"})
-        write_json(temporary / CONFIG_FILE, config)
-        write_json(temporary / DETAILS_FILE, {
-            "base_fingerprint": injection.fingerprint, "base_dtype": str(base.wte.weight.dtype),
-            "base_model": getattr(model, "name_or_path", None), "method": injection.method, **(details or {})})
+        for injection in in_force:
+            part = temporary / injection.method if len(in_force) > 1 else temporary
+            part.mkdir(exist_ok=True)
+            _write(model, injection, part, details or {})
+    written = {folder / injection.method for injection in in_force} if len(in_force) > 1 else {folder}
+    for earlier in {folder, *(folder / method for method in METHODS)} - written:
+        for file in (CONFIG_FILE, TENSORS_FILE, DETAILS_FILE):  # an adapter of before must not be taken for this one
+            (earlier / file).unlink(missing_ok=True)
+
+
+def _write(model: nn.Module, injection: Injection, folder: Path, details: dict[str, Any]) -> None:
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _stored(model, injection).items()}
+    head = getattr(model, "head", None)
+    config = dataclasses.asdict(injection.config) | injection.config.to_saved(model, injection.layers)
+    config |= {"peft_type": injection.config.peft_type, "task_type": _TASK_TYPES[head], "inference_mode": True,
+               "base_model_name_or_path": getattr(model, "name_or_path", None),
+               "modules_to_save": ["classifier", "score"] if head in ("score", "classifier") else None}
+    save_file(tensors, folder / TENSORS_FILE, metadata={"format": "pt"})
+    write_json(folder / CONFIG_FILE, config)
+    write_json(folder / DETAILS_FILE, {
+        "base_fingerprint": injection.fingerprint, "base_dtype": str(base_of(model).wte.weight.dtype),
+        "base_model": getattr(model, "name_or_path", None), "method": injection.method, **details})
+
+
+def _stored(model: nn.Module, injection: Injection) -> dict[str, torch.Tensor]:
+    """What an adapter file holds of one injection: its layers' tensors, and the base's own that it trains."""
+    tensors = {}
+    for name, layer in injection.layers.items():
+        tensors |= layer.stored(name)
+    parameters, prefix = base_parameters(model), getattr(injection.config, "base_prefix", "base_model.model.")
+    for name in injection.trained_base:
+        module, _, parameter = name.rpartition(".")
+        # The bias of a layer that this very method replaced is found, in peft's names, in the layer it keeps.
+        key = f"{module}.base_layer.{parameter}" if module in injection.layers else name
+        tensors[prefix + key] = parameters[name]
+    return tensors
 
 
 def read_details(folder: str | Path) -> dict[str, Any]:
@@ -86,75 +107,93 @@ def read_details(folder: str | Path) -> dict[str, Any]:
     return _read_json(path) if path.is_file() else {}
 
 
-def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Inject the method saved in `folder` into a fresh base model and load its trained tensors.
+def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> nn.Module:
+    """Inject the method saved in `folder` into a base model and load its trained tensors.
 
     The configuration, the base's fingerprint (where the folder has one) and every tensor's name, shape and values are
     checked; on any error the model is left as it was.
 
+    Args:
+        model: a base model. It may carry adapters under other names: they stay, out of force (see `set_adapter`).
+        folder: an adapter folder, ours or peft's, or one with a sub-folder for each of several methods.
+        name: of the loaded adapter.
+
     Returns:
-        The same model, in eval mode.
+        The same model, in eval mode, with the loaded adapter in force.
 
     Raises:
         AdapterError: no adapter there, a damaged one, another base's, another head's, or tensors missing or left over.
         ConfigError: a field that changes the numbers and is not implemented here.
-        InjectionError: the model already carries a method.
+        InjectionError: the model already carries a method under this name.
     """
     folder = Path(folder)
+    parts = [folder / method for method in METHODS if (folder / method / CONFIG_FILE).is_file()]
+    if (folder / CONFIG_FILE).is_file() or not parts:
+        parts = [folder]
+    prepared = [_prepare(model, part) for part in parts]
+    if name in adapter_names(model):
+        raise InjectionError(f"this model already carries an adapter {name!r}: remove it, or load under another name")
+    earlier = put_out_of_force(model, injections(model))
+    try:
+        for part, (config, tensors) in zip(parts, prepared):
+            random_state = torch.get_rng_state()  # loading draws initial values that it then overwrites
+            inject(model, config, name)
+            torch.set_rng_state(random_state)
+            _fill(model, injections(model)[-1], tensors, part)
+    except MinipeftError:
+        if name in adapter_names(model):
+            remove(model, name)
+        put_in_force(model, earlier)
+        raise
+    return model.eval()
+
+
+def _prepare(model: nn.Module, folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
+    """What an adapter folder holds, checked as far as it can be before the model is touched."""
     for file in (CONFIG_FILE, TENSORS_FILE):
         if not (folder / file).is_file():
             raise AdapterError(f"{folder} holds no {file}: it is not an adapter folder")
     saved = _read_json(folder / CONFIG_FILE)
-    config = _parse_config(saved, folder)
+    config = _parse_config(saved, folder, model)
     task = _TASK_TYPES[getattr(model, "head", None)]
     if saved.get("task_type") not in (None, task):
         raise AdapterError(f"{folder} was trained for {saved['task_type']}, this model is for {task}")
+    if saved.get("task_type") is None and getattr(config, "needs_task", False):
+        raise AdapterError(f"{folder} does not say its task_type, and virtual tokens have a meaning for one task only")
     details = read_details(folder)
-    dtype = str(getattr(model, "transformer", model).wte.weight.dtype)
-    if "base_fingerprint" in details and details.get("base_dtype") == dtype and not injections(model):
-        found = fingerprint(model)
+    if "base_fingerprint" in details and details.get("base_dtype") == str(base_of(model).wte.weight.dtype):
+        found = base_fingerprint(model)
         if found != details["base_fingerprint"]:
             raise AdapterError(f"{folder} was trained on another base model ({details.get('base_model')}, fingerprint "
                                f"{details['base_fingerprint']}); this one has fingerprint {found}")
     try:
         with open_tensors(folder / TENSORS_FILE) as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            return config, {name: file.get_tensor(name) for name in file.keys()}
     except WeightsError as error:
         raise AdapterError(str(error)) from error
-    random_state = torch.get_rng_state()  # loading draws initial values that it then overwrites
-    inject(model, config)
-    torch.set_rng_state(random_state)
-    try:
-        _fill(model, tensors, folder)
-    except MinipeftError:
-        remove(model)
-        raise
-    return model.eval()
 
 
-def _parse_config(saved: dict[str, Any], folder: Path) -> Any:
+def _parse_config(saved: dict[str, Any], folder: Path, model: nn.Module) -> Any:
     """A configuration object from peft's JSON; anything that would change the numbers unnoticed is refused."""
-    by_type: dict[str, Method] = {m.config_class.peft_type: m for m in METHODS.values()
-                                  if hasattr(m.config_class, "peft_type")}
+    by_type = {method.config_class.peft_type: method.config_class for method in METHODS.values()
+               if hasattr(method.config_class, "peft_type")}
     kind = saved.get("peft_type")
     if not isinstance(kind, str) or kind not in by_type:
         raise AdapterError(f"{folder / CONFIG_FILE} says peft_type {kind!r}; known are {', '.join(sorted(by_type))}")
-    method = by_type[kind]
-    known = {field.name: field for field in dataclasses.fields(method.config_class)}
-    refused = sorted(key for key, value in saved.items() if value and key not in known and key not in _HARMLESS)
+    config_class = by_type[kind]
+    known = {field.name for field in dataclasses.fields(config_class)} | set(getattr(config_class, "more_fields", ()))
+    harmless = _HARMLESS | set(getattr(config_class, "harmless", ()))
+    refused = sorted(key for key, value in saved.items() if value and key not in known | harmless)
     if refused:
         raise ConfigError(f"{folder / CONFIG_FILE} sets {', '.join(f'{key}={saved[key]!r}' for key in refused)}, which "
                           "minipeft does not implement")
-    values = {key: value for key, value in saved.items() if key in known and value is not None}
-    if values.get("init_lora_weights") in _INIT_ONLY:
-        values["init_lora_weights"] = True
-    return method.config(**values)
+    return config_class.from_saved({key: value for key, value in saved.items()
+                                    if key in known and value is not None}, model)
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> None:
-    parameters = dict(model.named_parameters())
-    wanted = {_PREFIX + name: parameters[name] for name in injections(model)[-1].trained_names()}
+def _fill(model: nn.Module, injection: Injection, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    wanted = _stored(model, injection)
     tensors = {name: tensor for name, tensor in tensors.items() if name not in _IGNORED_TENSORS}
     problems = [f"missing {name}" for name in wanted if name not in tensors]
     problems += [f"unexpected {name}" for name in tensors if name not in wanted]
@@ -167,8 +206,13 @@ def _fill(model: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> N
     if problems:
         more = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
         raise AdapterError(f"{folder / TENSORS_FILE} does not fit this model: {'; '.join(problems[:6])}{more}")
+    layer_tensors = set()
+    for name, layer in injection.layers.items():
+        layer_tensors |= layer.stored(name).keys()
+        layer.restore(name, tensors)
     for name, parameter in wanted.items():
-        parameter.copy_(tensors[name])
+        if name not in layer_tensors:
+            parameter.copy_(tensors[name])
 
 
 def _read_json(path: Path) -> dict[str, Any]:

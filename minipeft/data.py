@@ -328,6 +328,16 @@ class BucketedBatches:
             yield collate([self.ids[i] for i in rows], [self.labels[i] for i in rows])
 
 
+class FeatureBatches(BucketedBatches):
+    """Batches of feature vectors, all of one length, in another random order each epoch: `ids` is (N, C)."""
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, from batch number `first` on."""
+        labels = torch.tensor(self.labels)
+        for rows in map(torch.from_numpy, self.order(epoch)[first:]):
+            yield Batch(self.ids[rows], torch.ones(len(rows), 1), labels[rows])
+
+
 def in_order_of_length(ids: Sequence[np.ndarray], labels: Sequence[int],
                        batch_size: int) -> Iterator[tuple[np.ndarray, Batch]]:
     """All examples once, longest first so that memory runs out at once or never, with their numbers: for evaluation."""

@@ -9,6 +9,16 @@ from typing import Any
 
 DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "full": {"method": {}, "training": {"learning_rate": 3e-4, "epochs": 2}},
+    "head": {"method": {}, "training": {"learning_rate": 1e-2, "epochs": 10}},
+    "bitfit": {"method": {}, "training": {"learning_rate": 3e-3, "epochs": 2}},
+    "dora": {"method": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
+             "training": {"learning_rate": 1.5e-3, "epochs": 2}},
+    "vera": {"method": {"r": 64, "target_modules": "all-linear"}, "training": {"learning_rate": 1e-2, "epochs": 2}},
+    "ia3": {"method": {}, "training": {"learning_rate": 1e-2, "epochs": 2}},
+    "adapter": {"method": {"reduction_factor": 8}, "training": {"learning_rate": 1.5e-3, "epochs": 2}},
+    "prompt": {"method": {"prompt_tuning_init": "SAMPLE_VOCAB"}, "training": {"learning_rate": 1e-2, "epochs": 2}},
+    "ptuning": {"method": {}, "training": {"learning_rate": 1e-3, "epochs": 2}},
+    "prefix": {"method": {}, "training": {"learning_rate": 1e-2, "epochs": 2}},
     "lora": {"method": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
              "training": {"learning_rate": 1.5e-3, "epochs": 2}},
 }

@@ -34,8 +34,10 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
         yield temporary
-        for file in sorted(temporary.iterdir()):
-            file.replace(folder / file.name)
+        for file in sorted(path for path in temporary.rglob("*") if path.is_file()):
+            target = folder / file.relative_to(temporary)
+            target.parent.mkdir(exist_ok=True)
+            file.replace(target)
     except (OSError, SafetensorError) as error:
         raise OutputError(_cannot_write(folder, error)) from error
     finally:

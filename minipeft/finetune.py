@@ -6,6 +6,7 @@ This is what `scripts/train.py` calls. The library's pieces (inject, train, save
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -20,16 +21,17 @@ from minipeft import defaults
 from minipeft.checkpoint import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from minipeft.checkpoint import DETAILS_FILE, load_adapter, read_details, save_adapter
 from minipeft.checkpoint import TENSORS_FILE as ADAPTER_TENSORS_FILE
-from minipeft.data import BucketedBatches, ClassificationData, choose_dataset, load_dataset
+from minipeft.data import BucketedBatches, ClassificationData, FeatureBatches, choose_dataset, load_dataset
 from minipeft.errors import AdapterError, ConfigError, WeightsError
 from minipeft.files import check_writable, replacing_folder, write_json, write_json_file
 from minipeft.gpt2 import GPT2ForSequenceClassification, GPT2LMHeadModel
 from minipeft.hardware import choose_device, choose_precision, machine, peak_memory_bytes, versions
 from minipeft.methods import METHODS, inject
-from minipeft.methods.surgery import fingerprint, injections, trainable_parameters
+from minipeft.methods.head import HeadOnFeatures
+from minipeft.methods.surgery import ParameterCount, fingerprint, injections, positions_left, trainable_parameters
 from minipeft.tasks import classification
 from minipeft.tokenizer import VOCABULARY_FILE, Tokenizer, get_tokenizer
-from minipeft.training import TrainingConfig, train
+from minipeft.training import History, TrainingConfig, train
 from minipeft.weights import find
 
 Say = Callable[[str], None]
@@ -56,6 +58,7 @@ class Options:
     precision: str = "auto"
     compile: bool = False
     gradient_checkpointing: bool = False
+    recompute_features: bool = False
     resume: bool = False
     output: str | None = None
     results_dir: str = "results"
@@ -120,24 +123,31 @@ def set_up(options: Options, say: Say) -> Setup:
     return Setup(model_name, device, precision, data, tokenizer, max_length, choices, sizes)
 
 
-def finetune(options: Options, say: Say = lambda line: None) -> dict[str, Any]:
-    """Fine-tune a model as `options` say, test it once, and write the adapter folder and the results file.
+@dataclass
+class Fitted:
+    """A trained model and what training it was like."""
+
+    model: nn.Module
+    method_config: Any
+    config: TrainingConfig
+    history: History
+    counts: ParameterCount
+    base_fingerprint: str
+    max_length: int
+    tokenising_seconds: float
+    feature_seconds: float
+
+
+def fit(options: Options, setup: Setup, say: Say, folder: Path | None = None) -> Fitted:
+    """Load, inject and train as `options` say, on the training split, validating on the validation split.
 
     Args:
-        say: where progress lines go; silent by default.
-
-    Returns:
-        The content of the results file, or {} when Ctrl-C ended the training.
-
-    Raises:
-        MinipeftError: whatever is wrong with the request, before anything is written.
+        setup: from `set_up`; its tables are read and its choices added to.
+        folder: where the best model so far and the state to resume from are kept; None keeps nothing.
     """
-    if options.method not in METHODS:
-        raise ConfigError(f"unknown method {options.method!r}: use baseline, {', '.join(METHODS)}")
     method, table = METHODS[options.method], defaults.DEFAULTS[options.method]
     method_config = method.config(**{**table["method"], **options.method_values})
     config = TrainingConfig(**{**table["training"], **options.training_values})
-    setup = set_up(options, say)
     if "epochs" not in options.training_values:
         config = dataclasses.replace(config, epochs=_epochs(config, setup.sizes["train"]))
         setup.choices["epochs"] = str(config.epochs)
@@ -152,43 +162,78 @@ def finetune(options: Options, say: Say = lambda line: None) -> dict[str, Any]:
     counts = trainable_parameters(model)
     say(f"{'method':10} {options.method}: {counts}")
     max_length = _max_length(setup, options, model)
-    folder = Path(options.output or f"checkpoints/{options.method}_finetuned")
-    for place in (folder, options.results_dir):
-        check_writable(place)  # known before training, not after
+    if folder is not None:
+        for place in (folder, options.results_dir):
+            check_writable(place)  # known before training, not after
     details = {"label_names": setup.data.label_names, "max_length": max_length, "truncation": options.truncation,
                "dataset": setup.data.name}
     started = time.perf_counter()
     train_ids, validation_ids = (classification.encode(examples.texts, setup.tokenizer, max_length, options.truncation)
                                  for examples in (setup.data.train, setup.data.validation))
-    tokenising_seconds = time.perf_counter() - started
+    tokenising_seconds, feature_seconds = time.perf_counter() - started, 0.0
+    inputs, validation_inputs, trained_model, batches = train_ids, validation_ids, model, BucketedBatches
+    if options.method == "head" and not options.recompute_features:
+        started = time.perf_counter()
+        inputs, validation_inputs = (
+            classification.pooled_features(model, ids, setup.device, setup.precision, defaults.EVALUATION_BATCH_SIZE,
+                                           f"{split} features")
+            for split, ids in (("training", train_ids), ("validation", validation_ids)))
+        feature_seconds = time.perf_counter() - started
+        trained_model, batches = HeadOnFeatures(model), FeatureBatches
 
     def validate() -> dict[str, Any]:
-        logits = classification.predict_logits(model, validation_ids, setup.device, setup.precision,
-                                               defaults.EVALUATION_BATCH_SIZE)
+        if trained_model is not model:
+            logits = classification.head_logits(trained_model, validation_inputs, setup.device)
+        else:
+            logits = classification.predict_logits(model, validation_ids, setup.device, setup.precision,
+                                                   defaults.EVALUATION_BATCH_SIZE)
         return classification.metrics(logits, setup.data.validation.labels)
 
     history = train(
-        model, BucketedBatches(train_ids, setup.data.train.labels, config.batch_size, config.seed),
+        trained_model, batches(inputs, setup.data.train.labels, config.batch_size, config.seed),
         classification.loss_sum, validate, config, setup.precision, options.compile,
-        save_best=lambda: save_finetuned(model, folder, setup.tokenizer, setup.model_name, details),
-        state_folder=folder / "training_state", resume=options.resume,
+        save_best=lambda: folder and save_finetuned(model, folder, setup.tokenizer, setup.model_name, details),
+        state_folder=folder and folder / "training_state", resume=options.resume,
         request={"method": options.method, "method_config": dataclasses.asdict(method_config), "base": base_fingerprint,
                  "dataset": [setup.data.name, setup.data.source, setup.sizes], "max_length": max_length,
                  "truncation": options.truncation, "dropout": options.dropout})
+    model.eval()
+    return Fitted(model, method_config, config, history, counts, base_fingerprint, max_length, tokenising_seconds,
+                  feature_seconds)
+
+
+def finetune(options: Options, say: Say = lambda line: None) -> dict[str, Any]:
+    """Fine-tune a model as `options` say, test it once, and write the adapter folder and the results file.
+
+    Args:
+        say: where progress lines go; silent by default.
+
+    Returns:
+        The content of the results file, or {} when Ctrl-C ended the training.
+
+    Raises:
+        MinipeftError: whatever is wrong with the request, before anything is written.
+    """
+    _check_method(options)
+    setup = set_up(options, say)
+    folder = Path(options.output or f"checkpoints/{options.method}_finetuned")
+    fitted = fit(options, setup, say, folder)
+    history = fitted.history
     if history.interrupted:
         say(f"interrupted: {folder} holds the best model so far; --resume goes on from here")
         return {}
     shutil.rmtree(folder / "training_state", ignore_errors=True)
     say(f"trained in {history.seconds:.0f} s, best validation accuracy {history.best['accuracy']:.4f}; testing")
-    test, test_seconds = _test(model, setup, options.truncation, max_length)
+    test, test_seconds = _test(fitted.model, setup, options.truncation, fitted.max_length)
     results = {
-        "method": options.method, "method_config": dataclasses.asdict(method_config),
-        "training_config": dataclasses.asdict(config), **_describe(setup, options, max_length, base_fingerprint),
+        "method": options.method, "method_config": dataclasses.asdict(fitted.method_config),
+        "training_config": dataclasses.asdict(fitted.config),
+        **_describe(setup, options, fitted.max_length, fitted.base_fingerprint),
         "metrics": {"test": test, "best_validation": history.best},
-        "parameters": {"trainable": counts.trainable, "total": counts.total},
-        "seconds": {"tokenising": round(tokenising_seconds, 2), "train": round(history.seconds, 2),
-                    "test": round(test_seconds, 2)},
-        "samples_per_second": {"train": round(history.samples / history.seconds, 2),
+        "parameters": {"trainable": fitted.counts.trainable, "total": fitted.counts.total},
+        "seconds": {"tokenising": round(fitted.tokenising_seconds, 2), "features": round(fitted.feature_seconds, 2),
+                    "train": round(history.seconds, 2), "test": round(test_seconds, 2)},
+        "samples_per_second": {"train": round(history.samples / (history.seconds + fitted.feature_seconds), 2),
                                "test": round(setup.sizes["test"] / test_seconds, 2)},
         "peak_memory_bytes": peak_memory_bytes(setup.device), "curve": history.curve}
     path = results_path(options.results_dir, f"fine_tuned_{options.method}", setup.data.name)
@@ -196,6 +241,67 @@ def finetune(options: Options, say: Say = lambda line: None) -> dict[str, Any]:
     say(f"test accuracy {test['accuracy']:.4f} (95 % interval {test['accuracy_95_interval'][0]:.4f} to "
         f"{test['accuracy_95_interval'][1]:.4f}); wrote {folder} and {path}")
     return results
+
+
+def tune(options: Options, trials: list[dict[str, Any]], say: Say = lambda line: None) -> dict[str, Any]:
+    """Train once for each trial and compare on the validation split; the test split is not read.
+
+    Args:
+        options: what all trials share. Nothing is saved but the comparison.
+        trials: values that replace fields of the method's configuration, of TrainingConfig, or of `options`.
+
+    Returns:
+        The content of results/tuning_<method>.json, to which the trials are appended.
+
+    Raises:
+        MinipeftError: whatever is wrong with the request or a trial, before the first is trained.
+    """
+    _check_method(options)
+    requests = [_with(options, trial) for trial in trials]
+    path = Path(options.results_dir) / f"tuning_{options.method}.json"
+    check_writable(path.parent)
+    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"trials": []}
+    for trial, request in zip(trials, requests):
+        setup = set_up(request, lambda line: None)
+        fitted = fit(request, setup, lambda line: None)
+        if fitted.history.interrupted:
+            return results
+        results["trials"].append({
+            "trial": trial, "validation": fitted.history.best, "seconds": round(fitted.history.seconds, 1),
+            "method_config": dataclasses.asdict(fitted.method_config),
+            "training_config": dataclasses.asdict(fitted.config), "max_length": fitted.max_length,
+            "truncation": request.truncation, "base_fingerprint": fitted.base_fingerprint,
+            "dataset": setup.data.name, "sizes": setup.sizes, "machine": machine()})
+        write_json_file(path, results)
+        say(f"{fitted.history.best['accuracy']:.4f} after {fitted.history.seconds:.0f} s: {trial}")
+    return results
+
+
+def _with(options: Options, trial: dict[str, Any]) -> Options:
+    """`options` with the values of a trial put where they belong."""
+    method_fields = {field.name for field in dataclasses.fields(METHODS[options.method].config_class)}
+    request = dataclasses.replace(options, method_values=dict(options.method_values),
+                                  training_values=dict(options.training_values))
+    for key, value in trial.items():
+        if key in method_fields:
+            request.method_values[key] = value
+        elif key in {field.name for field in dataclasses.fields(TrainingConfig)}:
+            request.training_values[key] = value
+        elif key in ("max_length", "truncation", "dropout"):
+            setattr(request, key, value)
+        else:
+            raise ConfigError(f"a trial cannot set {key!r}: it is no field of {options.method}, of the training, and "
+                              "not max_length, truncation or dropout")
+    return request
+
+
+def _check_method(options: Options) -> None:
+    """Refuse an unknown method, or values that make no configuration, before any data is read."""
+    if options.method not in METHODS:
+        raise ConfigError(f"unknown method {options.method!r}: use baseline, {', '.join(METHODS)}")
+    table = defaults.DEFAULTS[options.method]
+    METHODS[options.method].config(**{**table["method"], **options.method_values})
+    TrainingConfig(**{**table["training"], **options.training_values})
 
 
 def baseline(options: Options, say: Say = lambda line: None) -> dict[str, Any]:
@@ -320,10 +426,12 @@ def _check_vocabulary(tokenizer: Tokenizer, model: nn.Module) -> None:
 
 def _max_length(setup: Setup, options: Options, model: nn.Module) -> int:
     _check_vocabulary(setup.tokenizer, model)
-    if options.max_length is not None and options.max_length > model.config.n_positions:
+    left = positions_left(model)
+    if options.max_length is not None and options.max_length > left:
+        taken = model.config.n_positions - left
         raise ConfigError(f"max_length={options.max_length} is more than the model's {model.config.n_positions} "
-                          "positions")
-    return min(setup.max_length, model.config.n_positions)
+                          f"positions{f', of which {taken} hold virtual tokens: {left} tokens fit' if taken else ''}")
+    return min(setup.max_length, left)
 
 
 # --- pieces of a results file -----------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from minipeft.errors import ConfigError
 from minipeft.gpt2 import GPT2LMHeadModel, KVCache
+from minipeft.methods.surgery import positions_left
 
 
 @torch.inference_mode()
@@ -31,9 +32,9 @@ def generate(model: GPT2LMHeadModel, input_ids: Tensor, attention_mask: Tensor |
         ConfigError: prompts and new tokens exceed the model's positions, or padding on the right.
     """
     T = input_ids.shape[1]
-    if T + max_new_tokens > model.config.n_positions:
-        raise ConfigError(f"{T} prompt tokens and {max_new_tokens} new ones exceed the model's "
-                          f"{model.config.n_positions} positions")
+    if T + max_new_tokens > positions_left(model):
+        raise ConfigError(f"{T} prompt tokens and {max_new_tokens} new ones exceed the {positions_left(model)} "
+                          "positions that the model has for them")
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     if not bool((attention_mask[:, -1] != 0).all()):

@@ -240,10 +240,15 @@ class GPT2Model(PretrainedModel):
         mask = attention_mask_for(attention_mask, T, past, x.device)
         for block in self.h:
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, mask, cache, use_reentrant=False)       # (B, T, C)
+                x = checkpoint(_recomputable, block, x, mask, cache, use_reentrant=False)       # (B, T, C)
             else:
                 x = block(x, mask, cache)                                        # (B, T, C)
         return self.ln_f(x)
+
+
+def _recomputable(block: Block, x: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    """A block that may run twice: what it appends goes to a copy of the cache, which training has no use for."""
+    return block(x, mask, None if cache is None else KVCache(cache.layers))
 
 
 class GPT2LMHeadModel(PretrainedModel):

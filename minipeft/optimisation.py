@@ -22,20 +22,25 @@ def warmup_cosine(step: int, total_steps: int, warmup_steps: int, final: float =
 
 
 def adamw(parameters: Iterable[tuple[str, nn.Parameter]], model: nn.Module, learning_rate: float,
-          weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.AdamW:
-    """AdamW over the given named parameters, without decay on biases, LayerNorms and embeddings.
+          weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.999),
+          loraplus_lr_ratio: float = 1.0) -> torch.optim.AdamW:
+    """AdamW over the given named parameters, decaying the weight matrices of linear layers and nothing else.
 
-    What may decay is decided by the module that owns a parameter, never by a parameter's name: the weight matrices of
-    linear layers, and a method's own matrices.
+    Biases, LayerNorms, embeddings, prompts and scaling vectors do not decay. Which is which is decided by the module
+    that owns a parameter, never by a parameter's name; so is what LoRA+ trains faster (`AdapterLayer.raised_rate`).
+
+    Args:
+        loraplus_lr_ratio: LoRA+'s factor on the learning rate of LoRA's B, kept in the group as "rate_factor".
     """
-    undecayed = {id(parameter) for module in model.modules() if isinstance(module, (nn.LayerNorm, nn.Embedding))
-                 for parameter in module.parameters(recurse=False)}
-    decayed_group, undecayed_group = [], []
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    matrices = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)} - embeddings
+    raised = {id(module.get_parameter(name)) for module in model.modules() for name in
+              getattr(module, "raised_rate", ())} if loraplus_lr_ratio != 1 else set()
+    members: dict[tuple[float, float], list[nn.Parameter]] = {}
     for _, parameter in parameters:
-        matrix = parameter.ndim > 1 and id(parameter) not in undecayed
-        (decayed_group if matrix else undecayed_group).append(parameter)
-    groups = [{"params": decayed_group, "weight_decay": weight_decay},
-              {"params": undecayed_group, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
+        key = (weight_decay if id(parameter) in matrices else 0.0, loraplus_lr_ratio if id(parameter) in raised else 1)
+        members.setdefault(key, []).append(parameter)
+    groups = [{"params": members[key], "weight_decay": key[0], "rate_factor": key[1], "lr": learning_rate * key[1]}
+              for key in sorted(members, reverse=True)]
     fused = all(parameter.device.type in ("cuda", "cpu") for group in groups for parameter in group["params"])
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)

@@ -44,6 +44,7 @@ class TrainingConfig:
     weight_decay: float = field(default=0.01, metadata={"help": "on matrices; never on biases, LayerNorms, embeddings"})
     warmup_ratio: float = field(default=0.06, metadata={"help": "share of the steps on which the rate rises"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are scaled down to this norm"})
+    loraplus_lr_ratio: float = field(default=1.0, metadata={"help": "LoRA+: learning rate of LoRA's B over that of A"})
     evaluations_per_epoch: int = field(default=2, metadata={"help": "validations per epoch; the best one is kept"})
     seed: int = field(default=0, metadata={"help": "of initial values, dropout and the order of the data"})
 
@@ -51,7 +52,7 @@ class TrainingConfig:
         for name in ("epochs", "batch_size", "gradient_accumulation", "evaluations_per_epoch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "max_grad_norm"):
+        for name in ("learning_rate", "max_grad_norm", "loraplus_lr_ratio"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be positive and finite, got {getattr(self, name)}")
         if not 0 <= self.warmup_ratio <= 1 or not 0 <= self.weight_decay < math.inf:
@@ -117,7 +118,8 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: Callable[[Tensor
     """
     device = next(model.parameters()).device
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = adamw(trained.items(), model, config.learning_rate, config.weight_decay)
+    optimizer = adamw(trained.items(), model, config.learning_rate, config.weight_decay,
+                      loraplus_lr_ratio=config.loraplus_lr_ratio)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     steps_per_epoch = -(-len(batches) // config.gradient_accumulation)
     total_steps = steps_per_epoch * config.epochs
@@ -158,7 +160,7 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: Callable[[Tensor
         while step < total_steps and not interrupted():
             rate = config.learning_rate * warmup_cosine(step, total_steps, warmup_steps)
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["rate_factor"]
             group_of_batches = next(stream)
             size = sum(len(batch.labels) for batch in group_of_batches)
             for batch in group_of_batches:

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from minipeft.errors import MinipeftError
@@ -26,13 +26,17 @@ def run(main: Callable[[], int | None]) -> None:
         sys.stderr.close()
 
 
-def add_dataclass_options(group: argparse._ArgumentGroup, config_class: type, shown: Mapping[str, Any]) -> None:
+def add_dataclass_options(group: argparse._ArgumentGroup, config_class: type, shown: Mapping[str, Any],
+                          leave_out: Collection[str] = ()) -> None:
     """One option for each field of a configuration class, its help from the field's metadata.
 
     Args:
         shown: defaults to print where they differ from the class's. The option itself defaults to None (not given).
+        leave_out: fields that get no option.
     """
     for field in dataclasses.fields(config_class):
+        if field.name in leave_out:
+            continue
         default = shown.get(field.name, field.default if field.default is not dataclasses.MISSING else "none")
         choices = field.metadata.get("choices")
         group.add_argument(

@@ -67,7 +67,8 @@ def model_card(results: dict[str, Any]) -> str:
     """What the bundled model is, from what was measured while making it."""
     model, recipe, data = results["model"], results["recipe"], results["data"]
     start = ("random initialisation" if results["initialisation"] == "random" else
-             f"the checkpoint `{results['initialisation']}`, whose own tokens are not counted below")
+             f"the checkpoint `{results['initialisation']}`, whose own tokens are not counted below and which may have "
+             "seen held-out reviews")
     return f"""# mini: the bundled base model
 
 GPT-2's architecture at {model["n_layer"]} layers, width {model["n_embd"]}, {model["n_head"]} heads, {model["n_positions"]} positions: {model["parameters"]:,} parameters, stored as

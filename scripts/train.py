@@ -37,7 +37,7 @@ def parse() -> argparse.Namespace:
     main_group.add_argument("--dropout", type=float, help="in the base model; default: what its config.json says")
     if chosen in METHODS and METHODS[chosen].config_class.__dataclass_fields__:
         add_dataclass_options(parser.add_argument_group(f"method {chosen}"), METHODS[chosen].config_class,
-                              defaults.DEFAULTS[chosen]["method"])
+                              defaults.DEFAULTS[chosen]["method"], leave_out=METHODS[chosen].fixed)
     add_data_options(parser)
     length = parser.add_argument_group("length and size")
     length.add_argument("--max-length", type=int, help=f"tokens kept of a text; default {defaults.MAX_LENGTH}")
@@ -50,6 +50,9 @@ def parse() -> argparse.Namespace:
     machine = add_machine_options(parser)
     machine.add_argument("--compile", action="store_true", help="run through torch.compile; pays on long runs")
     machine.add_argument("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
+    if chosen == "head":
+        machine.add_argument("--recompute-features", action="store_true",
+                             help="run the frozen base in every epoch instead of once")
     output = parser.add_argument_group("output")
     output.add_argument("--output", help="folder of the trained adapter; default checkpoints/METHOD_finetuned")
     output.add_argument("--results-dir", default="results", help="folder of the results file; default results")
@@ -66,7 +69,9 @@ def main() -> int | None:
         baseline(options, print)
         return None
     options.method_values = given(arguments, METHODS[arguments.method].config_class)
-    if "layers_to_transform" in options.method_values:  # blocks are chosen for modules that are named, in peft too
+    default_targets = defaults.DEFAULTS[arguments.method]["method"].get("target_modules")
+    if "layers_to_transform" in options.method_values and default_targets == "all-linear":
+        # Blocks are chosen for modules that are named, in peft too; "all-linear" is no name.
         options.method_values.setdefault("target_modules", ["c_attn", "c_proj", "c_fc"])
     return None if finetune(options, print) else 130
 

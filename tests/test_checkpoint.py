@@ -12,17 +12,20 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from models import HEADED, IDS, MASK, assert_unchanged, build, inject_all, perturb, snapshot, with_new_head
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import minipeft.checkpoint
 from minipeft import (
+    BitFitConfig,
     FullConfig,
     GPT2ForSequenceClassification,
     GPT2ForTokenClassification,
     GPT2LMHeadModel,
     GPT2Model,
     LoraConfig,
+    PrefixTuningConfig,
     disable_adapter,
     inject,
     load_adapter,
@@ -35,55 +38,8 @@ from minipeft.errors import AdapterError, ConfigError, InjectionError, MinipeftE
 from minipeft.methods.surgery import injections
 from minipeft.optimisation import adamw
 
-HEADED = [GPT2LMHeadModel, GPT2ForSequenceClassification, GPT2ForTokenClassification]
 CONFIG, TENSORS, DETAILS = "adapter_config.json", "adapter_model.safetensors", "minipeft.json"
 P = "base_model.model.transformer."
-IDS = torch.tensor([[5, 17, 80, 3, 41, 9, 60], [70, 2, 2, 33, 8, 95, 1]])
-MASK = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0]])
-
-
-def build(model_class, config, seed=0):
-    torch.manual_seed(seed)
-    model = model_class(config)
-    with torch.no_grad():
-        for parameter in model.parameters():  # biases and LayerNorms away from 0 and 1
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model.eval()
-
-
-@torch.no_grad()
-def perturb(model, size=0.1, seed=7):
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-def with_new_head(model_class, config):
-    """The same base, and a head that starts elsewhere: what somebody loading an adapter has."""
-    model = build(model_class, config)
-    if model_class is not GPT2LMHeadModel:
-        torch.nn.init.normal_(getattr(model, model.head).weight)
-    return model
-
-
-def snapshot(model):
-    return {"values": {name: tensor.clone() for name, tensor in model.state_dict().items()},
-            "modules": dict(model.named_modules()),
-            "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
-            "training": {name: module.training for name, module in model.named_modules()},
-            "injections": len(injections(model))}
-
-
-def assert_unchanged(model, before):
-    after = snapshot(model)
-    assert list(after["values"]) == list(before["values"])
-    assert all(torch.equal(tensor, before["values"][name]) for name, tensor in after["values"].items())
-    assert all(module is before["modules"][name] for name, module in after["modules"].items())
-    assert after["modules"].keys() == before["modules"].keys()
-    for key in ("requires_grad", "training", "injections"):
-        assert after[key] == before[key], key
 
 
 def names_in(folder):
@@ -140,6 +96,8 @@ ROUND_TRIPS = {
     "rslora": LoraConfig(r=4, use_rslora=True, lora_alpha=2.5),
     "gaussian": LoraConfig(r=2, init_lora_weights="gaussian", lora_dropout=0.3),
     "random init": LoraConfig(r=2, init_lora_weights=False),
+    "pissa": LoraConfig(r=2, init_lora_weights="pissa"),
+    "dora": LoraConfig(r=2, use_dora=True, target_modules=["c_attn", "mlp.c_proj"]),
 }
 
 
@@ -307,13 +265,20 @@ def test_saving_over_an_older_adapter_replaces_it(tiny_config, adapter):
     assert torch.equal(model(IDS, MASK), newer.eval()(IDS, MASK))
 
 
-def test_a_merged_model_is_saved_as_a_plain_model(tiny_config, tmp_path, adapter):
-    _, model = adapter
-    expected = model.eval()(IDS, MASK)
-    merge(model).save_pretrained(tmp_path / "plain")
-    plain = GPT2ForSequenceClassification.from_pretrained(tmp_path / "plain")
-    assert injections(plain) == []
-    torch.testing.assert_close(plain(IDS, MASK), expected, atol=1e-5, rtol=0)
+COMBINED = [LoraConfig(r=2), PrefixTuningConfig(num_virtual_tokens=3)]
+
+
+@pytest.mark.parametrize(("older", "newer"), [
+    ([LoraConfig(r=3)], COMBINED), (COMBINED, [LoraConfig(r=3)]), (COMBINED, [LoraConfig(r=3), BitFitConfig()])],
+    ids=["one, then two", "two, then one", "two, then another two"])
+def test_what_is_loaded_is_what_was_saved_last_whether_one_method_or_several(tiny_config, tmp_path, older, newer):
+    for configs in (older, newer):
+        model = perturb(inject_all(build(GPT2ForSequenceClassification, tiny_config), *configs))
+        save_adapter(model, tmp_path)
+    loaded = load_adapter(with_new_head(GPT2ForSequenceClassification, tiny_config), tmp_path)
+    assert {injection.method for injection in injections(loaded)} == {
+        injection.method for injection in injections(model)}
+    assert torch.equal(loaded(IDS, MASK), model(IDS, MASK))
 
 
 # --- adapter folders: refused to save ---------------------------------------------------------------------------------
@@ -369,6 +334,18 @@ def test_a_disk_that_fills_up_at_the_last_file_leaves_the_older_adapter(tiny_con
     with pytest.raises(OutputError, match="the disk is full"):
         save_adapter(inject(build(GPT2ForSequenceClassification, tiny_config), LoraConfig(r=3)), folder)
     assert contents(folder) == before
+
+
+def test_a_disk_that_fills_up_at_the_second_of_two_methods_leaves_the_older_two(tiny_config, tmp_path, monkeypatch):
+    model = inject_all(build(GPT2ForSequenceClassification, tiny_config), *COMBINED)
+    save_adapter(model, tmp_path)
+    before = {folder.name: contents(folder) for folder in tmp_path.iterdir()}
+    monkeypatch.setattr(minipeft.checkpoint, "save_file",
+                        lambda tensors, path, **rest: save_file(tensors, path, **rest)
+                        if "prompt_embeddings" not in tensors else disk_full())
+    with pytest.raises(OutputError, match="the disk is full"):
+        save_adapter(perturb(model), tmp_path)
+    assert {folder.name: contents(folder) for folder in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize("below", ["", "/a/b"], ids=["the file itself", "below it"])
@@ -553,14 +530,14 @@ def test_a_classifier_adapter_without_task_and_head_is_refused(tiny_config, adap
     assert_refused(tiny_config, adapter[0], AdapterError, r"missing base_model\.model\.score\.weight")
 
 
-@pytest.mark.parametrize("kind", ["VERA", "", "lora", None, 3, ["LORA"]])
+@pytest.mark.parametrize("kind", ["ADALORA", "", "lora", None, 3, ["LORA"]])
 def test_an_unknown_peft_type_is_refused_with_the_known_ones(tiny_config, adapter, kind):
     edit_json(adapter[0] / CONFIG, peft_type=kind)
     assert_refused(tiny_config, adapter[0], AdapterError, rf"peft_type {re.escape(repr(kind))}; known are .*LORA")
 
 
 @pytest.mark.parametrize(("field", "value"), [
-    ("use_dora", True), ("lora_bias", True), ("layer_replication", [[0, 2], [1, 2]]), ("target_parameters", ["w"]),
+    ("lora_bias", True), ("layer_replication", [[0, 2], [1, 2]]), ("target_parameters", ["w"]),
     ("trainable_token_indices", [1, 2]), ("alora_invocation_tokens", [5]), ("arrow_config", {"top_k": 1}),
     ("use_bdlora", True), ("velora_config", {"x": 1}), ("kasa_config", {"x": 1}), ("monteclora_config", {"x": 1}),
     ("megatron_config", {"x": 1}), ("ensure_weight_tying", True), ("corda_config", {"x": 1}),
@@ -571,7 +548,7 @@ def test_a_field_that_changes_the_numbers_and_is_not_implemented_is_refused_by_n
     assert_refused(tiny_config, adapter[0], ConfigError, rf"sets {field}=.*does not implement")
 
 
-@pytest.mark.parametrize("value", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "tomorrow"])
+@pytest.mark.parametrize("value", ["pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "tomorrow"])
 def test_an_initialisation_that_changes_the_base_is_refused(tiny_config, adapter, value):
     edit_json(adapter[0] / CONFIG, init_lora_weights=value)
     assert_refused(tiny_config, adapter[0], ConfigError, f"init_lora_weights.*{value}")
@@ -620,15 +597,17 @@ def test_a_config_with_a_bad_value_is_refused(tiny_config, adapter, fields):
 
 
 @pytest.mark.parametrize("fields", [{"r": 3}, {"target_modules": ["c_attn", "c_fc"]}, {"layers_to_transform": 0},
-                                    {"bias": "lora_only"}, {"rank_pattern": {"c_attn": 1}}], ids=str)
+                                    {"bias": "lora_only"}, {"rank_pattern": {"c_attn": 1}}, {"use_dora": True}],
+                         ids=str)
 def test_a_config_that_contradicts_the_tensors_is_refused(tiny_config, adapter, fields):
     edit_json(adapter[0] / CONFIG, **fields)
     assert_refused(tiny_config, adapter[0], AdapterError, "does not fit this model")
 
 
-def test_a_model_that_carries_a_method_takes_no_second_one(tiny_config, adapter):
+def test_a_name_that_is_taken_is_refused(tiny_config, adapter):
     model = perturb(inject(build(GPT2ForSequenceClassification, tiny_config), LoraConfig(r=2)))
-    assert_refused(tiny_config, adapter[0], InjectionError, "already carries lora", model=model)
+    assert_refused(tiny_config, adapter[0], InjectionError, "already carries an adapter 'default'.*another name",
+                   model=model)
 
 
 # --- training state ---------------------------------------------------------------------------------------------------

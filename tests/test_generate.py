@@ -95,7 +95,7 @@ def test_no_new_tokens_gives_the_prompts_back(model, make_ids):
 
 
 def test_more_tokens_than_positions_is_refused_before_any_work(model, make_ids):
-    with pytest.raises(ConfigError, match="30 prompt tokens and 11 new ones exceed the model's 40 positions"):
+    with pytest.raises(ConfigError, match="30 prompt tokens and 11 new ones exceed the 40 positions"):
         generate(model, make_ids(1, 30), max_new_tokens=11)
 
 

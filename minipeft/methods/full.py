@@ -19,7 +19,7 @@ class FullConfig:
     """Full fine-tuning has nothing to choose."""
 
 
-def inject(model: nn.Module, config: FullConfig) -> nn.Module:
-    """Declare every parameter as trained; no layer is replaced."""
-    injection = begin(model, "full", config)
+def inject(model: nn.Module, config: FullConfig, name: str = "default") -> nn.Module:
+    """Declare every parameter as trained; no layer is replaced, and no copy of the base is kept."""
+    injection = begin(model, "full", config, name)
     return record(model, injection, trained_base=[name for name, _ in model.named_parameters()], keep_values=False)

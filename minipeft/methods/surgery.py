@@ -1,8 +1,9 @@
-"""Module surgery, shared by all methods: choose targets, swap a submodule in place, freeze, count, undo.
+"""Module surgery, shared by all methods: choose targets, put layers in, freeze, count.
 
-A method replaces some submodules of the model by its own layers, which hold the replaced one as `base_layer`. Each
-layer declares which of its parameters are trained; a record of every injection is kept on the model. Freezing,
-counting, saving and undoing read these two, and never look for "lora_" or "bias" inside a name.
+A method puts layers of its own into the model: in place of a submodule, which is kept as `base_layer`, or beside the
+others as one more child. Each layer declares which of its parameters are trained; a record of every injection is kept
+on the model. Freezing, counting, saving and undoing (`operations.py`) read these two, and never look for "lora_" or
+"bias" inside a name.
 """
 
 from __future__ import annotations
@@ -11,8 +12,7 @@ import copy
 import difflib
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -27,29 +27,89 @@ HEADS = ("score", "classifier", "lm_head")
 
 
 class AdapterLayer(nn.Module):
-    """A layer that a method puts in place of one of the base model's.
+    """What a method puts into a model at one place: its own parameters, and how it gets in and out.
 
     Attributes:
         trained: names, below this layer, of the parameters the method trains.
-        base_layer: the layer it replaced.
-        enabled: False makes the layer pass its input to `base_layer` alone.
+        raised_rate: those among them that LoRA+ trains at a higher rate.
     """
 
-    trained: ClassVar[tuple[str, ...]] = ()
-    base_layer: nn.Module
+    trained: tuple[str, ...] = ()
+    raised_rate: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.enabled = True
+    def attach(self, model: nn.Module, name: str) -> None:
+        """Put this layer into the model, at `name`."""
+        raise NotImplementedError
 
-    def merged_weight(self) -> Tensor:
-        """The base layer's weight with the method folded in.
+    def detach(self, model: nn.Module, name: str) -> None:
+        """Take it out again; the model then computes what it did before."""
+        raise NotImplementedError
+
+    def merged(self) -> dict[str, Tensor]:
+        """The tensors of the replaced layer with the method folded in, by name.
 
         Raises:
             InjectionError: the method is not a change of weights.
         """
         raise InjectionError(f"{type(self).__name__} cannot be merged: it is not a change of weights")
+
+    def stored(self, name: str) -> dict[str, Tensor]:
+        """The tensors an adapter file holds of this layer, under their names there."""
+        parameters = dict(self.named_parameters())
+        return {f"base_model.model.{name}.{key}": parameters[key] for key in self.trained}
+
+    @torch.no_grad()
+    def restore(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Take over the tensors of an adapter file, which have the names and shapes of `stored`."""
+        for key, parameter in self.stored(name).items():
+            parameter.copy_(tensors[key])
+
+
+class ReplacementLayer(AdapterLayer):
+    """An adapter layer that stands in the place of one of the model's own, which it keeps as `base_layer`."""
+
+    base_layer: nn.Module
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+
+    def attach(self, model: nn.Module, name: str) -> None:
+        self.train(self.base_layer.training)
+        swap(model, name, self)
+
+    def detach(self, model: nn.Module, name: str) -> None:
+        self.base_layer.train(self.training)
+        swap(model, name, self.base_layer)
+
+
+class AddedLayer(AdapterLayer):
+    """An adapter layer that becomes one more child of a module of the model and sees what goes into and out of it.
+
+    No module is moved, so no name changes. `before` and `after` are PyTorch's forward hooks on the module.
+    """
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """The arguments the module is to be called with."""
+        return args, kwargs
+
+    def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        """The output the module is to give."""
+        return output
+
+    def attach(self, model: nn.Module, name: str) -> None:
+        parent, _, child = name.rpartition(".")
+        module = model.get_submodule(parent)
+        self.train(module.training)
+        module.add_module(child, self)
+        self.hooks = [module.register_forward_pre_hook(self.before, with_kwargs=True),
+                      module.register_forward_hook(self.after, with_kwargs=True)]
+
+    def detach(self, model: nn.Module, name: str) -> None:
+        parent, _, child = name.rpartition(".")
+        for hook in self.hooks:
+            hook.remove()
+        delattr(model.get_submodule(parent), child)
 
 
 def to_dtype_of(parameter: Tensor, x: Tensor) -> Tensor:
@@ -60,49 +120,68 @@ def to_dtype_of(parameter: Tensor, x: Tensor) -> Tensor:
     return x if torch.is_autocast_enabled(x.device.type) else x.to(parameter.dtype)
 
 
-@dataclass
+@dataclass(eq=False)
 class Injection:
     """What one injection did to a model.
+
+    Tensors of the base model go by the names they have in the bare model, whatever has been put around them since.
 
     Attributes:
         method: its name in METHODS.
         config: a copy of the user's configuration.
+        name: of the adapter this is (a part of); see `set_adapter`.
         fingerprint: of the base model (see `fingerprint`).
-        required_grad: parameter name -> whether it required a gradient before.
+        required_grad: parameter of the bare model -> whether it required a gradient.
         layers: module name -> the layer put there.
-        base_values: name -> value before training, of each of the base model's own tensors that the method trains
-            (biases, the head); None where no copy is kept.
-        merged: module name -> the plain weight that `merge` replaced.
+        trained_base: the base model's own tensors that the method trains (biases, the head).
+        base_values: the base's value of each of its tensors that the method changes; None where no copy is kept.
+        own_values: the method's values of these, while it is detached.
+        attached: whether the method is in force.
+        merged: module name -> the plain tensors that `merge` replaced.
     """
 
     method: str
     config: Any
+    name: str
     fingerprint: str
     required_grad: dict[str, bool]
     layers: dict[str, AdapterLayer] = field(default_factory=dict)
+    trained_base: list[str] = field(default_factory=list)
     base_values: dict[str, Tensor | None] = field(default_factory=dict)
-    merged: dict[str, Tensor] = field(default_factory=dict)
+    own_values: dict[str, Tensor] = field(default_factory=dict)
+    attached: bool = True
+    merged: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
-    def trained_names(self) -> list[str]:
-        """Names, from the model's root, of every tensor this injection trains."""
-        own = [f"{name}.{parameter}" for name, layer in self.layers.items() for parameter in layer.trained]
-        return own + list(self.base_values)
+
+def all_injections(model: nn.Module) -> list[Injection]:
+    """Every injection a model knows of, in force or not, oldest first."""
+    return model.__dict__.setdefault("_injections", [])
 
 
 def injections(model: nn.Module) -> list[Injection]:
-    """The injections a model carries, oldest first."""
-    return model.__dict__.setdefault("_injections", [])
+    """The injections in force, oldest first."""
+    return [injection for injection in all_injections(model) if injection.attached]
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The model's parameters, the base's own under the names they have in the bare model."""
+    return {name.replace(".base_layer.", "."): parameter for name, parameter in model.named_parameters()}
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The GPT2Model in a model with a head, or the model itself."""
+    return getattr(model, "transformer", model)
 
 
 # --- choose -----------------------------------------------------------------------------------------------------------
 
 class Targeting(Protocol):
-    """The configuration fields that choose modules, as in peft."""
+    """The configuration field that chooses modules, as in peft.
+
+    `exclude_modules`, `layers_to_transform` and `layers_pattern` count too, where a method's configuration has them.
+    """
 
     target_modules: str | Sequence[str] | None
-    exclude_modules: str | Sequence[str] | None
-    layers_to_transform: int | Sequence[int] | None
-    layers_pattern: str | None
 
 
 def find_targets(model: nn.Module, config: Targeting, default: Sequence[str]) -> list[str]:
@@ -117,21 +196,20 @@ def find_targets(model: nn.Module, config: Targeting, default: Sequence[str]) ->
         InjectionError: nothing matched, or a match is not a linear layer.
     """
     targets = default if config.target_modules is None else config.target_modules
-    layers = config.layers_to_transform
+    layers, layers_pattern = getattr(config, "layers_to_transform", None), getattr(config, "layers_pattern", None)
     layers = [layers] if isinstance(layers, int) else list(layers or [])
     if layers and isinstance(targets, str):
         raise ConfigError("layers_to_transform needs target_modules as a list of names, not as an expression")
-    if config.layers_pattern and not layers:
+    if layers_pattern and not layers:
         raise ConfigError("layers_pattern needs layers_to_transform")
-    linear = [name for name, module in model.named_modules()
-              if isinstance(module, nn.Linear) and name and name not in HEADS]
+    modules = base_modules(model)
+    linear = [name for name, module in modules.items() if isinstance(module, (nn.Linear, ReplacementLayer))]
     if isinstance(targets, str) and targets.lower() == "all-linear":
         found = linear
     else:
-        found = [name for name, _ in model.named_modules()
-                 if name and name not in HEADS and _matches(name, targets, layers, config.layers_pattern)]
-    if config.exclude_modules:
-        found = [name for name in found if not _matches(name, config.exclude_modules, [], None)]
+        found = [name for name in modules if _matches(name, targets, layers, layers_pattern)]
+    if excluded := getattr(config, "exclude_modules", None):
+        found = [name for name in found if not _matches(name, excluded, [], None)]
     if not found:
         wanted = targets if isinstance(targets, str) else ", ".join(targets)
         where = f" in layers {layers}" if layers else ""
@@ -147,6 +225,14 @@ def find_targets(model: nn.Module, config: Targeting, default: Sequence[str]) ->
     return found
 
 
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The model's modules by name, without the head and without what is inside adapter layers."""
+    inside = {id(part) for injection in injections(model) for layer in injection.layers.values()
+              for part in layer.modules() if part is not layer or isinstance(layer, AddedLayer)}
+    return {name: module for name, module in model.named_modules()
+            if name and name not in HEADS and id(module) not in inside}
+
+
 def _matches(name: str, targets: str | Sequence[str], layers: list[int], layers_pattern: str | None) -> bool:
     if isinstance(targets, str):
         return compiled(targets, "target").fullmatch(name) is not None
@@ -158,6 +244,40 @@ def _matches(name: str, targets: str | Sequence[str], layers: list[int], layers_
         return True
     number = compiled(rf".*?\.{layers_pattern or '[^.]*'}\.(\d+)\.", "layers_pattern").match(f".{name}")
     return number is not None and int(number.group(1)) in layers
+
+
+def saved_targets(target_modules: str | Sequence[str] | None, layers: dict[str, AdapterLayer]) -> str | list[str]:
+    """target_modules as an adapter file should say it: "all-linear" and None do not mean the same everywhere."""
+    if target_modules is None:
+        return sorted({name.split(".")[-1] for name in layers})
+    if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
+        return list(layers)
+    return target_modules if isinstance(target_modules, str) else list(target_modules)
+
+
+def block_numbers(model: nn.Module, layers_to_transform: int | Sequence[int] | None) -> list[int]:
+    """The chosen blocks of a model, or all.
+
+    Raises:
+        ConfigError: a number the model does not have.
+    """
+    n_layer = model.config.n_layer
+    if layers_to_transform is None or layers_to_transform == []:
+        return list(range(n_layer))
+    chosen = [layers_to_transform] if isinstance(layers_to_transform, int) else list(dict.fromkeys(layers_to_transform))
+    if not all(0 <= number < n_layer for number in chosen):
+        raise ConfigError(f"layers_to_transform={chosen}: this model has the blocks 0 to {n_layer - 1}")
+    return chosen
+
+
+def bias_names(model: nn.Module, among: Sequence[str] | None = None) -> list[str]:
+    """Names of the base model's bias vectors, the head's left out; `among` keeps only those of certain modules."""
+    names = []
+    for name, module in base_modules(model).items():
+        module = module.base_layer if isinstance(module, ReplacementLayer) else module
+        if isinstance(getattr(module, "bias", None), nn.Parameter) and (among is None or name in among):
+            names.append(f"{name}.bias")
+    return names
 
 
 def _nearest(wanted: str, names: list[str]) -> list[str]:
@@ -177,10 +297,12 @@ def pattern_value(patterns: dict[str, Any], name: str, default: Any) -> Any:
 
 # --- cut --------------------------------------------------------------------------------------------------------------
 
-def begin(model: nn.Module, method: str, config: Any) -> Injection:
+def begin(model: nn.Module, method: str, config: Any, name: str = "default") -> Injection:
     """Note how the model is before it is touched; `record` ends what this begins."""
-    return Injection(method, copy.deepcopy(config), fingerprint(model),
-                     {name: parameter.requires_grad for name, parameter in model.named_parameters()})
+    earlier = all_injections(model)
+    required_grad = earlier[0].required_grad if earlier else {
+        parameter_name: parameter.requires_grad for parameter_name, parameter in model.named_parameters()}
+    return Injection(method, copy.deepcopy(config), name, base_fingerprint(model), required_grad)
 
 
 def swap(model: nn.Module, name: str, replacement: nn.Module) -> None:
@@ -190,138 +312,42 @@ def swap(model: nn.Module, name: str, replacement: nn.Module) -> None:
 
 
 def insert(model: nn.Module, injection: Injection, name: str, layer: AdapterLayer) -> None:
-    """Put a method's layer where the submodule `name` is, in the mode (training or eval) that one was in."""
-    layer.train(layer.base_layer.training)
-    swap(model, name, layer)
+    """Attach a method's layer at `name`, in the mode (training or eval) of what is there."""
+    layer.attach(model, name)
     injection.layers[name] = layer
 
 
 def record(model: nn.Module, injection: Injection, trained_base: Sequence[str] = (),
-           keep_values: bool = True) -> nn.Module:
+           replaced_values: dict[str, Tensor] | None = None, keep_values: bool = True) -> nn.Module:
     """Finish an injection: note it on the model, freeze everything, and unfreeze what is declared as trained.
 
     The classification head is trained by every method, since a new one is random.
 
     Args:
         trained_base: names of the base model's own tensors that the method trains.
-        keep_values: copy their values, which `disable_adapter` and `remove` need.
+        replaced_values: earlier values of tensors that the method has changed without training them.
+        keep_values: copy the trained ones' values, which taking the method out again needs.
     """
     head = getattr(model, "head", None)
     if head in ("score", "classifier"):
         trained_base = [*trained_base, *(f"{head}.{name}" for name, _ in getattr(model, head).named_parameters())]
+    injection.trained_base = list(dict.fromkeys(trained_base))
     taken = {name for earlier in injections(model) for name in earlier.base_values}
-    parameters = dict(model.named_parameters())
+    parameters = base_parameters(model)
     injection.base_values = {name: parameters[name].detach().clone() if keep_values else None
-                             for name in dict.fromkeys(trained_base) if name not in taken}
-    injections(model).append(injection)
+                             for name in injection.trained_base if name not in taken} | (replaced_values or {})
+    all_injections(model).append(injection)
     freeze(model)
     return model
 
 
 def freeze(model: nn.Module) -> None:
-    """Let gradients flow to the declared parameters only."""
-    trained = {name for injection in injections(model) for name in injection.trained_names()}
-    for name, parameter in model.named_parameters():
+    """Let gradients flow to what the injections in force declare as trained, and to nothing else."""
+    trained = {name for injection in injections(model) for name in injection.trained_base}
+    trained |= {f"{name}.{parameter}" for injection in injections(model)
+                for name, layer in injection.layers.items() for parameter in layer.trained}
+    for name, parameter in base_parameters(model).items():
         parameter.requires_grad_(name in trained)
-
-
-def remove(model: nn.Module) -> nn.Module:
-    """Take every injection out again: the base model's own modules, values and requires_grad, bit for bit.
-
-    Raises:
-        InjectionError: full fine-tuning, which keeps no copy of the base.
-    """
-    _need_base_values(model)
-    if any(injection.merged for injection in injections(model)):
-        unmerge(model)
-    parameters = dict(model.named_parameters())
-    for injection in reversed(injections(model)):
-        with torch.no_grad():
-            for name, value in injection.base_values.items():
-                parameters[name].copy_(value)
-        for name, layer in injection.layers.items():
-            swap(model, name, layer.base_layer)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(injection.required_grad[name])
-    injections(model).clear()
-    return model
-
-
-def _need_base_values(model: nn.Module) -> None:
-    for injection in injections(model):
-        if None in injection.base_values.values():
-            raise InjectionError(f"{injection.method} keeps no copy of the base model's weights: load it anew")
-
-
-@contextmanager
-def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the block the model computes what the base model did: no adapter, untrained biases and head.
-
-    Raises:
-        InjectionError: the base's weights are not at hand: the adapter is merged, or all of them were trained.
-    """
-    if any(injection.merged for injection in injections(model)):
-        raise InjectionError("the adapter is merged into the weights: call unmerge first")
-    _need_base_values(model)
-    parameters = dict(model.named_parameters())
-    layers = [layer for injection in injections(model) for layer in injection.layers.values()]
-    base_values = {name: value for injection in injections(model) for name, value in injection.base_values.items()}
-    trained_values = {name: parameters[name].data for name in base_values}
-    were_enabled = [layer.enabled for layer in layers]
-    try:
-        for layer in layers:
-            layer.enabled = False
-        for name, value in base_values.items():
-            parameters[name].data = value.to(parameters[name])
-        yield model
-    finally:
-        for layer, was_enabled in zip(layers, were_enabled):
-            layer.enabled = was_enabled
-        for name, value in trained_values.items():
-            parameters[name].data = value
-
-
-@torch.no_grad()
-def merge(model: nn.Module) -> nn.Module:
-    """Fold every injected layer into the weight it adapts: no adapter module stays, and inference costs nothing extra.
-
-    The replaced weights are kept, so that `unmerge` restores them bit for bit.
-
-    Raises:
-        InjectionError: nothing to merge, already merged, or a method that is not a change of weights.
-    """
-    if not any(injection.layers for injection in injections(model)):
-        raise InjectionError("there is nothing to merge: no method is injected into this model")
-    if any(injection.merged for injection in injections(model)):
-        raise InjectionError("the adapter is already merged")
-    weights = [(injection, name, layer, layer.merged_weight())
-               for injection in injections(model) for name, layer in injection.layers.items()]
-    for injection, name, layer, weight in weights:
-        injection.merged[name] = layer.base_layer.weight.data
-        layer.base_layer.weight.data = weight
-        swap(model, name, layer.base_layer)
-    return model
-
-
-@torch.no_grad()
-def unmerge(model: nn.Module) -> nn.Module:
-    """Undo `merge`: the original weights, and the adapter layers in their places.
-
-    Raises:
-        InjectionError: nothing is merged.
-    """
-    if not any(injection.merged for injection in injections(model)):
-        raise InjectionError("nothing is merged into this model")
-    for injection in injections(model):
-        for name, weight in injection.merged.items():
-            layer, plain = injection.layers[name], model.get_submodule(name)
-            # The kept weight and layer were not part of the model while it was merged: follow where it has gone since.
-            layer.to(device=plain.weight.device)
-            layer.base_layer.weight.data = weight.to(plain.weight)
-            layer.train(plain.training)
-            swap(model, name, layer)
-        injection.merged.clear()
-    return model
 
 
 # --- count ------------------------------------------------------------------------------------------------------------
@@ -337,10 +363,23 @@ class ParameterCount(NamedTuple):
                 f"trainable%: {100 * self.trainable / self.total:.4f}")
 
 
+def positions_left(model: nn.Module) -> int:
+    """How many tokens of text fit the model's positions beside the virtual tokens of the methods in force."""
+    taken = sum(getattr(layer, "num_virtual_tokens", 0) for injection in injections(model)
+                for layer in injection.layers.values())
+    return model.config.n_positions - taken
+
+
 def trainable_parameters(model: nn.Module) -> ParameterCount:
     """How many parameters are trained, and how many there are; tied ones count once."""
     parameters = list(model.parameters())
     return ParameterCount(sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """The fingerprint of a model's base, whatever the model carries."""
+    earlier = all_injections(model)
+    return earlier[0].fingerprint if earlier else fingerprint(model)
 
 
 def fingerprint(model: nn.Module, samples: int = 4096) -> str:
@@ -352,7 +391,7 @@ def fingerprint(model: nn.Module, samples: int = 4096) -> str:
     Returns:
         16 hexadecimal digits, or nothing for a model on the meta device, which has no values.
     """
-    base = getattr(model, "transformer", model)
+    base = base_of(model)
     if any(parameter.is_meta for parameter in base.parameters()):
         return ""
     digest = hashlib.sha256()

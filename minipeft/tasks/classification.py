@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from minipeft.data import Batch, in_order_of_length
 from minipeft.errors import ConfigError, DataError
-from minipeft.gpt2 import GPT2LMHeadModel
+from minipeft.gpt2 import GPT2LMHeadModel, last_real_token
 from minipeft.hardware import computing_in
 from minipeft.tokenizer import Tokenizer
 
@@ -72,7 +72,6 @@ def loss_sum(logits: Tensor, batch: Batch) -> Tensor:
     return F.cross_entropy(logits.float(), batch.labels, reduction="sum")
 
 
-@torch.inference_mode()
 def predict_logits(model: nn.Module, ids: Sequence[np.ndarray], device: torch.device, precision: torch.dtype,
                    batch_size: int = 64, progress: str | None = None) -> Tensor:
     """Label logits (N, K) of every text, in the given order.
@@ -81,15 +80,41 @@ def predict_logits(model: nn.Module, ids: Sequence[np.ndarray], device: torch.de
         progress: title of a progress bar; None shows none.
     """
     model.eval()
-    logits = torch.zeros(len(ids), model.config.num_labels)
+    return _for_each_text(lambda batch: model(batch.input_ids, attention_mask=batch.attention_mask),     # (B, K)
+                          ids, device, precision, batch_size, progress)
+
+
+def pooled_features(model: nn.Module, ids: Sequence[np.ndarray], device: torch.device, precision: torch.dtype,
+                    batch_size: int = 64, progress: str | None = None) -> Tensor:
+    """What the head of a sequence classifier sees of every text: (N, C), in the given order."""
+    model.eval()
+
+    def last_hidden_state(batch: Batch) -> Tensor:
+        hidden = model.transformer(batch.input_ids, attention_mask=batch.attention_mask)                 # (B, T, C)
+        return last_real_token(hidden, batch.attention_mask)                                             # (B, C)
+
+    return _for_each_text(last_hidden_state, ids, device, precision, batch_size, progress)
+
+
+@torch.inference_mode()
+def head_logits(head: nn.Module, features: Tensor, device: torch.device) -> Tensor:
+    """Label logits (N, K) from `pooled_features`."""
+    return head(features.to(device)).float().cpu()
+
+
+@torch.inference_mode()
+def _for_each_text(compute: Callable[[Batch], Tensor], ids: Sequence[np.ndarray], device: torch.device,
+                   precision: torch.dtype, batch_size: int, progress: str | None) -> Tensor:
+    """One row for each text, in the given order, computed in batches of texts of similar length."""
+    results: list[Tensor] = []
+    numbers: list[np.ndarray] = []
     with tqdm(total=len(ids), desc=progress, unit="text", disable=progress is None, mininterval=1) as bar:
         for rows, batch in in_order_of_length(ids, [0] * len(ids), batch_size):
-            batch = batch.to(device)
             with computing_in(precision, device):
-                output = model(batch.input_ids, attention_mask=batch.attention_mask)     # (B, K)
-            logits[torch.from_numpy(rows)] = output.float().cpu()
+                results.append(compute(batch.to(device)).float().cpu())
+            numbers.append(rows)
             bar.update(len(rows))
-    return logits
+    return torch.cat(results)[np.argsort(np.concatenate(numbers))]
 
 
 def metrics(logits: Tensor, labels: Sequence[int]) -> dict[str, Any]:
@@ -118,7 +143,6 @@ def wilson_interval(correct: int, total: int, z: float = 1.959964) -> tuple[floa
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-@torch.inference_mode()
 def zero_shot_logits(model: GPT2LMHeadModel, tokenizer: Tokenizer, texts: Sequence[str], device: torch.device,
                      precision: torch.dtype, max_length: int, prompt: str = ZERO_SHOT_PROMPT,
                      words: dict[str, tuple[str, ...]] | None = None, batch_size: int = 64,
@@ -147,15 +171,11 @@ def zero_shot_logits(model: GPT2LMHeadModel, tokenizer: Tokenizer, texts: Sequen
     ids = [np.concatenate((row, prompt_ids))
            for row in encode(texts, tokenizer, max_length - len(prompt_ids), "head_tail")]
     model.eval()
-    logits = torch.zeros(len(ids), len(first_tokens))
-    with tqdm(total=len(ids), desc=progress, unit="text", disable=progress is None, mininterval=1) as bar:
-        for rows, batch in in_order_of_length(ids, [0] * len(ids), batch_size):
-            batch = batch.to(device)
-            with computing_in(precision, device):
-                hidden = model.transformer(batch.input_ids, attention_mask=batch.attention_mask)     # (B, T, C)
-                last = hidden[torch.arange(len(rows)), batch.attention_mask.sum(dim=1) - 1]          # (B, C)
-                scores = model.lm_head(last).float().log_softmax(dim=-1)                             # (B, vocab)
-            columns = [scores[:, tokens].logsumexp(dim=1) for tokens in first_tokens]
-            logits[torch.from_numpy(rows)] = torch.stack(columns, dim=1).cpu()                       # (B, K)
-            bar.update(len(rows))
-    return logits
+
+    def label_scores(batch: Batch) -> Tensor:
+        hidden = model.transformer(batch.input_ids, attention_mask=batch.attention_mask)             # (B, T, C)
+        last = last_real_token(hidden, batch.attention_mask)                                         # (B, C)
+        scores = model.lm_head(last).float().log_softmax(dim=-1)                                     # (B, vocab)
+        return torch.stack([scores[:, tokens].logsumexp(dim=1) for tokens in first_tokens], dim=1)   # (B, K)
+
+    return _for_each_text(label_scores, ids, device, precision, batch_size, progress)

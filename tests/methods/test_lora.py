@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from models import HEADED, IDS, MASK, build, trained_names
 
 import minipeft
 from minipeft import (
@@ -32,24 +33,12 @@ from minipeft.methods.lora import LoRALinear
 from minipeft.methods.surgery import injections
 from minipeft.optimisation import adamw
 
-HEADED = [GPT2LMHeadModel, GPT2ForSequenceClassification, GPT2ForTokenClassification]
-IDS = torch.tensor([[5, 17, 80, 3, 41, 9, 60], [70, 2, 2, 33, 8, 95, 1]])
-MASK = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0]])
-
-
-def build(model_class, config, seed=0):
-    torch.manual_seed(seed)
-    model = model_class(config)
-    with torch.no_grad():
-        for parameter in model.parameters():  # biases and LayerNorms away from 0 and 1
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model.eval()
-
 
 def layer(in_features=6, out_features=10, r=3, lora_alpha=6.0, dropout=0.0, rslora=False, init=True, bias=True,
           random_b=True):
     torch.manual_seed(0)
-    result = LoRALinear(nn.Linear(in_features, out_features, bias=bias), r, lora_alpha, dropout, rslora, init)
+    config = LoraConfig(lora_dropout=dropout, use_rslora=rslora, init_lora_weights=init)
+    result = LoRALinear(nn.Linear(in_features, out_features, bias=bias), r, lora_alpha, config)
     if random_b:
         nn.init.normal_(result.lora_B.weight)
     return result
@@ -67,7 +56,7 @@ def lora_layers(model):
 
 def test_an_example_worked_out_by_hand():
     base = nn.Linear(3, 2)
-    adapted = LoRALinear(base, r=2, lora_alpha=4, lora_dropout=0.0, use_rslora=False, init_lora_weights=True)
+    adapted = LoRALinear(base, r=2, lora_alpha=4, config=LoraConfig())
     with torch.no_grad():
         base.weight.copy_(torch.tensor([[1, 0, 2], [0, 1, -1]]))               # W (out 2, in 3)
         base.bias.copy_(torch.tensor([1, -1]))
@@ -77,7 +66,8 @@ def test_an_example_worked_out_by_hand():
     # s = 4 / 2 = 2.   x W^T + bias = [[4, -1], [1, 0]].   x A^T = [[3, 2], [2, -1]].   x A^T B^T = [[3, 8], [2, 3]].
     assert torch.equal(adapted(x), torch.tensor([[10.0, 15.0], [5.0, 6.0]]))
     # B A = [[1, 2, 0], [2, 5, 1]].   W + 2 B A:
-    assert torch.equal(adapted.merged_weight(), torch.tensor([[3.0, 4.0, 2.0], [4.0, 11.0, 1.0]]))
+    assert list(adapted.merged()) == ["weight"]
+    assert torch.equal(adapted.merged()["weight"], torch.tensor([[3.0, 4.0, 2.0], [4.0, 11.0, 1.0]]))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -133,7 +123,7 @@ def test_scaling_is_alpha_over_r_and_over_its_root_in_rslora(r, alpha, rslora, s
     x = torch.randn(4, 12)
     update = x @ adapted.lora_A.weight.T @ adapted.lora_B.weight.T
     torch.testing.assert_close(adapted(x) - adapted.base_layer(x), scaling * update, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(F.linear(x, adapted.merged_weight(), adapted.base_layer.bias), adapted(x),
+    torch.testing.assert_close(F.linear(x, adapted.merged()["weight"], adapted.base_layer.bias), adapted(x),
                                atol=1e-5, rtol=1e-5)
 
 
@@ -209,6 +199,30 @@ def test_false_start_is_uniform_a_and_uniform_b_up_to_one_over_root_r():
     assert 0.99 / 20 < A.abs().max() <= 1 / 20
     assert 0.99 / 4 < B.abs().max() <= 1 / 4
     assert B.std().item() == pytest.approx(0.25 / math.sqrt(3), rel=0.03)
+
+
+def test_pissa_moves_the_largest_singular_values_from_the_matrix_into_the_pair():
+    torch.manual_seed(0)
+    base = nn.Linear(12, 20)
+    whole = base.weight.detach().clone()
+    adapted = LoRALinear(base, 3, 6.0, LoraConfig(init_lora_weights="pissa"))
+    U, S, Vh = torch.linalg.svd(whole, full_matrices=False)
+    rest = U[:, 3:] @ torch.diag(S[3:]) @ Vh[3:]
+    torch.testing.assert_close(base.weight, rest, atol=1e-5, rtol=0)
+    torch.testing.assert_close(adapted.merged()["weight"], whole, atol=1e-5, rtol=0)
+    A, B = adapted.lora_A.weight, adapted.lora_B.weight
+    torch.testing.assert_close(A @ A.T, torch.diag(S[:3] / 2), atol=1e-5, rtol=0)        # s = 6 / 3
+    torch.testing.assert_close(B.T @ B, torch.diag(S[:3] / 2), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("model_class", HEADED)
+@pytest.mark.parametrize("fields", [{"r": 4}, {"r": 24, "target_modules": "all-linear"},
+                                    {"use_rslora": True, "lora_alpha": 3, "rank_pattern": {"c_attn": 2}}], ids=str)
+def test_pissa_starts_at_the_base_model_up_to_rounding(tiny_config, model_class, fields):
+    model = build(model_class, tiny_config)
+    expected = model(IDS, MASK)
+    inject(model, LoraConfig(init_lora_weights="pissa", **fields))
+    torch.testing.assert_close(model(IDS, MASK), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("model_class", [*HEADED, GPT2Model])
@@ -334,18 +348,19 @@ BASE_BIASES = ["ln_1.bias", "attn.c_attn.bias", "attn.c_proj.bias", "ln_2.bias",
 def test_bias_says_which_biases_are_trained(tiny_config, model_class, head, bias, biases):
     model = inject(build(model_class, tiny_config), LoraConfig(r=2, bias=bias))
     matrices = {f"transformer.h.{i}.attn.c_attn.lora_{AB}.weight" for i in (0, 1) for AB in "AB"}
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == matrices | biases | head
-    assert sorted(injections(model)[0].trained_names()) == sorted(matrices | biases | head)  # each once
+    assert trained_names(model) == matrices | biases | head
+    bare = [name.replace("base_layer.", "") for name in biases | head]
+    assert sorted(injections(model)[0].trained_base) == sorted(bare)  # each once
 
 
 @pytest.mark.parametrize("model_class", HEADED)
 @pytest.mark.parametrize("fields", [{}, {"target_modules": "all-linear", "lora_dropout": 0.1},
-                                    {"bias": "lora_only"}, {"bias": "all"}, {"layers_to_transform": 1}], ids=str)
+                                    {"bias": "lora_only"}, {"bias": "all"}, {"layers_to_transform": 1},
+                                    {"init_lora_weights": "pissa"}], ids=str)
 def test_three_adamw_steps_move_every_declared_tensor_and_no_other_bit(tiny_config, model_class, fields):
     model = inject(build(model_class, tiny_config), LoraConfig(r=4, **fields)).train()
-    declared, before = set(injections(model)[0].trained_names()), copies(model)
+    declared, before = trained_names(model), copies(model)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    assert {name for name, _ in trained} == declared
     optimizer = adamw(trained, model, learning_rate=1e-2, weight_decay=0.1)
     for _ in range(3):  # B is zero at first, so A gets a gradient from the second step on
         optimizer.zero_grad()
@@ -396,7 +411,10 @@ def test_the_adapter_learns_what_the_frozen_model_cannot(tiny_config):
     ({"bias": "some"}, "bias must be one of none, lora_only, all, got 'some'"),
     ({"bias": None}, "bias must be one of"),
     ({"bias": True}, "bias must be one of"),
-    ({"init_lora_weights": "olora"}, "init_lora_weights must be one of True, False, gaussian, got 'olora'"),
+    ({"init_lora_weights": "olora"}, "init_lora_weights must be one of True, False, gaussian, pissa, got 'olora'"),
+    ({"init_lora_weights": "pissa", "lora_alpha": 0}, "PiSSA divides by the scale: lora_alpha must be positive, got 0"),
+    ({"init_lora_weights": "pissa", "alpha_pattern": {"c_attn": -1}}, "PiSSA.*c_attn must be positive, got -1"),
+    ({"use_dora": 1}, "."),
     ({"init_lora_weights": None}, "init_lora_weights must be one of"),
     ({"init_lora_weights": 0}, "init_lora_weights must be one of"),  # which is equal to False, and is not False
     ({"use_rslora": "false"}, "use_rslora must be bool, got 'false'"),

@@ -1,12 +1,12 @@
-"""Module surgery: which layers are chosen, what is left alone, and that everything can be undone."""
+"""Module surgery: which layers are chosen, what is refused and left alone, what is trained and counted."""
 
 import copy
 import dataclasses
-import io
 
 import pytest
 import torch
 import torch.nn as nn
+from models import HEADED, IDS, adapter_modules, assert_unchanged, build, perturb, snapshot, trained_names
 
 from minipeft import (
     FullConfig,
@@ -15,7 +15,6 @@ from minipeft import (
     GPT2LMHeadModel,
     GPT2Model,
     LoraConfig,
-    disable_adapter,
     inject,
     merge,
     remove,
@@ -23,62 +22,13 @@ from minipeft import (
     unmerge,
 )
 from minipeft.errors import ConfigError, InjectionError
-from minipeft.methods.surgery import AdapterLayer, find_targets, freeze, injections
+from minipeft.methods.surgery import base_parameters, find_targets, freeze, injections
 
-HEADED = [GPT2LMHeadModel, GPT2ForSequenceClassification, GPT2ForTokenClassification]
 ALL_FOUR = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
-IDS = torch.tensor([[5, 17, 80, 3, 41, 9, 60], [70, 2, 2, 33, 8, 95, 1]])
-MASK = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0]])
-
-
-def build(model_class, config, seed=0):
-    """A base model whose biases and LayerNorms are not at their neutral starting values."""
-    torch.manual_seed(seed)
-    model = model_class(config)
-    return perturb(model, 0.05).eval()
-
-
-@torch.no_grad()
-def perturb(model, size=0.1, seed=7):
-    """Move every trained tensor away from where it stands, so that no test passes only because B = 0."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 def names(*layers_and_modules):
     return [f"transformer.h.{layer}.{module}" for layer, module in layers_and_modules]
-
-
-def snapshot(model):
-    """All that a refused operation must leave alone: values, module objects, gradients flags, modes."""
-    return {"values": {name: tensor.clone() for name, tensor in model.state_dict().items()},
-            "modules": dict(model.named_modules()),
-            "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
-            "training": {name: module.training for name, module in model.named_modules()},
-            "injections": len(injections(model))}
-
-
-def assert_same_tensors(actual, expected):
-    assert list(actual) == list(expected)
-    for name, tensor in expected.items():
-        assert actual[name].dtype == tensor.dtype, name
-        assert torch.equal(actual[name], tensor), name
-
-
-def assert_unchanged(model, before):
-    after = snapshot(model)
-    assert_same_tensors(after.pop("values"), before["values"])
-    assert list(after["modules"]) == list(before["modules"])
-    for name, module in after.pop("modules").items():
-        assert module is before["modules"][name], name
-    assert after == {key: value for key, value in before.items() if key not in ("values", "modules")}
-
-
-def adapter_modules(model):
-    return [name for name, module in model.named_modules() if isinstance(module, AdapterLayer)]
 
 
 # --- choose -----------------------------------------------------------------------------------------------------------
@@ -221,7 +171,7 @@ def test_a_second_injection_is_refused(tiny_config):
 
 def test_a_merged_model_still_carries_its_method(tiny_config):
     model = merge(inject(build(GPT2LMHeadModel, tiny_config), LoraConfig(r=2)))
-    with pytest.raises(InjectionError, match="already carries lora"):
+    with pytest.raises(InjectionError, match="carries lora, merged into its weights: unmerge or remove it"):
         inject(model, LoraConfig(r=2))
 
 
@@ -252,7 +202,7 @@ def test_a_plain_container_of_linear_layers_can_be_adapted():
     inject(model, LoraConfig(r=2, target_modules="all-linear", bias="lora_only"))
     assert adapter_modules(model) == ["0", "2"]
     assert torch.equal(model(x), expected)
-    assert set(injections(model)[0].base_values) == {"0.base_layer.bias"}  # the second layer has none
+    assert set(injections(model)[0].base_values) == {"0.bias"}  # the second layer has none
 
 
 @pytest.mark.parametrize("fields", [{}, {"target_modules": "all-linear"}, {"target_modules": ["c_fc"], "bias": "all"},
@@ -288,8 +238,21 @@ def test_only_declared_parameters_require_gradients(tiny_config):
     model = inject(build(GPT2ForSequenceClassification, tiny_config), LoraConfig(r=2, layers_to_transform=0))
     assert [name for name, p in model.named_parameters() if p.requires_grad] == [
         "transformer.h.0.attn.c_attn.lora_A.weight", "transformer.h.0.attn.c_attn.lora_B.weight", "score.weight"]
-    assert injections(model)[0].trained_names() == [
-        "transformer.h.0.attn.c_attn.lora_A.weight", "transformer.h.0.attn.c_attn.lora_B.weight", "score.weight"]
+    (injection,) = injections(model)
+    assert injection.trained_base == ["score.weight"]
+    assert {name: layer.trained for name, layer in injection.layers.items()} == {
+        "transformer.h.0.attn.c_attn": ("lora_A.weight", "lora_B.weight")}
+
+
+def test_the_bases_tensors_are_recorded_by_the_names_they_have_in_the_bare_model(tiny_config):
+    """Whatever stands around them by now: other methods, and other adapters, then find them."""
+    model = build(GPT2ForSequenceClassification, tiny_config)
+    bare = set(dict(model.named_parameters()))
+    inject(model, LoraConfig(r=2, target_modules="all-linear", bias="lora_only"))
+    (injection,) = injections(model)
+    biases = {f"transformer.h.{layer}.{module}.bias" for layer in (0, 1) for module in ALL_FOUR}
+    assert set(injection.trained_base) == set(injection.base_values) == biases | {"score.weight"}
+    assert bare < set(base_parameters(model))
 
 
 def test_freeze_restores_what_somebody_unfroze(tiny_config):
@@ -304,7 +267,7 @@ def test_freeze_restores_what_somebody_unfroze(tiny_config):
 def test_frozen_parameters_get_no_gradient_and_declared_ones_do(tiny_config):
     model = perturb(inject(build(GPT2ForTokenClassification, tiny_config), LoraConfig(r=2, bias="lora_only")))
     model(IDS).square().mean().backward()
-    declared = set(injections(model)[0].trained_names())
+    declared = trained_names(model)
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == (name in declared), name
 
@@ -327,268 +290,3 @@ def test_counts_and_the_printed_line(tiny_config):
     inject(model, LoraConfig(r=2))
     assert trainable_parameters(model) == (4 * 2 * 2 * 24, base + 4 * 2 * 2 * 24)
     assert str(trainable_parameters(model)) == "trainable params: 384 || all params: 18,168 || trainable%: 2.1136"
-
-
-# --- remove -----------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("model_class", [*HEADED, GPT2Model])
-@pytest.mark.parametrize("config", [LoraConfig(r=2), LoraConfig(r=2, target_modules="all-linear", bias="lora_only"),
-                                    LoraConfig(r=2, bias="all")], ids=["c_attn", "all-linear", "bias all"])
-def test_remove_gives_back_the_same_modules_keys_and_bytes(tiny_config, model_class, config):
-    model = build(model_class, tiny_config)
-    before = snapshot(model)
-    perturb(inject(model, config))
-    assert any(not torch.equal(tensor, before["values"].get(name, torch.empty(0)))
-               for name, tensor in model.state_dict().items())
-    assert remove(model) is model
-    assert_unchanged(model, before)
-
-
-def test_remove_leaves_what_the_user_had_frozen_frozen(tiny_config):
-    model = build(GPT2ForSequenceClassification, tiny_config)
-    model.transformer.wpe.weight.requires_grad_(False)
-    before = snapshot(model)
-    remove(perturb(inject(model, LoraConfig(r=2, bias="all"))))
-    assert_unchanged(model, before)
-
-
-def test_full_fine_tuning_keeps_no_copy_of_the_base_and_says_so(tiny_config):
-    model = perturb(inject(build(GPT2LMHeadModel, tiny_config), FullConfig()))
-    before = snapshot(model)
-    with pytest.raises(InjectionError, match="full keeps no copy of the base"):
-        remove(model)
-    with pytest.raises(InjectionError, match="full keeps no copy of the base"):
-        with disable_adapter(model):
-            pass
-    assert_unchanged(model, before)
-
-
-def test_removing_nothing_is_no_error(tiny_config):
-    model = build(GPT2LMHeadModel, tiny_config)
-    before = snapshot(model)
-    assert remove(model) is model
-    assert_unchanged(model, before)
-
-
-def test_remove_works_on_a_merged_model(tiny_config):
-    model = build(GPT2ForSequenceClassification, tiny_config)
-    before = snapshot(model)
-    remove(merge(perturb(inject(model, LoraConfig(r=2, bias="all")))))
-    assert_unchanged(model, before)
-
-
-def test_after_remove_a_method_can_be_injected_again(tiny_config):
-    model = build(GPT2ForSequenceClassification, tiny_config)
-    expected = model(IDS, MASK)
-    remove(perturb(inject(model, LoraConfig(r=2))))
-    inject(model, LoraConfig(r=3, target_modules=["c_fc"]))
-    assert adapter_modules(model) == names((0, "mlp.c_fc"), (1, "mlp.c_fc"))
-    assert torch.equal(model(IDS, MASK), expected)
-
-
-# --- disable ----------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("model_class", HEADED)
-@pytest.mark.parametrize("config", [LoraConfig(r=2), LoraConfig(r=2, target_modules="all-linear", bias="lora_only"),
-                                    LoraConfig(r=2, bias="all"), LoraConfig(r=2, init_lora_weights=False)],
-                         ids=["c_attn", "lora_only", "bias all", "random init"])
-def test_disable_adapter_is_exactly_the_base_model_inside_and_the_trained_one_outside(
-        tiny_config, model_class, config):
-    model = build(model_class, tiny_config)
-    base = model(IDS, MASK)
-    perturb(inject(model, config))
-    trained, before = model(IDS, MASK), snapshot(model)
-    assert not torch.allclose(trained, base, atol=1e-3)
-    with disable_adapter(model) as same:
-        assert same is model
-        assert torch.equal(model(IDS, MASK), base)
-    assert torch.equal(model(IDS, MASK), trained)
-    assert_unchanged(model, before)
-
-
-def test_disable_adapter_restores_the_trained_model_after_an_exception(tiny_config):
-    model = perturb(inject(build(GPT2ForSequenceClassification, tiny_config), LoraConfig(r=2, bias="all")))
-    trained, before = model(IDS, MASK), snapshot(model)
-    with pytest.raises(ZeroDivisionError):
-        with disable_adapter(model):
-            raise ZeroDivisionError
-    assert torch.equal(model(IDS, MASK), trained)
-    assert_unchanged(model, before)
-
-
-def test_disable_adapter_can_be_nested(tiny_config):
-    model = build(GPT2ForSequenceClassification, tiny_config)
-    base = model(IDS, MASK)
-    perturb(inject(model, LoraConfig(r=2)))
-    with disable_adapter(model):
-        with disable_adapter(model):
-            pass
-        assert torch.equal(model(IDS, MASK), base)
-
-
-def test_disable_adapter_works_on_a_model_that_was_converted_after_injection(tiny_config):
-    model = build(GPT2ForSequenceClassification, tiny_config)
-    base = copy.deepcopy(model).double()(IDS, MASK)
-    perturb(inject(model, LoraConfig(r=2))).double()
-    with disable_adapter(model):
-        torch.testing.assert_close(model(IDS, MASK), base, atol=1e-5, rtol=0)
-
-
-def test_disable_adapter_needs_the_bases_weights(tiny_config):
-    model = merge(inject(build(GPT2LMHeadModel, tiny_config), LoraConfig(r=2)))
-    with pytest.raises(InjectionError, match=r"merged.*unmerge"):
-        with disable_adapter(model):
-            pass
-
-
-# --- merge ------------------------------------------------------------------------------------------------------------
-
-MERGEABLE = {
-    "c_attn": LoraConfig(r=2, lora_alpha=4),
-    "all-linear": LoraConfig(r=3, lora_alpha=2, target_modules="all-linear"),
-    "lora_only": LoraConfig(r=2, lora_alpha=4, bias="lora_only"),
-    "bias all": LoraConfig(r=2, lora_alpha=4, bias="all", target_modules=["c_proj"]),
-    "rslora": LoraConfig(r=4, lora_alpha=4, use_rslora=True, target_modules=["c_fc", "c_attn"]),
-    "patterns": LoraConfig(r=2, rank_pattern={"c_fc": 5}, alpha_pattern={"c_attn": 20}, target_modules="all-linear"),
-    "dropout": LoraConfig(r=2, lora_dropout=0.5),
-}
-
-
-@pytest.mark.parametrize("model_class", HEADED)
-@pytest.mark.parametrize("config", MERGEABLE.values(), ids=MERGEABLE)
-def test_a_merged_model_computes_the_same_with_plain_layers(tiny_config, model_class, config):
-    model = build(model_class, tiny_config)
-    base, keys = model(IDS, MASK), list(model.state_dict())
-    perturb(inject(model, config)).eval()
-    expected = model(IDS, MASK)
-    assert (expected - base).abs().max() > 1e-2
-    assert merge(model) is model
-    torch.testing.assert_close(model(IDS, MASK), expected, atol=1e-5, rtol=0)
-    assert adapter_modules(model) == []
-    assert list(model.state_dict()) == keys
-    assert {type(m) for name, m in model.named_modules() if "c_" in name} == {nn.Linear}
-
-
-@pytest.mark.parametrize("config", MERGEABLE.values(), ids=MERGEABLE)
-def test_unmerge_restores_everything_bit_for_bit(tiny_config, config):
-    model = perturb(inject(build(GPT2ForSequenceClassification, tiny_config), config)).eval()
-    before, expected = snapshot(model), model(IDS, MASK)
-    for _ in range(3):  # by keeping the weights, not by subtraction: nothing drifts
-        assert unmerge(merge(model)) is model
-    assert_unchanged(model, before)
-    assert torch.equal(model(IDS, MASK), expected)
-
-
-def test_unmerge_is_exact_in_bfloat16_too(tiny_config):
-    model = perturb(inject(build(GPT2LMHeadModel, tiny_config).bfloat16(), LoraConfig(r=2)))
-    before = snapshot(model)
-    merge(model)
-    assert model.transformer.h[0].attn.c_attn.weight.dtype == torch.bfloat16
-    assert not torch.equal(model.transformer.h[0].attn.c_attn.weight,
-                           before["values"]["transformer.h.0.attn.c_attn.base_layer.weight"])
-    assert_unchanged(unmerge(model), before)
-
-
-def test_a_model_converted_while_merged_can_be_unmerged(tiny_config):
-    model = perturb(inject(build(GPT2LMHeadModel, tiny_config), LoraConfig(r=2)))
-    expected = model(IDS).double()
-    unmerge(merge(model).double())
-    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.double}
-    torch.testing.assert_close(model(IDS), expected, atol=1e-5, rtol=0)
-
-
-def test_merging_leaves_the_tied_embedding_alone(tiny_config):
-    model = perturb(inject(build(GPT2LMHeadModel, tiny_config), LoraConfig(r=2, target_modules="all-linear")))
-    embedding = model.transformer.wte.weight.clone()
-    merge(model)
-    assert torch.equal(model.transformer.wte.weight, embedding)
-    assert model.lm_head.weight is model.transformer.wte.weight
-
-
-def test_merging_twice_is_refused_and_changes_nothing(tiny_config):
-    model = merge(perturb(inject(build(GPT2LMHeadModel, tiny_config), LoraConfig(r=2))))
-    before = snapshot(model)
-    with pytest.raises(InjectionError, match="already merged"):
-        merge(model)
-    assert_unchanged(model, before)
-
-
-def test_unmerging_what_is_not_merged_is_refused(tiny_config):
-    model = build(GPT2LMHeadModel, tiny_config)
-    with pytest.raises(InjectionError, match="nothing is merged"):
-        unmerge(model)
-    inject(model, LoraConfig(r=2))
-    with pytest.raises(InjectionError, match="nothing is merged"):
-        unmerge(model)
-    unmerge(merge(model))
-    with pytest.raises(InjectionError, match="nothing is merged"):
-        unmerge(model)
-
-
-@pytest.mark.parametrize("config", [None, FullConfig()], ids=["no method", "full fine-tuning"])
-def test_there_must_be_something_to_merge(tiny_config, config):
-    model = build(GPT2LMHeadModel, tiny_config)
-    if config is not None:
-        inject(model, config)
-    with pytest.raises(InjectionError, match="nothing to merge"):
-        merge(model)
-
-
-def test_a_layer_that_is_no_change_of_weights_cannot_be_merged():
-    with pytest.raises(InjectionError, match="AdapterLayer cannot be merged"):
-        AdapterLayer(nn.Linear(2, 2)).merged_weight()
-
-
-def test_nothing_merges_in_train_eval_or_forward(tiny_config):
-    model = perturb(inject(build(GPT2LMHeadModel, tiny_config), LoraConfig(r=2)))
-    values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    modules = dict(model.named_modules())
-    for step in (model.train, model.eval, lambda: model(IDS), lambda: model.train()(IDS), lambda: model.eval()(IDS)):
-        assert step() is not None  # train() and eval() return the model, as torch promises
-        assert_same_tensors(model.state_dict(), values)
-        assert all(module is modules[name] for name, module in model.named_modules())
-
-
-def test_unmerged_layers_come_back_in_the_models_present_mode(tiny_config):
-    model = merge(perturb(inject(build(GPT2LMHeadModel, tiny_config), LoraConfig(r=2, lora_dropout=0.5))))
-    assert {module.training for module in unmerge(model.train()).modules()} == {True}
-    assert {module.training for module in unmerge(merge(model).eval()).modules()} == {False}
-
-
-def test_a_merged_model_stays_merged_in_train_and_eval(tiny_config):
-    model = merge(perturb(inject(build(GPT2LMHeadModel, tiny_config), LoraConfig(r=2))))
-    values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    model.train()(IDS)
-    model.eval()(IDS)
-    assert_same_tensors(model.state_dict(), values)
-    assert adapter_modules(model) == []
-
-
-# --- copies -----------------------------------------------------------------------------------------------------------
-
-def pickled(model):
-    memory = io.BytesIO()
-    torch.save(model, memory)
-    memory.seek(0)
-    return torch.load(memory, weights_only=False)
-
-
-@pytest.mark.parametrize("copier", [copy.deepcopy, pickled])
-@pytest.mark.parametrize("model_class", HEADED)
-def test_a_copy_of_an_injected_model_is_complete_and_independent(tiny_config, model_class, copier):
-    base = build(model_class, tiny_config)
-    expected_base, keys = base(IDS, MASK), list(base.state_dict())
-    model = perturb(inject(base, LoraConfig(r=2, bias="lora_only")))
-    expected, before = model(IDS, MASK), snapshot(model)
-    twin = copier(model)
-    assert torch.equal(twin(IDS, MASK), expected)
-    assert trainable_parameters(twin) == trainable_parameters(model)
-    with disable_adapter(twin):
-        assert torch.equal(twin(IDS, MASK), expected_base)
-    merge(twin)
-    torch.testing.assert_close(twin(IDS, MASK), expected, atol=1e-5, rtol=0)
-    remove(twin)
-    assert list(twin.state_dict()) == keys
-    assert torch.equal(twin(IDS, MASK), expected_base)
-    assert_unchanged(model, before)
-    assert torch.equal(model(IDS, MASK), expected)

@@ -44,7 +44,7 @@ IDS = torch.randint(1, 96, (3, 9), generator=torch.Generator().manual_seed(5)) *
 
 @pytest.mark.parametrize(("case", "model_class"), [
     ("lora_lm", GPT2LMHeadModel), ("lora_cls", GPT2ForSequenceClassification),
-    ("rslora_cls", GPT2ForSequenceClassification)])
+    ("rslora_cls", GPT2ForSequenceClassification), ("dora_cls", GPT2ForSequenceClassification)])
 def test_a_stored_peft_adapter_gives_the_stored_logits(peft_fixtures, case, model_class):
     facts = json.loads((peft_fixtures / case / "case.json").read_text())
     reference = load_file(peft_fixtures / case / "reference.safetensors")
@@ -137,7 +137,8 @@ PATTERNS = ["c_attn", "h.0.attn.c_proj", "h.1.attn.c_proj", "mlp.c_proj", "c_fc"
 @st.composite
 def lora_fields(draw):
     fields = {"r": draw(st.integers(1, 6)), "lora_alpha": draw(st.sampled_from([1, 2.5, 8, 16])),
-              "bias": draw(st.sampled_from(["none", "lora_only", "all"])), "use_rslora": draw(st.booleans())}
+              "bias": draw(st.sampled_from(["none", "lora_only", "all"])), "use_rslora": draw(st.booleans()),
+              "use_dora": draw(st.booleans())}
     fields["target_modules"] = draw(
         st.none() | st.lists(st.sampled_from(ENDINGS), min_size=1, max_size=3, unique=True)
         | st.sampled_from(EXPRESSIONS))

@@ -1,0 +1,58 @@
+"""BitFit: training the bias terms, and nothing else.
+
+The weight matrices stay as they are; every vector that is added somewhere is trained. The variant "layer_norm" trains
+the LayerNorms' gains and offsets instead.
+
+    y = x W^T + b          b (out,) of every linear layer and LayerNorm is trained, W is frozen
+
+Papers: Ben Zaken, Ravfogel, Goldberg (2021), "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based
+Masked Language-models", arXiv 2106.10199. Qi, Ruan, Zuo, Li (2022), "Parameter-Efficient Tuning on Layer
+Normalization for Pre-trained Language Models", 2211.08682, for the variant.
+Trained: the biases (or the LayerNorms) and the classification head; the base's values are kept to go back to.
+Costs: L (11 C) + C parameters at an inner width of 4 C (or L (4 C) + 2 C): for GPT-2 102,144 (or 38,400).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch.nn as nn
+
+from minipeft.methods.fields import check_fields
+from minipeft.methods.surgery import AdapterLayer, base_modules, begin, bias_names, record
+
+
+@dataclass
+class BitFitConfig:
+    """Which of the vectors to train. Its adapter files are this library's own: peft has no such method.
+
+    Raises:
+        ConfigError: an unknown choice, when injected.
+    """
+
+    peft_type: ClassVar[str] = "MINIPEFT_BITFIT"
+
+    train: str = field(default="bias", metadata={"help": "what to train", "choices": ("bias", "layer_norm")})
+
+    def to_saved(self, model: nn.Module, layers: dict[str, AdapterLayer]) -> dict[str, Any]:
+        """What adapter_config.json says beyond the fields above."""
+        return {}
+
+    @classmethod
+    def from_saved(cls, values: dict[str, Any], model: nn.Module) -> BitFitConfig:
+        """A configuration from adapter_config.json's values."""
+        return cls(**values)
+
+
+def inject(model: nn.Module, config: BitFitConfig, name: str = "default") -> nn.Module:
+    """Declare the base model's bias vectors, or its LayerNorms, as trained; no layer is replaced.
+
+    Raises:
+        ConfigError: an unknown choice.
+    """
+    check_fields(config)
+    layer_norms = [key for key, module in base_modules(model).items() if isinstance(module, nn.LayerNorm)]
+    names = {"bias": bias_names(model),
+             "layer_norm": [f"{module}.{key}" for module in layer_norms for key in ("weight", "bias")]}
+    return record(model, begin(model, "bitfit", config, name), trained_base=names[config.train])

@@ -1,0 +1,97 @@
+"""Show what a method does to a model: the module tree before and after, a picture of one block, counts for all.
+
+    python scripts/anatomy.py --method lora --model gpt2
+    python scripts/anatomy.py --method prefix --picture prefix.png
+    python scripts/anatomy.py --all
+
+Shapes are enough for all of it: no weights are read, except a folder's config.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from common import add_dataclass_options, given, run
+
+from minipeft.anatomy import counts_table, injected, render, shapes_only, tree
+from minipeft.config import GPT2Config
+from minipeft.defaults import DEFAULTS
+from minipeft.errors import ConfigError
+from minipeft.files import check_writable, replacing_folder
+from minipeft.methods import METHODS
+from minipeft.methods.surgery import trainable_parameters
+from minipeft.pictures import TITLES, draw
+from minipeft.weights import HUB_NAMES, find, read_config
+
+
+def parse() -> argparse.Namespace:
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--method", default="lora")
+    chosen = first.parse_known_args()[0].method
+    if chosen not in METHODS:
+        raise ConfigError(f"unknown method {chosen!r}: use {', '.join(METHODS)}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", default="lora", help=f"{', '.join(METHODS)}; default lora")
+    parser.add_argument("--model", default="mini", help="mini, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder; "
+                                                        "default mini")
+    parser.add_argument("--picture", type=Path, help="draw one block with the method's parts into a .png or .svg file")
+    parser.add_argument("--all", action="store_true", help="the gallery of all methods and their table of counts")
+    parser.add_argument("--output", type=Path, default=Path("results/anatomy"), help="folder for --all; default "
+                                                                                     "results/anatomy")
+    if METHODS[chosen].config_class.__dataclass_fields__:
+        add_dataclass_options(parser.add_argument_group(f"method {chosen}"), METHODS[chosen].config_class,
+                              DEFAULTS[chosen]["method"], leave_out=METHODS[chosen].fixed)
+    return parser.parse_args()
+
+
+def config_of(name: str) -> GPT2Config:
+    """A model's sizes, without its weights."""
+    return GPT2Config.official(name) if name in HUB_NAMES else GPT2Config.from_dict(read_config(find(name)))
+
+
+def gallery(folder: Path, model_name: str) -> None:
+    """A picture of every method and a README that shows them beside the table of counts."""
+    check_writable(folder)
+    for method in METHODS:
+        draw(injected(config_of(model_name), method), method, folder / f"{method}.png")
+        print(f"wrote {folder / method}.png")
+    table = counts_table({name: config_of(name) for name in ("mini", *HUB_NAMES)})
+    pictures = "\n\n".join(f"## {TITLES[method]}\n\n![{TITLES[method]}]({method}.png)" for method in METHODS)
+    text = f"""# Anatomy of the methods
+
+Written by `python scripts/anatomy.py --all`. Trained parameters of each method in its default configuration (the
+table in `minipeft/defaults.py`), the two-label head included, counted on models of the official shapes:
+
+{table}
+
+One block of `{model_name}` with each method's parts:
+
+{pictures}
+"""
+    with replacing_folder(folder) as temporary:
+        (temporary / "README.md").write_text(text, encoding="utf-8")
+    print(f"wrote {folder / 'README.md'}")
+
+
+def main() -> None:
+    options = parse()
+    if options.all:
+        gallery(options.output, options.model)
+        return
+    config = config_of(options.model)
+    values = given(options, METHODS[options.method].config_class)
+    model = injected(config, options.method, **values)
+    if options.picture:
+        draw(model, options.method, options.picture)
+        print(f"wrote {options.picture}")
+        return
+    colour = sys.stdout.isatty()
+    print(f"{options.model} before:\n{render(tree(shapes_only(config).requires_grad_(False)), colour)}\n")
+    print(f"{options.model} with {options.method}, what is trained marked *:\n{render(tree(model), colour)}\n")
+    print(trainable_parameters(model))
+
+
+if __name__ == "__main__":
+    run(main)

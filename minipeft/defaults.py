@@ -20,10 +20,10 @@ DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "ptuning": {"method": {}, "training": {"learning_rate": 1e-3, "epochs": 2}},
     "prefix": {"method": {}, "training": {"learning_rate": 1e-2, "epochs": 2}},
     "lora": {"method": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
-             "training": {"learning_rate": 1.5e-3, "epochs": 2}},
+             "training": {"learning_rate": 1.5e-3, "epochs": 3}},
 }
 # Reading: how long a text may be, in tokens, and what is cut from a longer one.
-MAX_LENGTH, TRUNCATION = 512, "head_tail"
+MAX_LENGTH, TRUNCATION = 384, "head_tail"
 # Sizes used on a CPU unless --full is given: enough to see a method work in minutes.
 CPU_TRAIN_SIZE, CPU_VALIDATION_SIZE, CPU_TEST_SIZE = 4000, 500, 2000
 EVALUATION_BATCH_SIZE = 64

@@ -26,7 +26,7 @@ from minipeft.checkpoint import TENSORS_FILE
 transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own, on its own attributes
 
-LEARNING_RATE, TOLERANCE = 0.1, 1e-5
+LEARNING_RATE, TOLERANCE = 0.5, 1e-5
 NO_LABEL = -100
 tasks = pytest.mark.parametrize("task", TASKS)
 REPARAMETRISED = [name for name, method in METHODS.items() if not method.is_virtual]

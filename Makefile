@@ -9,7 +9,7 @@ train: .venv/run
 
 test: .venv/dev
 	$(VENV)/python -m ruff check .
-	$(VENV)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(VENV)/python -m pytest -q -n auto
 
 lint: .venv/dev
 	$(VENV)/python -m ruff check .

@@ -7,7 +7,18 @@ import pytest
 import torch
 import torch.nn as nn
 
-from minipeft import GPT2ForTokenClassification, GPT2LMHeadModel, LoraConfig, inject
+from minipeft import (
+    BitFitConfig,
+    GPT2ForSequenceClassification,
+    GPT2ForTokenClassification,
+    GPT2LMHeadModel,
+    IA3Config,
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    VeraConfig,
+    inject,
+)
 from minipeft.optimisation import adamw, warmup_cosine
 
 # --- the schedule -----------------------------------------------------------------------------------------------------
@@ -111,6 +122,34 @@ def test_the_default_is_no_decay_and_the_given_rate_and_betas(tiny_config):
         assert (group["lr"], group["weight_decay"], group["betas"]) == (3e-4, 0.0, (0.9, 0.999))
     for group in adamw(model.named_parameters(), model, 1e-3, betas=(0.9, 0.95)).param_groups:
         assert (group["lr"], group["betas"]) == (1e-3, (0.9, 0.95))
+
+
+METHODS_THAT_DO_NOT_DECAY = [IA3Config(), VeraConfig(r=4), PromptTuningConfig(num_virtual_tokens=3),
+                             PrefixTuningConfig(num_virtual_tokens=3), BitFitConfig(), BitFitConfig("layer_norm")]
+
+
+@pytest.mark.parametrize("config", METHODS_THAT_DO_NOT_DECAY, ids=lambda config: type(config).__name__)
+def test_vectors_tables_and_scales_do_not_decay_whatever_their_shape(tiny_config, config):
+    decays = groups(inject(GPT2ForSequenceClassification(tiny_config), config), trained_only=True)
+    assert decays.pop("score.weight") == 0.1
+    assert decays and set(decays.values()) == {0}
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_loraplus_raises_the_rate_of_b_and_of_doras_magnitudes_and_of_nothing_else(tiny_config, use_dora):
+    model = inject(GPT2ForSequenceClassification(tiny_config), LoraConfig(r=2, bias="lora_only", use_dora=use_dora))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = adamw(trained.items(), model, learning_rate=1e-3, loraplus_lr_ratio=16)
+    rates = {id(p): (group["lr"], group["rate_factor"]) for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in trained.items():
+        raised = name.endswith(("lora_B.weight", "lora_magnitude_vector"))
+        assert rates[id(parameter)] == pytest.approx((16e-3, 16) if raised else (1e-3, 1))
+
+
+def test_without_a_ratio_all_groups_have_one_rate(tiny_config):
+    model = inject(GPT2ForSequenceClassification(tiny_config), LoraConfig(r=2))
+    optimizer = adamw([(n, p) for n, p in model.named_parameters() if p.requires_grad], model, learning_rate=1e-3)
+    assert {group["rate_factor"] for group in optimizer.param_groups} == {1}
 
 
 def test_the_groups_do_not_change_what_adamw_computes(tiny_config):

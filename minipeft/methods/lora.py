@@ -69,7 +69,8 @@ class LoraConfig:
     exclude_modules: str | list[str] | None = field(default=None, metadata={"help": "modules to leave out"})
     layers_to_transform: int | list[int] | None = field(
         default=None, metadata={"help": "numbers of the blocks to adapt; default all"})
-    layers_pattern: str | None = field(default=None, metadata={"help": "name before the block number, GPT-2: h"})
+    layers_pattern: str | list[str] | None = field(
+        default=None, metadata={"help": "name before the block number, GPT-2: h"})
     rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "JSON: module name -> its own r"})
     alpha_pattern: dict[str, float] = field(
         default_factory=dict, metadata={"help": "JSON: module name -> its own lora_alpha"})

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from minipeft.errors import ConfigError
 from minipeft.methods.fields import check_fields
-from minipeft.methods.surgery import base_of, begin, insert, record
+from minipeft.methods.surgery import AdapterLayer, base_of, begin, insert, record
 from minipeft.methods.virtual_tokens import SavedAsPrompt, Table, VirtualTokens, check_room, place_of
 from minipeft.tokenizer import get_tokenizer
 
@@ -46,6 +46,13 @@ class PromptTuningConfig(SavedAsPrompt):
     tokenizer_name_or_path: str | None = field(
         default=None, metadata={"help": "whose vocabulary cuts the text; default the model's own"})
 
+
+    def to_saved(self, model: nn.Module, layers: dict[str, AdapterLayer]) -> dict[str, Any]:
+        """What adapter_config.json says beyond the fields above; with TEXT, peft insists on a tokenizer's name."""
+        name = self.tokenizer_name_or_path
+        if self.prompt_tuning_init == "TEXT":
+            name = name or getattr(model, "name_or_path", None) or "gpt2"
+        return super().to_saved(model, layers) | {"tokenizer_name_or_path": name}
 
     @classmethod
     def from_saved(cls, values: dict[str, Any], model: nn.Module) -> PromptTuningConfig:

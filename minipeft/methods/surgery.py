@@ -233,7 +233,8 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
             if name and name not in HEADS and id(module) not in inside}
 
 
-def _matches(name: str, targets: str | Sequence[str], layers: list[int], layers_pattern: str | None) -> bool:
+def _matches(name: str, targets: str | Sequence[str], layers: list[int],
+             layers_pattern: str | Sequence[str] | None) -> bool:
     if isinstance(targets, str):
         return compiled(targets, "target").fullmatch(name) is not None
     if name in targets:
@@ -242,7 +243,9 @@ def _matches(name: str, targets: str | Sequence[str], layers: list[int], layers_
         return False
     if not layers:
         return True
-    number = compiled(rf".*?\.{layers_pattern or '[^.]*'}\.(\d+)\.", "layers_pattern").match(f".{name}")
+    patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
+    before = "|".join(patterns) if patterns else "[^.]*"
+    number = compiled(rf".*?\.(?:{before})\.(\d+)\.", "layers_pattern").match(f".{name}")
     return number is not None and int(number.group(1)) in layers
 
 

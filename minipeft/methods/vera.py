@@ -55,7 +55,8 @@ class VeraConfig:
         default=None, metadata={"help": "module names, one regular expression, or all-linear; default c_attn"})
     layers_to_transform: int | list[int] | None = field(
         default=None, metadata={"help": "numbers of the blocks to adapt; default all"})
-    layers_pattern: str | None = field(default=None, metadata={"help": "name before the block number, GPT-2: h"})
+    layers_pattern: str | list[str] | None = field(
+        default=None, metadata={"help": "name before the block number, GPT-2: h"})
     projection_prng_key: int = field(default=0, metadata={"help": "seed of the shared matrices"})
     save_projection: bool = field(default=True, metadata={"help": "store the shared matrices in the adapter file too"})
     d_initial: float = field(default=0.1, metadata={"help": "where d starts"})

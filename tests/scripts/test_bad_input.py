@@ -586,3 +586,50 @@ def test_what_is_not_wrong_is_not_refused(script, tiny_model, adapter):
     assert script("train.py", "--model", tiny_model, "--dataset", "films.csv", *QUICK).code == 0
     assert script("evaluate.py", "--adapter", "adapter", "--dataset", "films.csv").code == 0
     assert script("predict.py", "--adapter", "adapter", "text").code == 0
+
+
+# --- the methods ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("options", "said"), [
+    (("--method", "prompt", "--num-virtual-tokens", 0), "between 1 and 63 virtual tokens fit"),
+    (("--method", "prefix", "--num-virtual-tokens", 64), "between 1 and 63 virtual tokens fit"),
+    (("--method", "prompt", "--prompt-tuning-init", "TEXT"), "prompt_tuning_init_text, and it is empty"),
+    (("--method", "prompt", "--num-virtual-tokens", 20, "--max-length", 50), "44 tokens fit"),
+    (("--method", "ptuning", "--encoder-hidden-size", -1), "encoder_hidden_size must be a positive integer"),
+    (("--method", "adapter", "--bottleneck-size", 0), "bottleneck_size must be a positive integer"),
+    (("--method", "adapter", "--non-linearity", "sigmoidal"), "non_linearity must be one of relu"),
+    (("--method", "adapter", "--layers-to-transform", 7), "this model has the blocks 0 to 1"),
+    (("--method", "vera", "--r", 0), "r must be a positive integer"),
+    (("--method", "ia3", "--target-modules", "c_atn"), "nearest names"),
+    (("--method", "dora", "--r", 17), "r=17 is larger than"),
+    (("--method", "bitfit", "--train", "weights"), "train must be one of bias, layer_norm"),
+    (("--method", "lora", "--loraplus-lr-ratio", 0), "loraplus_lr_ratio must be positive"),
+])
+def test_a_methods_impossible_values_are_refused_by_name(train, options, said):
+    assert said in train(*options)
+
+
+def test_an_adapter_of_another_method_cannot_be_taken_for_this_one(refused, adapter):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3", "task_type": config["task_type"]}))
+    assert "does not fit this model: missing" in refused("predict.py", "--adapter", adapter, "a good film")
+
+
+# --- anatomy and tuning -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("options", "said"), [
+    (("--method", "lorra"), "unknown method 'lorra': use full, head"),
+    (("--model", "gpt5"), "model 'gpt5' is neither a folder nor one of"),
+    (("--picture", "block.gif"), "a .png or a .svg file"),
+    (("--method", "lora", "--target-modules", "nothing"), "match nothing"),
+])
+def test_a_request_anatomy_cannot_meet_is_refused(refused, options, said):
+    assert said in refused("anatomy.py", *options)
+
+
+@pytest.mark.parametrize(("trial", "said"), [
+    ("r=4", "is not JSON"), ("[4]", "is not a JSON object"), ('{"rank": 4}', "a trial cannot set 'rank'"),
+    ('{"learning_rate": -1}', "learning_rate must be positive"),
+])
+def test_a_trial_that_cannot_be_tried_is_refused(refused, tiny_model, trial, said):
+    assert said in refused("tune.py", "--model", tiny_model, "--dataset", "films.csv", "--try", trial)

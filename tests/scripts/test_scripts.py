@@ -22,6 +22,7 @@ from helpers import (
 )
 
 from minipeft import defaults, finetune
+from minipeft.methods import METHODS
 from minipeft.tasks import classification
 
 QUICK = ("--epochs", 3, "--batch-size", 4, "--learning-rate", 0.02, "--precision", "fp32")
@@ -349,3 +350,39 @@ def test_with_nothing_named_the_bundled_model_trains_and_predicts(script):
     assert "64 train, 20 validation, 20 test" in outcome.out
     predicted = script("predict.py", "A film I will not forget.")
     assert predicted.code == 0 and predicted.out.endswith("\tA film I will not forget.\n")
+
+
+# --- anatomy and tuning -----------------------------------------------------------------------------------------------
+
+def test_anatomy_prints_the_tree_before_and_after_and_the_count(script, tiny_model):
+    outcome = script("anatomy.py", "--model", tiny_model, "--method", "lora", "--target-modules", "c_attn")
+    assert outcome.code == 0, outcome.err
+    before, after = outcome.out.split(" with lora")
+    assert "LoRALinear" not in before and "*" not in before
+    assert "(c_attn) LoRALinear" in after and "trainable params: " in after
+
+
+def test_anatomy_draws_one_picture_or_the_gallery_of_all(script, tiny_model, folder):
+    pytest.importorskip("matplotlib")
+    assert script("anatomy.py", "--model", tiny_model, "--picture", "block.svg").code == 0
+    assert (folder / "block.svg").is_file()
+    assert script("anatomy.py", "--model", tiny_model, "--all", "--output", "gallery").code == 0
+    text = (folder / "gallery" / "README.md").read_text()
+    assert {file.name for file in (folder / "gallery").iterdir()} == {"README.md", *(f"{m}.png" for m in METHODS)}
+    assert all(f"({method}.png)" in text and f"| {method} |" in text for method in METHODS)
+
+
+def test_tune_prints_a_line_for_each_trial_and_writes_them(script, tiny_model, folder):
+    outcome = script("tune.py", "--model", tiny_model, "--dataset", "films.csv", "--max-length", 32,
+                     "--try", '{"epochs": 1, "r": 2}', "--try", '{"epochs": 1, "r": 4}')
+    assert outcome.code == 0, outcome.err
+    assert len(outcome.out.splitlines()) == 2 and "{'epochs': 1, 'r': 4}" in outcome.out
+    assert len(read_json(folder / "results" / "tuning_lora.json")["trials"]) == 2
+
+
+@pytest.mark.parametrize(("method", "option", "other"), [
+    ("prefix", "--prefix-projection", "--lora-alpha"), ("adapter", "--bottleneck-size", "--r VALUE"),
+    ("dora", "--lora-alpha", "--use-dora"), ("head", "--recompute-features", "--r VALUE")])
+def test_each_methods_help_lists_its_own_options(script, method, option, other):
+    shown = script("train.py", "--method", method, "--help").out
+    assert option in shown and other not in shown

@@ -6,7 +6,6 @@ This is what `scripts/train.py` calls. The library's pieces (inject, train, save
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import time
 from collections.abc import Callable
@@ -18,17 +17,15 @@ import torch
 import torch.nn as nn
 
 from minipeft import defaults
-from minipeft.checkpoint import CONFIG_FILE as ADAPTER_CONFIG_FILE
-from minipeft.checkpoint import DETAILS_FILE, load_adapter, read_details, save_adapter
-from minipeft.checkpoint import TENSORS_FILE as ADAPTER_TENSORS_FILE
 from minipeft.data import BucketedBatches, ClassificationData, FeatureBatches, choose_dataset, load_dataset
-from minipeft.errors import AdapterError, ConfigError, WeightsError
-from minipeft.files import check_writable, replacing_folder, write_json, write_json_file
+from minipeft.errors import ConfigError
+from minipeft.files import check_writable, write_json_file
 from minipeft.gpt2 import GPT2ForSequenceClassification, GPT2LMHeadModel
 from minipeft.hardware import choose_device, choose_precision, machine, peak_memory_bytes, versions
 from minipeft.methods import METHODS, inject
 from minipeft.methods.head import HeadOnFeatures
-from minipeft.methods.surgery import ParameterCount, fingerprint, injections, positions_left, trainable_parameters
+from minipeft.methods.surgery import ParameterCount, fingerprint, positions_left, trainable_parameters
+from minipeft.saved import check_vocabulary, save_finetuned
 from minipeft.tasks import classification
 from minipeft.tokenizer import VOCABULARY_FILE, Tokenizer, get_tokenizer
 from minipeft.training import History, TrainingConfig, train
@@ -214,7 +211,7 @@ def finetune(options: Options, say: Say = lambda line: None) -> dict[str, Any]:
     Raises:
         MinipeftError: whatever is wrong with the request, before anything is written.
     """
-    _check_method(options)
+    check_method(options)
     setup = set_up(options, say)
     folder = Path(options.output or f"checkpoints/{options.method}_finetuned")
     fitted = fit(options, setup, say, folder)
@@ -243,59 +240,7 @@ def finetune(options: Options, say: Say = lambda line: None) -> dict[str, Any]:
     return results
 
 
-def tune(options: Options, trials: list[dict[str, Any]], say: Say = lambda line: None) -> dict[str, Any]:
-    """Train once for each trial and compare on the validation split; the test split is not read.
-
-    Args:
-        options: what all trials share. Nothing is saved but the comparison.
-        trials: values that replace fields of the method's configuration, of TrainingConfig, or of `options`.
-
-    Returns:
-        The content of results/tuning_<method>.json, to which the trials are appended.
-
-    Raises:
-        MinipeftError: whatever is wrong with the request or a trial, before the first is trained.
-    """
-    _check_method(options)
-    requests = [_with(options, trial) for trial in trials]
-    path = Path(options.results_dir) / f"tuning_{options.method}.json"
-    check_writable(path.parent)
-    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"trials": []}
-    for trial, request in zip(trials, requests):
-        setup = set_up(request, lambda line: None)
-        fitted = fit(request, setup, lambda line: None)
-        if fitted.history.interrupted:
-            return results
-        results["trials"].append({
-            "trial": trial, "validation": fitted.history.best, "seconds": round(fitted.history.seconds, 1),
-            "method_config": dataclasses.asdict(fitted.method_config),
-            "training_config": dataclasses.asdict(fitted.config), "max_length": fitted.max_length,
-            "truncation": request.truncation, "base_fingerprint": fitted.base_fingerprint,
-            "dataset": setup.data.name, "sizes": setup.sizes, "machine": machine()})
-        write_json_file(path, results)
-        say(f"{fitted.history.best['accuracy']:.4f} after {fitted.history.seconds:.0f} s: {trial}")
-    return results
-
-
-def _with(options: Options, trial: dict[str, Any]) -> Options:
-    """`options` with the values of a trial put where they belong."""
-    method_fields = {field.name for field in dataclasses.fields(METHODS[options.method].config_class)}
-    request = dataclasses.replace(options, method_values=dict(options.method_values),
-                                  training_values=dict(options.training_values))
-    for key, value in trial.items():
-        if key in method_fields:
-            request.method_values[key] = value
-        elif key in {field.name for field in dataclasses.fields(TrainingConfig)}:
-            request.training_values[key] = value
-        elif key in ("max_length", "truncation", "dropout"):
-            setattr(request, key, value)
-        else:
-            raise ConfigError(f"a trial cannot set {key!r}: it is no field of {options.method}, of the training, and "
-                              "not max_length, truncation or dropout")
-    return request
-
-
-def _check_method(options: Options) -> None:
+def check_method(options: Options) -> None:
     """Refuse an unknown method, or values that make no configuration, before any data is read."""
     if options.method not in METHODS:
         raise ConfigError(f"unknown method {options.method!r}: use baseline, {', '.join(METHODS)}")
@@ -348,84 +293,10 @@ def results_path(folder: str | Path, name: str, dataset: str) -> Path:
     return Path(folder) / f"{name}{'' if dataset == 'imdb' else f'_{dataset}'}_results.json"
 
 
-# --- saved models -----------------------------------------------------------------------------------------------------
-
-def save_finetuned(model: nn.Module, folder: Path, tokenizer: Tokenizer, base: str, details: dict[str, Any]) -> None:
-    """Write an adapter folder or, where all weights were trained, a whole model with its vocabulary."""
-    if hasattr(injections(model)[-1].config, "peft_type"):
-        save_adapter(model, folder, details)
-        return
-    vocabulary = find(base) / VOCABULARY_FILE
-    with replacing_folder(folder) as temporary:
-        model.save_pretrained(temporary)
-        if vocabulary.is_file():
-            shutil.copyfile(vocabulary, temporary / VOCABULARY_FILE)
-        write_json(temporary / DETAILS_FILE, {"method": "full", "base_model": base, **details})
-    for file in (ADAPTER_CONFIG_FILE, ADAPTER_TENSORS_FILE):  # an adapter that was there before is not this model's
-        (folder / file).unlink(missing_ok=True)
-
-
-def load_finetuned(folder: str | Path, model_name: str | None = None,
-                   device: torch.device | None = None) -> tuple[nn.Module, Tokenizer, dict[str, Any]]:
-    """A classifier from what `finetune` left: an adapter folder on its base, or a whole model.
-
-    Args:
-        model_name: the base to put an adapter on; default is the one it was trained on.
-
-    Returns:
-        (model in eval mode, its tokenizer, the content of minipeft.json).
-
-    Raises:
-        AdapterError: neither an adapter nor a model folder, or an adapter of another base.
-    """
-    folder = Path(folder)
-    details = _checked(read_details(folder), folder)
-    if not (folder / ADAPTER_CONFIG_FILE).is_file():
-        if not (folder / "config.json").is_file():
-            raise AdapterError(f"{folder} holds neither {ADAPTER_CONFIG_FILE} nor config.json: train first, or name "
-                               "the folder that training printed")
-        model = GPT2ForSequenceClassification.from_pretrained(folder)
-        tokenizer = get_tokenizer(folder)
-    else:
-        name = model_name or details.get("base_model")
-        if name is None:
-            raise AdapterError(f"{folder} does not say which base model it belongs to: name it with --model")
-        labels = details.get("label_names")
-        model = load_adapter(GPT2ForSequenceClassification.from_pretrained(
-            name, **({"num_labels": len(labels)} if labels else {})), folder)
-        tokenizer = get_tokenizer(find(name))
-    _check_vocabulary(tokenizer, model)
-    model.to(device or torch.device("cpu"))
-    details.setdefault("label_names", [str(i) for i in range(model.config.num_labels)])
-    details.setdefault("max_length", min(defaults.MAX_LENGTH, model.config.n_positions))
-    details.setdefault("truncation", defaults.TRUNCATION)
-    return model, tokenizer, details
-
-
-def _checked(details: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The content of a minipeft.json, whose values are of the types that are needed.
-
-    Raises:
-        AdapterError: they are not.
-    """
-    names = details.get("label_names", ["one", "two"])
-    good = {"label_names": isinstance(names, list) and len(names) > 1 and all(isinstance(name, str) for name in names),
-            "max_length": type(details.get("max_length", 1)) is int, "base_model": isinstance(
-                details.get("base_model") or "", str)}
-    wrong = [key for key, value in good.items() if not value]
-    if wrong:
-        raise AdapterError(f"{folder / DETAILS_FILE} has an unusable {wrong[0]}: {details[wrong[0]]!r}")
-    return details
-
-
-def _check_vocabulary(tokenizer: Tokenizer, model: nn.Module) -> None:
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise WeightsError(f"the vocabulary has {tokenizer.vocab_size:,} entries, the model only "
-                           f"{model.config.vocab_size:,}: put the model's own {VOCABULARY_FILE} beside its weights")
-
+# --- pieces of a results file -----------------------------------------------------------------------------------------
 
 def _max_length(setup: Setup, options: Options, model: nn.Module) -> int:
-    _check_vocabulary(setup.tokenizer, model)
+    check_vocabulary(setup.tokenizer, model)
     left = positions_left(model)
     if options.max_length is not None and options.max_length > left:
         taken = model.config.n_positions - left
@@ -433,8 +304,6 @@ def _max_length(setup: Setup, options: Options, model: nn.Module) -> int:
                           f"positions{f', of which {taken} hold virtual tokens: {left} tokens fit' if taken else ''}")
     return min(setup.max_length, left)
 
-
-# --- pieces of a results file -----------------------------------------------------------------------------------------
 
 def _test(model: nn.Module, setup: Setup, truncation: str, max_length: int) -> tuple[dict[str, Any], float]:
     started = time.perf_counter()

@@ -14,8 +14,8 @@ from minipeft import defaults
 from minipeft.data import choose_dataset, load_dataset
 from minipeft.errors import ConfigError, DataError
 from minipeft.files import check_writable, write_json_file
-from minipeft.finetune import load_finetuned
 from minipeft.hardware import choose_device, choose_precision
+from minipeft.saved import load_finetuned
 from minipeft.tasks.classification import encode, metrics, predict_logits
 
 

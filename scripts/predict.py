@@ -13,8 +13,8 @@ from common import add_machine_options, run
 
 from minipeft.data import check_texts, clean
 from minipeft.errors import DataError
-from minipeft.finetune import load_finetuned
 from minipeft.hardware import choose_device, choose_precision
+from minipeft.saved import load_finetuned
 from minipeft.tasks.classification import encode, predict_logits
 
 

@@ -13,8 +13,9 @@ from common import add_data_options, add_machine_options, run
 
 from minipeft import defaults
 from minipeft.errors import ConfigError
-from minipeft.finetune import Options, tune
+from minipeft.finetune import Options
 from minipeft.methods import METHODS
+from minipeft.tuning import tune
 
 
 def parse() -> argparse.Namespace:

@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from minipeft import GPT2ForSequenceClassification, finetune, load_adapter
 from minipeft.data import load_dataset
 from minipeft.errors import AdapterError, ConfigError, DataError, OutputError
-from minipeft.finetune import Options, baseline, load_finetuned, results_path
+from minipeft.finetune import Options, baseline, results_path
 from minipeft.methods import METHODS
 from minipeft.methods.surgery import fingerprint
+from minipeft.saved import load_finetuned
 from minipeft.tasks import classification
 from minipeft.tokenizer import get_tokenizer
 
@@ -431,7 +432,7 @@ def test_every_method_trains_tests_writes_its_results_and_reloads_to_identical_p
     results = finetune.finetune(options(method, method_values=SMALL.get(method, {}), training_values={"epochs": 1}))
     assert read_json(tmp_path / "results" / f"fine_tuned_{method}_films_results.json") == results
     assert results["method"] == method and 0 < results["parameters"]["trainable"] <= results["parameters"]["total"]
-    model, tokenizer, details = finetune.load_finetuned(tmp_path / "output" / method)
+    model, tokenizer, details = load_finetuned(tmp_path / "output" / method)
     if method != "head":  # whose features alone went through `train`
         assert torch.equal(logits_of(model, tokenizer, details), logits_of(trained_model[0], tokenizer, details))
     ids = classification.encode(read_examples(tmp_path).texts, tokenizer, details["max_length"], details["truncation"])
@@ -451,7 +452,7 @@ def test_a_head_trained_on_features_computed_once_is_the_head_trained_the_long_w
         options_of_run = options("head", recompute_features=recompute, dropout=0.0, training_values={
             "batch_size": 64, "epochs": 5}, output=str(tmp_path / str(recompute)))
         runs[recompute] = finetune.finetune(options_of_run)
-    cached, recomputed = (finetune.load_finetuned(tmp_path / str(recompute))[0].score.weight
+    cached, recomputed = (load_finetuned(tmp_path / str(recompute))[0].score.weight
                           for recompute in (False, True))
     torch.testing.assert_close(cached, recomputed, atol=1e-5, rtol=1e-4)
     assert runs[False]["metrics"]["test"]["accuracy"] == runs[True]["metrics"]["test"]["accuracy"]
@@ -465,33 +466,3 @@ def test_virtual_tokens_leave_less_room_for_the_text_and_the_message_says_how_mu
 
 def test_the_default_length_makes_room_for_virtual_tokens(options):
     assert finetune.finetune(options("prefix", max_length=None))["dataset"]["max_length"] == 44
-
-
-# --- tuning -----------------------------------------------------------------------------------------------------------
-
-def test_tuning_compares_trials_on_the_validation_split_and_never_reads_the_test_split(options, tmp_path, monkeypatch):
-    def no_test(*arguments):
-        raise AssertionError("the test split was read")
-
-    monkeypatch.setattr(finetune, "_test", no_test)
-    trials = [{"learning_rate": 1e-3}, {"r": 4, "max_length": 32, "epochs": 1}]
-    results = finetune.tune(options(), trials)
-    assert results == read_json(tmp_path / "results" / "tuning_lora.json")
-    first, second = results["trials"]
-    assert [trial["trial"] for trial in results["trials"]] == trials
-    assert first["training_config"]["learning_rate"] == 1e-3 and first["max_length"] == 48
-    assert second["method_config"]["r"] == 4 and second["max_length"] == 32
-    assert 0 <= first["validation"]["accuracy"] <= 1
-    assert {Path(file).name for file in files_below(tmp_path)} == {"films.csv", "tuning_lora.json"}
-
-
-def test_later_trials_are_appended(options):
-    finetune.tune(options(), [{"epochs": 1}])
-    assert len(finetune.tune(options(), [{"epochs": 1, "r": 2}])["trials"]) == 2
-
-
-@pytest.mark.parametrize("trial", [{"rank": 4}, {"r": 4, "model": "gpt2"}])
-def test_a_trial_that_cannot_be_is_refused_before_the_first_is_trained(options, tmp_path, trial):
-    with pytest.raises(ConfigError, match="a trial cannot set"):
-        finetune.tune(options(), [{"epochs": 1}, trial])
-    assert not (tmp_path / "results").exists()

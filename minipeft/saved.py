@@ -1,0 +1,100 @@
+"""Trained classifiers on disk: an adapter folder, or a whole model where all weights were trained, and back."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from minipeft import defaults
+from minipeft.checkpoint import CONFIG_FILE as ADAPTER_CONFIG_FILE
+from minipeft.checkpoint import DETAILS_FILE, load_adapter, read_details, save_adapter
+from minipeft.checkpoint import TENSORS_FILE as ADAPTER_TENSORS_FILE
+from minipeft.errors import AdapterError, WeightsError
+from minipeft.files import replacing_folder, write_json
+from minipeft.gpt2 import GPT2ForSequenceClassification
+from minipeft.methods.surgery import injections
+from minipeft.tokenizer import VOCABULARY_FILE, Tokenizer, get_tokenizer
+from minipeft.weights import find
+
+
+def save_finetuned(model: nn.Module, folder: Path, tokenizer: Tokenizer, base: str, details: dict[str, Any]) -> None:
+    """Write an adapter folder or, where all weights were trained, a whole model with its vocabulary."""
+    if hasattr(injections(model)[-1].config, "peft_type"):
+        save_adapter(model, folder, details)
+        return
+    vocabulary = find(base) / VOCABULARY_FILE
+    with replacing_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        if vocabulary.is_file():
+            shutil.copyfile(vocabulary, temporary / VOCABULARY_FILE)
+        write_json(temporary / DETAILS_FILE, {"method": "full", "base_model": base, **details})
+    for file in (ADAPTER_CONFIG_FILE, ADAPTER_TENSORS_FILE):  # an adapter that was there before is not this model's
+        (folder / file).unlink(missing_ok=True)
+
+
+def load_finetuned(folder: str | Path, model_name: str | None = None,
+                   device: torch.device | None = None) -> tuple[nn.Module, Tokenizer, dict[str, Any]]:
+    """A classifier from what `finetune` left: an adapter folder on its base, or a whole model.
+
+    Args:
+        model_name: the base to put an adapter on; default is the one it was trained on.
+
+    Returns:
+        (model in eval mode, its tokenizer, the content of minipeft.json).
+
+    Raises:
+        AdapterError: neither an adapter nor a model folder, or an adapter of another base.
+    """
+    folder = Path(folder)
+    details = _checked(read_details(folder), folder)
+    if not (folder / ADAPTER_CONFIG_FILE).is_file():
+        if not (folder / "config.json").is_file():
+            raise AdapterError(f"{folder} holds neither {ADAPTER_CONFIG_FILE} nor config.json: train first, or name "
+                               "the folder that training printed")
+        model = GPT2ForSequenceClassification.from_pretrained(folder)
+        tokenizer = get_tokenizer(folder)
+    else:
+        name = model_name or details.get("base_model")
+        if name is None:
+            raise AdapterError(f"{folder} does not say which base model it belongs to: name it with --model")
+        labels = details.get("label_names")
+        model = load_adapter(GPT2ForSequenceClassification.from_pretrained(
+            name, **({"num_labels": len(labels)} if labels else {})), folder)
+        tokenizer = get_tokenizer(find(name))
+    check_vocabulary(tokenizer, model)
+    model.to(device or torch.device("cpu"))
+    details.setdefault("label_names", [str(i) for i in range(model.config.num_labels)])
+    details.setdefault("max_length", min(defaults.MAX_LENGTH, model.config.n_positions))
+    details.setdefault("truncation", defaults.TRUNCATION)
+    return model, tokenizer, details
+
+
+def _checked(details: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The content of a minipeft.json, whose values are of the types that are needed.
+
+    Raises:
+        AdapterError: they are not.
+    """
+    names = details.get("label_names", ["one", "two"])
+    good = {"label_names": isinstance(names, list) and len(names) > 1 and all(isinstance(name, str) for name in names),
+            "max_length": type(details.get("max_length", 1)) is int, "base_model": isinstance(
+                details.get("base_model") or "", str)}
+    wrong = [key for key, value in good.items() if not value]
+    if wrong:
+        raise AdapterError(f"{folder / DETAILS_FILE} has an unusable {wrong[0]}: {details[wrong[0]]!r}")
+    return details
+
+
+def check_vocabulary(tokenizer: Tokenizer, model: nn.Module) -> None:
+    """Refuse a vocabulary with entries that the model has no embedding for.
+
+    Raises:
+        WeightsError: there are such.
+    """
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise WeightsError(f"the vocabulary has {tokenizer.vocab_size:,} entries, the model only "
+                           f"{model.config.vocab_size:,}: put the model's own {VOCABULARY_FILE} beside its weights")

@@ -1,0 +1,67 @@
+"""Comparing settings of a method on the validation split."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from minipeft.errors import ConfigError
+from minipeft.files import check_writable, write_json_file
+from minipeft.finetune import Options, Say, check_method, fit, set_up
+from minipeft.hardware import machine
+from minipeft.methods import METHODS
+from minipeft.training import TrainingConfig
+
+
+def tune(options: Options, trials: list[dict[str, Any]], say: Say = lambda line: None) -> dict[str, Any]:
+    """Train once for each trial and compare on the validation split; the test split is not read.
+
+    Args:
+        options: what all trials share. Nothing is saved but the comparison.
+        trials: values that replace fields of the method's configuration, of TrainingConfig, or of `options`.
+
+    Returns:
+        The content of results/tuning_<method>.json, to which the trials are appended.
+
+    Raises:
+        MinipeftError: whatever is wrong with the request or a trial, before the first is trained.
+    """
+    check_method(options)
+    requests = [_with(options, trial) for trial in trials]
+    path = Path(options.results_dir) / f"tuning_{options.method}.json"
+    check_writable(path.parent)
+    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"trials": []}
+    for trial, request in zip(trials, requests):
+        setup = set_up(request, lambda line: None)
+        fitted = fit(request, setup, lambda line: None)
+        if fitted.history.interrupted:
+            return results
+        results["trials"].append({
+            "trial": trial, "validation": fitted.history.best, "seconds": round(fitted.history.seconds, 1),
+            "method_config": dataclasses.asdict(fitted.method_config),
+            "training_config": dataclasses.asdict(fitted.config), "max_length": fitted.max_length,
+            "truncation": request.truncation, "base_fingerprint": fitted.base_fingerprint,
+            "dataset": setup.data.name, "sizes": setup.sizes, "machine": machine()})
+        write_json_file(path, results)
+        say(f"{fitted.history.best['accuracy']:.4f} after {fitted.history.seconds:.0f} s: {trial}")
+    return results
+
+
+def _with(options: Options, trial: dict[str, Any]) -> Options:
+    """`options` with the values of a trial put where they belong."""
+    method_fields = {field.name for field in dataclasses.fields(METHODS[options.method].config_class)}
+    request = dataclasses.replace(options, method_values=dict(options.method_values),
+                                  training_values=dict(options.training_values))
+    for key, value in trial.items():
+        if key in method_fields:
+            request.method_values[key] = value
+        elif key in {field.name for field in dataclasses.fields(TrainingConfig)}:
+            request.training_values[key] = value
+        elif key in ("max_length", "truncation", "dropout"):
+            setattr(request, key, value)
+        else:
+            raise ConfigError(f"a trial cannot set {key!r}: it is no field of {options.method}, of the training, and "
+                              "not max_length, truncation or dropout")
+    return request

@@ -26,6 +26,7 @@ DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
 MAX_LENGTH, TRUNCATION = 384, "head_tail"
 # Sizes used on a CPU unless --full is given: enough to see a method work in minutes.
 CPU_TRAIN_SIZE, CPU_VALIDATION_SIZE, CPU_TEST_SIZE = 4000, 500, 2000
-EVALUATION_BATCH_SIZE = 64
+# Texts per forward pass in evaluation: on a CPU as many as fit its cache, on a GPU enough to keep it busy.
+EVALUATION_BATCH_SIZE = {"cpu": 16, "cuda": 128}
 # On little data the table's epochs are too few steps to learn anything: more are taken, up to a limit.
 MINIMUM_STEPS, MAXIMUM_EPOCHS = 200, 10

@@ -172,8 +172,7 @@ def fit(options: Options, setup: Setup, say: Say, folder: Path | None = None) ->
     if options.method == "head" and not options.recompute_features:
         started = time.perf_counter()
         inputs, validation_inputs = (
-            classification.pooled_features(model, ids, setup.device, setup.precision, defaults.EVALUATION_BATCH_SIZE,
-                                           f"{split} features")
+            classification.pooled_features(model, ids, setup.device, setup.precision, progress=f"{split} features")
             for split, ids in (("training", train_ids), ("validation", validation_ids)))
         feature_seconds = time.perf_counter() - started
         trained_model, batches = HeadOnFeatures(model), FeatureBatches
@@ -182,8 +181,7 @@ def fit(options: Options, setup: Setup, say: Say, folder: Path | None = None) ->
         if trained_model is not model:
             logits = classification.head_logits(trained_model, validation_inputs, setup.device)
         else:
-            logits = classification.predict_logits(model, validation_ids, setup.device, setup.precision,
-                                                   defaults.EVALUATION_BATCH_SIZE)
+            logits = classification.predict_logits(model, validation_ids, setup.device, setup.precision)
         return classification.metrics(logits, setup.data.validation.labels)
 
     history = train(
@@ -308,8 +306,7 @@ def _max_length(setup: Setup, options: Options, model: nn.Module) -> int:
 def _test(model: nn.Module, setup: Setup, truncation: str, max_length: int) -> tuple[dict[str, Any], float]:
     started = time.perf_counter()
     ids = classification.encode(setup.data.test.texts, setup.tokenizer, max_length, truncation)
-    logits = classification.predict_logits(model, ids, setup.device, setup.precision, defaults.EVALUATION_BATCH_SIZE,
-                                           progress="testing")
+    logits = classification.predict_logits(model, ids, setup.device, setup.precision, progress="testing")
     return classification.metrics(logits, setup.data.test.labels), time.perf_counter() - started
 
 

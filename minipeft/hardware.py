@@ -58,11 +58,11 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 def computing_in(precision: torch.dtype, device: torch.device) -> Iterator[None]:
     """Run a forward pass with its matrix products in `precision`, and the attention kernel that is fastest there.
 
-    In bfloat16 on a CPU that is the plain softmax(q k^T) v: at the length of a text it beats the flash kernel, which
-    saves memory instead. Everywhere else PyTorch chooses.
+    Training in bfloat16 on a CPU, that is the plain softmax(q k^T) v: at the length of a text its backward pass beats
+    the flash kernel's, which saves memory instead. Everywhere else PyTorch chooses.
     """
     with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
-        if device.type != "cpu" or precision != torch.bfloat16:
+        if device.type != "cpu" or precision != torch.bfloat16 or not torch.is_grad_enabled():
             yield
             return
         earlier = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()

@@ -50,7 +50,7 @@ def main() -> None:
     small = device.type == "cpu" and not options.full
     test = data.test.subset(options.test_size or (defaults.CPU_TEST_SIZE if small else None), seed=0)
     ids = encode(test.texts, tokenizer, details["max_length"], details["truncation"])
-    logits = predict_logits(model, ids, device, precision, defaults.EVALUATION_BATCH_SIZE, "testing")
+    logits = predict_logits(model, ids, device, precision, progress="testing")
     found = metrics(logits, test.labels)
     low, high = found["accuracy_95_interval"]
     more = " (--full takes all)" if len(test) < len(data.test) else ""

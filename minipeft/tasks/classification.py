@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from minipeft import defaults
 from minipeft.data import Batch, in_order_of_length
 from minipeft.errors import ConfigError, DataError
 from minipeft.gpt2 import GPT2LMHeadModel, last_real_token
@@ -73,10 +74,11 @@ def loss_sum(logits: Tensor, batch: Batch) -> Tensor:
 
 
 def predict_logits(model: nn.Module, ids: Sequence[np.ndarray], device: torch.device, precision: torch.dtype,
-                   batch_size: int = 64, progress: str | None = None) -> Tensor:
+                   batch_size: int | None = None, progress: str | None = None) -> Tensor:
     """Label logits (N, K) of every text, in the given order.
 
     Args:
+        batch_size: texts per forward pass; default what suits the device.
         progress: title of a progress bar; None shows none.
     """
     model.eval()
@@ -85,7 +87,7 @@ def predict_logits(model: nn.Module, ids: Sequence[np.ndarray], device: torch.de
 
 
 def pooled_features(model: nn.Module, ids: Sequence[np.ndarray], device: torch.device, precision: torch.dtype,
-                    batch_size: int = 64, progress: str | None = None) -> Tensor:
+                    batch_size: int | None = None, progress: str | None = None) -> Tensor:
     """What the head of a sequence classifier sees of every text: (N, C), in the given order."""
     model.eval()
 
@@ -104,8 +106,9 @@ def head_logits(head: nn.Module, features: Tensor, device: torch.device) -> Tens
 
 @torch.inference_mode()
 def _for_each_text(compute: Callable[[Batch], Tensor], ids: Sequence[np.ndarray], device: torch.device,
-                   precision: torch.dtype, batch_size: int, progress: str | None) -> Tensor:
+                   precision: torch.dtype, batch_size: int | None, progress: str | None) -> Tensor:
     """One row for each text, in the given order, computed in batches of texts of similar length."""
+    batch_size = batch_size or defaults.EVALUATION_BATCH_SIZE[device.type]
     results: list[Tensor] = []
     numbers: list[np.ndarray] = []
     with tqdm(total=len(ids), desc=progress, unit="text", disable=progress is None, mininterval=1) as bar:
@@ -145,7 +148,7 @@ def wilson_interval(correct: int, total: int, z: float = 1.959964) -> tuple[floa
 
 def zero_shot_logits(model: GPT2LMHeadModel, tokenizer: Tokenizer, texts: Sequence[str], device: torch.device,
                      precision: torch.dtype, max_length: int, prompt: str = ZERO_SHOT_PROMPT,
-                     words: dict[str, tuple[str, ...]] | None = None, batch_size: int = 64,
+                     words: dict[str, tuple[str, ...]] | None = None, batch_size: int | None = None,
                      progress: str | None = None) -> Tensor:
     """Classify by asking the untrained language model how the review goes on.
 

@@ -48,8 +48,8 @@ class VirtualTokens(AddedLayer):
     def stored(self, name: str) -> dict[str, Tensor]:
         """Only the table: the network that made it is not needed any more. It is made as for prediction."""
         training = self.encoder.training
-        with torch.no_grad():
-            table = self.encoder.eval()()
+        with torch.enable_grad():  # without a gradient an LSTM takes another kernel, which rounds differently
+            table = self.encoder.eval()().detach()
         self.encoder.train(training)
         return {"prompt_embeddings": table}
 

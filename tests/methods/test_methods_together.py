@@ -405,7 +405,8 @@ def test_a_saved_adapter_loads_into_a_fresh_base_with_equal_logits(make_model, t
     assert (expected - make_model(model_class)(IDS, MASK)).abs().max() > 1e-3
     save_adapter(model, tmp_path / "first")
     loaded = load_adapter(fresh(make_model, model_class), tmp_path / "first")
-    assert torch.equal(loaded(IDS, MASK), expected)
+    # An LSTM's kernel differs in the last bit with and without a gradient; nothing else may.
+    torch.testing.assert_close(loaded(IDS, MASK), expected, atol=1e-6, rtol=1e-5)
     assert not any(module.training for module in loaded.modules())
     save_adapter(loaded, tmp_path / "second")
     for file in ("adapter_config.json", "adapter_model.safetensors"):

@@ -16,7 +16,7 @@ from helpers import ScriptRunner, files_below, write_csv, write_imdb, write_parq
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from minipeft import checkpoint, data, files, finetune, weights
+from minipeft import checkpoint, data, files, finetune, saved, weights
 from minipeft.finetune import Options
 
 QUICK = ("--epochs", 1, "--batch-size", 4, "--precision", "fp32")
@@ -112,7 +112,7 @@ def usage_error(script, folder):
 
 def test_an_unknown_method(train, refused):
     line = train("--method", "lorra")
-    assert "'lorra'" in line and "baseline, full, lora" in line
+    assert "'lorra'" in line and "baseline, full, head, bitfit, lora" in line
     assert "'lorra'" in refused("train.py", "--method", "lorra", "--help")
 
 
@@ -552,7 +552,7 @@ def test_a_disk_that_is_full_when_the_last_file_of_a_model_is_written(train, fol
             raise FULL_DISK[0]
         write_json(path, content)
 
-    for module in (checkpoint, finetune):
+    for module in (checkpoint, saved):
         monkeypatch.setattr(module, "write_json", full_at_the_details)
     assert "the disk is full" in train("--method", method)
 

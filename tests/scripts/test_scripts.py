@@ -206,7 +206,7 @@ def test_evaluate_says_which_dataset_it_chose_and_why(train, script):
     (("--exclude-modules", "c_proj"), {"exclude_modules": ["c_proj"]}),
     (("--target-modules", "c_attn", "--layers-to-transform", "0,1"), {"layers_to_transform": [0, 1]}),
     (("--target-modules", "c_attn", "--layers-to-transform", "1"), {"layers_to_transform": 1}),
-    (("--target-modules", "c_attn", "--layers-to-transform", "1", "--layers-pattern", "h"), {"layers_pattern": "h"}),
+    (("--target-modules", "c_attn", "--layers-to-transform", "1", "--layers-pattern", "h"), {"layers_pattern": ["h"]}),
     (("--rank-pattern", '{"c_attn": 3}'), {"rank_pattern": {"c_attn": 3}}),
     (("--alpha-pattern", '{"c_attn": 3.5}'), {"alpha_pattern": {"c_attn": 3.5}}),
     (("--bias", "lora_only"), {"bias": "lora_only"}), (("--use-rslora", "true"), {"use_rslora": True}),
@@ -228,11 +228,12 @@ def test_layers_can_be_chosen_without_naming_modules(train):
 
 def test_an_option_of_the_training_reaches_its_configuration(train):
     train("--epochs", 2, "--gradient-accumulation", 2, "--weight-decay", 0.3, "--warmup-ratio", 0.2, "--max-grad-norm",
-          0.5, "--evaluations-per-epoch", 1, "--seed", 11)
+          0.5, "--loraplus-lr-ratio", 4, "--evaluations-per-epoch", 1, "--seed", 11)
     found = read_json("results/fine_tuned_lora_films_results.json")
     assert found["training_config"] == {
         "epochs": 2, "batch_size": 4, "gradient_accumulation": 2, "learning_rate": 0.02, "weight_decay": 0.3,
-        "warmup_ratio": 0.2, "max_grad_norm": 0.5, "evaluations_per_epoch": 1, "seed": 11}
+        "warmup_ratio": 0.2, "max_grad_norm": 0.5, "loraplus_lr_ratio": 4.0, "evaluations_per_epoch": 1,
+        "seed": 11}
     assert found["seed"] == 11 and len(found["curve"]) == 2
 
 
@@ -376,7 +377,7 @@ def test_tune_prints_a_line_for_each_trial_and_writes_them(script, tiny_model, f
     outcome = script("tune.py", "--model", tiny_model, "--dataset", "films.csv", "--max-length", 32,
                      "--try", '{"epochs": 1, "r": 2}', "--try", '{"epochs": 1, "r": 4}')
     assert outcome.code == 0, outcome.err
-    assert len(outcome.out.splitlines()) == 2 and "{'epochs': 1, 'r': 4}" in outcome.out
+    assert ["{'epochs': 1, 'r': 2}" in outcome.out, "{'epochs': 1, 'r': 4}" in outcome.out] == [True, True]
     assert len(read_json(folder / "results" / "tuning_lora.json")["trials"]) == 2
 
 

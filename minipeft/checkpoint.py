@@ -92,7 +92,7 @@ def _stored(model: nn.Module, injection: Injection) -> dict[str, torch.Tensor]:
     tensors = {}
     for name, layer in injection.layers.items():
         tensors |= layer.stored(name)
-    parameters, prefix = base_parameters(model), getattr(injection.config, "base_prefix", "base_model.model.")
+    parameters, prefix = base_parameters(model), injection.config.base_prefix
     for name in injection.trained_base:
         module, _, parameter = name.rpartition(".")
         # The bias of a layer that this very method replaced is found, in peft's names, in the layer it keeps.
@@ -158,7 +158,7 @@ def _prepare(model: nn.Module, folder: Path) -> tuple[Any, dict[str, torch.Tenso
     task = _TASK_TYPES[getattr(model, "head", None)]
     if saved.get("task_type") not in (None, task):
         raise AdapterError(f"{folder} was trained for {saved['task_type']}, this model is for {task}")
-    if saved.get("task_type") is None and getattr(config, "needs_task", False):
+    if saved.get("task_type") is None and config.needs_task:
         raise AdapterError(f"{folder} does not say its task_type, and virtual tokens have a meaning for one task only")
     details = read_details(folder)
     if "base_fingerprint" in details and details.get("base_dtype") == str(base_of(model).wte.weight.dtype):
@@ -181,8 +181,8 @@ def _parse_config(saved: dict[str, Any], folder: Path, model: nn.Module) -> Any:
     if not isinstance(kind, str) or kind not in by_type:
         raise AdapterError(f"{folder / CONFIG_FILE} says peft_type {kind!r}; known are {', '.join(sorted(by_type))}")
     config_class = by_type[kind]
-    known = {field.name for field in dataclasses.fields(config_class)} | set(getattr(config_class, "more_fields", ()))
-    harmless = _HARMLESS | set(getattr(config_class, "harmless", ()))
+    known = {field.name for field in dataclasses.fields(config_class)} | set(config_class.more_fields)
+    harmless = _HARMLESS | set(config_class.harmless)
     refused = sorted(key for key, value in saved.items() if value and key not in known | harmless)
     if refused:
         raise ConfigError(f"{folder / CONFIG_FILE} sets {', '.join(f'{key}={saved[key]!r}' for key in refused)}, which "

@@ -30,9 +30,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from minipeft.errors import ConfigError
-from minipeft.methods.fields import check_fields
+from minipeft.methods.fields import SavedConfig, check_fields
 from minipeft.methods.surgery import (
-    AdapterLayer,
     AddedLayer,
     base_of,
     begin,
@@ -47,7 +46,7 @@ PLACES = {"houlsby": ("attn", "mlp"), "pfeiffer": ("mlp",), "parallel": ("mlp",)
 
 
 @dataclass
-class BottleneckConfig:
+class BottleneckConfig(SavedConfig):
     """Shape and place of the adapters. Their files are this library's own: peft has no such method.
 
     Raises:
@@ -67,15 +66,6 @@ class BottleneckConfig:
     adapter_dropout: float = field(default=0.0, metadata={"help": "dropout on what the adapter adds"})
     layers_to_transform: int | list[int] | None = field(
         default=None, metadata={"help": "numbers of the blocks to adapt; default all"})
-
-    def to_saved(self, model: nn.Module, layers: dict[str, AdapterLayer]) -> dict[str, Any]:
-        """What adapter_config.json says beyond the fields above."""
-        return {}
-
-    @classmethod
-    def from_saved(cls, values: dict[str, Any], model: nn.Module) -> BottleneckConfig:
-        """A configuration from adapter_config.json's values."""
-        return cls(**values)
 
 
 class BottleneckAdapter(AddedLayer):

@@ -15,16 +15,16 @@ Costs: L (11 C) + C parameters at an inner width of 4 C (or L (4 C) + 2 C): for 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch.nn as nn
 
-from minipeft.methods.fields import check_fields
-from minipeft.methods.surgery import AdapterLayer, base_modules, begin, bias_names, record
+from minipeft.methods.fields import SavedConfig, check_fields
+from minipeft.methods.surgery import base_modules, begin, bias_names, record
 
 
 @dataclass
-class BitFitConfig:
+class BitFitConfig(SavedConfig):
     """Which of the vectors to train. Its adapter files are this library's own: peft has no such method.
 
     Raises:
@@ -34,15 +34,6 @@ class BitFitConfig:
     peft_type: ClassVar[str] = "MINIPEFT_BITFIT"
 
     train: str = field(default="bias", metadata={"help": "what to train", "choices": ("bias", "layer_norm")})
-
-    def to_saved(self, model: nn.Module, layers: dict[str, AdapterLayer]) -> dict[str, Any]:
-        """What adapter_config.json says beyond the fields above."""
-        return {}
-
-    @classmethod
-    def from_saved(cls, values: dict[str, Any], model: nn.Module) -> BitFitConfig:
-        """A configuration from adapter_config.json's values."""
-        return cls(**values)
 
 
 def inject(model: nn.Module, config: BitFitConfig, name: str = "default") -> nn.Module:

@@ -4,9 +4,40 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from minipeft.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch.nn as nn
+    from typing_extensions import Self
+
+    from minipeft.methods.surgery import AdapterLayer
+
+
+class SavedConfig:
+    """A configuration that an adapter_config.json can hold; what its class says here is how most methods are stored.
+
+    Attributes:
+        base_prefix: before the names of the base model's own tensors in an adapter file.
+        harmless: keys of peft's that do not change what this method computes, whatever they say.
+        more_fields: keys that `from_saved` reads beside the configuration's own fields.
+        needs_task: whether a file that does not say its task_type has no meaning.
+    """
+
+    base_prefix: ClassVar[str] = "base_model.model."
+    harmless: ClassVar[tuple[str, ...]] = ()
+    more_fields: ClassVar[tuple[str, ...]] = ()
+    needs_task: ClassVar[bool] = False
+
+    def to_saved(self, model: nn.Module, layers: dict[str, AdapterLayer]) -> dict[str, Any]:
+        """What adapter_config.json says beyond, or other than, the configuration's fields."""
+        return {}
+
+    @classmethod
+    def from_saved(cls, values: dict[str, Any], model: nn.Module) -> Self:
+        """A configuration from adapter_config.json's values."""
+        return cls(**values)
 
 
 def check_fields(config: Any) -> None:

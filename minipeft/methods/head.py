@@ -12,29 +12,21 @@ Trained: the head alone. Costs: C K parameters; one pass over the texts, and nex
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch.nn as nn
 from torch import Tensor
 
 from minipeft.errors import InjectionError
-from minipeft.methods.surgery import AdapterLayer, begin, record
+from minipeft.methods.fields import SavedConfig
+from minipeft.methods.surgery import begin, record
 
 
 @dataclass
-class HeadConfig:
+class HeadConfig(SavedConfig):
     """Head-only training has nothing to choose. Its adapter files are this library's own: peft has no such method."""
 
     peft_type: ClassVar[str] = "MINIPEFT_HEAD"
-
-    def to_saved(self, model: nn.Module, layers: dict[str, AdapterLayer]) -> dict[str, Any]:
-        """What adapter_config.json says beyond the fields above."""
-        return {}
-
-    @classmethod
-    def from_saved(cls, values: dict[str, Any], model: nn.Module) -> HeadConfig:
-        """A configuration from adapter_config.json's values."""
-        return cls(**values)
 
 
 class HeadOnFeatures(nn.Module):
@@ -42,7 +34,6 @@ class HeadOnFeatures(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.config = model.config
         self.score = model.score
 
     def forward(self, features: Tensor, attention_mask: Tensor | None = None) -> Tensor:

@@ -24,12 +24,12 @@ import torch.nn as nn
 from torch import Tensor
 
 from minipeft.errors import ConfigError
-from minipeft.methods.fields import check_fields, compiled
+from minipeft.methods.fields import SavedConfig, check_fields, compiled
 from minipeft.methods.surgery import AdapterLayer, ReplacementLayer, begin, find_targets, insert, record
 
 
 @dataclass
-class IA3Config:
+class IA3Config(SavedConfig):
     """peft's IA3Config.
 
     Raises:
@@ -51,11 +51,6 @@ class IA3Config:
         targets, literally."""
         return {"target_modules": list(layers), "fan_in_fan_out": True,
                 "feedforward_modules": [name for name, layer in layers.items() if layer.feedforward]}
-
-    @classmethod
-    def from_saved(cls, values: dict[str, Any], model: nn.Module) -> IA3Config:
-        """A configuration from adapter_config.json's values."""
-        return cls(**values)
 
 
 class IA3Linear(ReplacementLayer):

@@ -34,7 +34,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from minipeft.errors import ConfigError
-from minipeft.methods.fields import check_fields
+from minipeft.methods.fields import SavedConfig, check_fields
 from minipeft.methods.surgery import (
     AdapterLayer,
     ReplacementLayer,
@@ -50,7 +50,7 @@ from minipeft.methods.surgery import (
 
 
 @dataclass
-class LoraConfig:
+class LoraConfig(SavedConfig):
     """peft's LoraConfig, as far as it changes GPT-2's numbers. `use_dora=True` makes it DoRA (see dora.py).
 
     Raises:

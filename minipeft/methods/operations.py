@@ -27,8 +27,7 @@ def set_adapter(model: nn.Module, name: str) -> nn.Module:
     Raises:
         InjectionError: no adapter of this name, one that is merged, or one that cannot be taken out.
     """
-    if name not in adapter_names(model):
-        raise InjectionError(f"there is no adapter {name!r}; there are {', '.join(adapter_names(model)) or 'none'}")
+    _check_name(model, name)
     put_out_of_force(model, [injection for injection in injections(model) if injection.name != name])
     put_in_force(model, [injection for injection in all_injections(model)
                          if injection.name == name and not injection.attached])
@@ -60,8 +59,8 @@ def remove(model: nn.Module, name: str | None = None) -> nn.Module:
     Raises:
         InjectionError: no adapter of this name, or full fine-tuning, which keeps no copy of the base.
     """
-    if name is not None and name not in adapter_names(model):
-        raise InjectionError(f"there is no adapter {name!r}; there are {', '.join(adapter_names(model)) or 'none'}")
+    if name is not None:
+        _check_name(model, name)
     leaving = [injection for injection in all_injections(model) if name in (None, injection.name)]
     in_force = [injection for injection in leaving if injection.attached]
     _check_base_values(in_force)
@@ -156,6 +155,11 @@ def put_in_force(model: nn.Module, returning: list[Injection]) -> None:
         injection.attached = True
     if returning:
         freeze(model)
+
+
+def _check_name(model: nn.Module, name: str) -> None:
+    if name not in adapter_names(model):
+        raise InjectionError(f"there is no adapter {name!r}; there are {', '.join(adapter_names(model)) or 'none'}")
 
 
 def _check_base_values(leaving: list[Injection]) -> None:

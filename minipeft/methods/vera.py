@@ -24,7 +24,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from minipeft.errors import ConfigError
-from minipeft.methods.fields import check_fields
+from minipeft.methods.fields import SavedConfig, check_fields
 from minipeft.methods.surgery import (
     AdapterLayer,
     ReplacementLayer,
@@ -39,7 +39,7 @@ from minipeft.methods.surgery import (
 
 
 @dataclass
-class VeraConfig:
+class VeraConfig(SavedConfig):
     """peft's VeraConfig, as far as it changes GPT-2's numbers.
 
     Raises:
@@ -66,11 +66,6 @@ class VeraConfig:
         """What adapter_config.json says beyond, or other than, the fields above."""
         return {"target_modules": saved_targets(self.target_modules, layers), "fan_in_fan_out": True,
                 "init_weights": True}
-
-    @classmethod
-    def from_saved(cls, values: dict[str, Any], model: nn.Module) -> VeraConfig:
-        """A configuration from adapter_config.json's values."""
-        return cls(**values)
 
 
 class Projections(nn.Module):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minipeft.errors import ConfigError
+from minipeft.methods.fields import SavedConfig
 from minipeft.methods.surgery import AdapterLayer, AddedLayer, base_of, positions_left
 
 _ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds")   # of GPT2Model.forward
@@ -86,7 +87,7 @@ def place_of(model: nn.Module, child: str) -> str:
     return f"transformer.{child}" if base_of(model) is not model else child
 
 
-class SavedAsPrompt:
+class SavedAsPrompt(SavedConfig):
     """How adapter_config.json describes virtual tokens: the fields that all three methods add and check."""
 
     base_prefix: ClassVar[str] = "base_model."

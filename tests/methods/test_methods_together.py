@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from models import HEADED, IDS, MASK, perturb
 from safetensors.torch import load_file, save_file
 
 from minipeft import (
@@ -44,11 +45,8 @@ from minipeft.methods import method_of
 from minipeft.methods.operations import adapter_names
 from minipeft.methods.surgery import AdapterLayer, all_injections, injections
 
-HEADED = [GPT2LMHeadModel, GPT2ForSequenceClassification, GPT2ForTokenClassification]
 HEAD_TENSORS = {GPT2Model: [], GPT2LMHeadModel: [], GPT2ForSequenceClassification: ["score.weight"],
                 GPT2ForTokenClassification: ["classifier.weight", "classifier.bias"]}
-IDS = torch.tensor([[5, 17, 80, 3, 41, 9, 60], [70, 2, 2, 33, 8, 95, 1]])
-MASK = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0]])
 
 SMALL = {"num_virtual_tokens": 3}
 CASES = {
@@ -95,16 +93,6 @@ def on(model_classes, cases=None):
         pytest.param(model_class, config, id=f"{name}-{model_class.__name__}")
         for name, config in (CASES if cases is None else cases).items() for model_class in model_classes
         if not isinstance(config, HeadConfig) or HEAD_TENSORS[model_class]])
-
-
-@torch.no_grad()
-def perturb(model, size=0.1, seed=7):
-    """Move every trained tensor away from where it stands, so that no test passes only because B = 0."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 def copies(model):

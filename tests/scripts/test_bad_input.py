@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ScriptRunner, files_below, write_csv, write_imdb, write_parquet, write_tiny_model
+from helpers import files_below, write_csv, write_imdb, write_parquet, write_tiny_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -25,11 +25,6 @@ FULL_DISK = [OSError(errno.ENOSPC, "No space left on device"),
 
 
 @pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory):
-    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="module")
 def trained_adapter(tmp_path_factory, tiny_model):
     """An adapter folder as training leaves it."""
     folder = tmp_path_factory.mktemp("trained")
@@ -37,20 +32,6 @@ def trained_adapter(tmp_path_factory, tiny_model):
         model=str(tiny_model), dataset=write_csv(folder / "films.csv"), precision="fp32",
         output=str(folder / "adapter"), results_dir=str(folder), training_values={"epochs": 1}))
     return folder / "adapter"
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """Each test works in a folder of its own that holds films.csv."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MINIPEFT_DATA", raising=False)
-    write_csv("films.csv")
-    return tmp_path
-
-
-@pytest.fixture
-def script(monkeypatch, capsys):
-    return ScriptRunner(monkeypatch, capsys)
 
 
 @pytest.fixture

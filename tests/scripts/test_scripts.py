@@ -12,13 +12,11 @@ import pytest
 from helpers import (
     ROOT,
     SCRIPTS,
-    ScriptRunner,
     files_below,
     read_json,
     rows,
     write_csv,
     write_imdb,
-    write_tiny_model,
 )
 
 from minipeft import defaults, finetune
@@ -26,25 +24,6 @@ from minipeft.methods import METHODS
 from minipeft.tasks import classification
 
 QUICK = ("--epochs", 3, "--batch-size", 4, "--learning-rate", 0.02, "--precision", "fp32")
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory):
-    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """Each test works in a folder of its own that holds films.csv, so that default paths are harmless."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MINIPEFT_DATA", raising=False)
-    write_csv("films.csv")
-    return tmp_path
-
-
-@pytest.fixture
-def script(monkeypatch, capsys):
-    return ScriptRunner(monkeypatch, capsys)
 
 
 @pytest.fixture

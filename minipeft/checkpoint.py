@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 from safetensors.torch import save_file
 
+from minipeft import parallel
 from minipeft.errors import AdapterError, ConfigError, InjectionError, MinipeftError, OutputError, WeightsError
 from minipeft.files import replacing_folder, write_json
 from minipeft.methods import METHODS, inject
@@ -231,6 +232,8 @@ def save_training_state(folder: str | Path, model: nn.Module, optimizer: torch.o
                         extra: dict[str, Any], tensors: dict[str, torch.Tensor] | None = None) -> None:
     """Write what resuming needs: trained parameters, the optimiser's moments, random state, step and what is added.
 
+    Of several processes all must call, and the first one writes.
+
     Raises:
         OutputError: the folder cannot be written, or the disk is full.
     """
@@ -243,6 +246,9 @@ def save_training_state(folder: str | Path, model: nn.Module, optimizer: torch.o
     state["random/cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         state["random/cuda"] = torch.cuda.get_rng_state()
+    state = {name: parallel.whole(tensor) for name, tensor in state.items()}
+    if parallel.rank() > 0:
+        return
     # One file, with step and extra in its header: a process killed at any moment leaves a whole state, old or new.
     with replacing_folder(folder) as temporary:
         save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, temporary / STATE_FILE,
@@ -275,12 +281,13 @@ def load_training_state(folder: str | Path, model: nn.Module,
         raise OutputError(f"{folder} holds the state of a run with other parameters: delete it or use another folder")
     with torch.no_grad():
         for name, parameter in trained.items():
-            parameter.copy_(tensors[f"model/{name}"])
+            parameter.copy_(parallel.spread_like(parameter, tensors[f"model/{name}"]))
     for key, tensor in tensors.items():
         kind, _, rest = key.partition("/")
         if kind == "optimizer":
             entry, _, name = rest.partition("/")
-            optimizer.state[trained[name]][entry] = tensor.to(trained[name].device)
+            optimizer.state[trained[name]][entry] = (parallel.spread_like(trained[name], tensor) if tensor.dim()
+                                                     else tensor.to(trained[name].device))
     torch.set_rng_state(random_state)
     if torch.cuda.is_available() and "random/cuda" in tensors:
         torch.cuda.set_rng_state(tensors["random/cuda"])

@@ -282,9 +282,13 @@ class Batch:
                        for tensor in (self.input_ids, self.attention_mask, self.labels)))
 
 
-def collate(ids: Sequence[np.ndarray], labels: Sequence[int]) -> Batch:
-    """Pad on the right with id 0, which is a real token too: the mask alone tells them apart."""
-    longest = max(len(row) for row in ids)
+def collate(ids: Sequence[np.ndarray], labels: Sequence[int], round_length_to: int = 1) -> Batch:
+    """Pad on the right with id 0, which is a real token too: the mask alone tells them apart.
+
+    Args:
+        round_length_to: T is rounded up to a multiple of this, so that a compiled model meets few different shapes.
+    """
+    longest = -(-max(len(row) for row in ids) // round_length_to) * round_length_to
     input_ids = np.zeros((len(ids), longest), dtype=np.int64)                    # (B, T)
     mask = np.zeros((len(ids), longest), dtype=np.int64)                         # (B, T)
     for row, tokens in enumerate(ids):

@@ -13,15 +13,15 @@ from typing import Any
 DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "full": {"method": {}, "training": {"learning_rate": 3e-4, "epochs": 2}},
     "head": {"method": {}, "training": {"learning_rate": 1e-2, "epochs": 10}},
-    "bitfit": {"method": {}, "training": {"learning_rate": 3e-3, "epochs": 2}},
+    "bitfit": {"method": {}, "training": {"learning_rate": 2e-3, "epochs": 1}},
     "dora": {"method": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
-             "training": {"learning_rate": 1.5e-3, "epochs": 2}},
-    "vera": {"method": {"r": 64, "target_modules": "all-linear"}, "training": {"learning_rate": 1e-2, "epochs": 2}},
-    "ia3": {"method": {}, "training": {"learning_rate": 1e-2, "epochs": 2}},
-    "adapter": {"method": {"reduction_factor": 8}, "training": {"learning_rate": 1.5e-3, "epochs": 2}},
-    "prompt": {"method": {"prompt_tuning_init": "SAMPLE_VOCAB"}, "training": {"learning_rate": 1e-2, "epochs": 2}},
-    "ptuning": {"method": {}, "training": {"learning_rate": 1e-3, "epochs": 2}},
-    "prefix": {"method": {}, "training": {"learning_rate": 1e-2, "epochs": 2}},
+             "training": {"learning_rate": 1.5e-3, "epochs": 1}},
+    "vera": {"method": {"r": 64, "target_modules": "all-linear"}, "training": {"learning_rate": 1e-2, "epochs": 1}},
+    "ia3": {"method": {}, "training": {"learning_rate": 5e-3, "epochs": 1}},
+    "adapter": {"method": {"reduction_factor": 8}, "training": {"learning_rate": 1e-3, "epochs": 1}},
+    "prompt": {"method": {"prompt_tuning_init": "SAMPLE_VOCAB"}, "training": {"learning_rate": 1e-2, "epochs": 1}},
+    "ptuning": {"method": {}, "training": {"learning_rate": 1e-3, "epochs": 1}},
+    "prefix": {"method": {}, "training": {"learning_rate": 1e-2, "epochs": 1}},
     "lora": {"method": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
              "training": {"learning_rate": 1.5e-3, "epochs": 3}},
 }
@@ -32,4 +32,4 @@ CPU_TRAIN_SIZE, CPU_VALIDATION_SIZE, CPU_TEST_SIZE = 4000, 500, 2000
 # Texts per forward pass in evaluation: on a CPU as many as fit its cache, on a GPU enough to keep it busy.
 EVALUATION_BATCH_SIZE = {"cpu": 16, "cuda": 128}
 # On little data the table's epochs are too few steps to learn anything: more are taken, up to a limit.
-MINIMUM_STEPS, MAXIMUM_EPOCHS = 200, 10
+MINIMUM_STEPS, MAXIMUM_EPOCHS = 500, 10

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from minipeft import defaults
+from minipeft import defaults, parallel
 from minipeft.data import BucketedBatches, ClassificationData, FeatureBatches, choose_dataset, load_dataset
 from minipeft.errors import ConfigError
 from minipeft.files import check_writable, write_json_file
@@ -56,6 +56,7 @@ class Options:
     compile: bool = False
     gradient_checkpointing: bool = False
     recompute_features: bool = False
+    shard: bool = False
     resume: bool = False
     output: str | None = None
     results_dir: str = "results"
@@ -158,6 +159,8 @@ def fit(options: Options, setup: Setup, say: Say, folder: Path | None = None) ->
     model.transformer.gradient_checkpointing = options.gradient_checkpointing
     counts = trainable_parameters(model)
     say(f"{'method':10} {options.method}: {counts}")
+    if options.shard:
+        parallel.shard(model)
     max_length = _max_length(setup, options, model)
     if folder is not None:
         for place in (folder, options.results_dir):
@@ -187,7 +190,7 @@ def fit(options: Options, setup: Setup, say: Say, folder: Path | None = None) ->
     history = train(
         trained_model, batches(inputs, setup.data.train.labels, config.batch_size, config.seed),
         classification.loss_sum, validate, config, setup.precision, options.compile,
-        save_best=lambda: folder and save_finetuned(model, folder, setup.tokenizer, setup.model_name, details),
+        save_best=lambda: folder and save_finetuned(model, folder, setup.model_name, details),
         state_folder=folder and folder / "training_state", resume=options.resume,
         request={"method": options.method, "method_config": dataclasses.asdict(method_config), "base": base_fingerprint,
                  "dataset": [setup.data.name, setup.data.source, setup.sizes], "max_length": max_length,
@@ -200,6 +203,8 @@ def fit(options: Options, setup: Setup, say: Say, folder: Path | None = None) ->
 def finetune(options: Options, say: Say = lambda line: None) -> dict[str, Any]:
     """Fine-tune a model as `options` say, test it once, and write the adapter folder and the results file.
 
+    Under torchrun all processes call this; the first one prints and writes.
+
     Args:
         say: where progress lines go; silent by default.
 
@@ -209,6 +214,7 @@ def finetune(options: Options, say: Say = lambda line: None) -> dict[str, Any]:
     Raises:
         MinipeftError: whatever is wrong with the request, before anything is written.
     """
+    say = say if parallel.rank() == 0 else lambda line: None
     check_method(options)
     setup = set_up(options, say)
     folder = Path(options.output or f"checkpoints/{options.method}_finetuned")
@@ -217,7 +223,8 @@ def finetune(options: Options, say: Say = lambda line: None) -> dict[str, Any]:
     if history.interrupted:
         say(f"interrupted: {folder} holds the best model so far; --resume goes on from here")
         return {}
-    shutil.rmtree(folder / "training_state", ignore_errors=True)
+    if parallel.rank() == 0:
+        shutil.rmtree(folder / "training_state", ignore_errors=True)
     say(f"trained in {history.seconds:.0f} s, best validation accuracy {history.best['accuracy']:.4f}; testing")
     test, test_seconds = _test(fitted.model, setup, options.truncation, fitted.max_length)
     results = {
@@ -227,12 +234,14 @@ def finetune(options: Options, say: Say = lambda line: None) -> dict[str, Any]:
         "metrics": {"test": test, "best_validation": history.best},
         "parameters": {"trainable": fitted.counts.trainable, "total": fitted.counts.total},
         "seconds": {"tokenising": round(fitted.tokenising_seconds, 2), "features": round(fitted.feature_seconds, 2),
-                    "train": round(history.seconds, 2), "test": round(test_seconds, 2)},
+                    "train": round(history.seconds, 2), "train_on_cores": round(history.core_seconds, 2),
+                    "test": round(test_seconds, 2)},
         "samples_per_second": {"train": round(history.samples / (history.seconds + fitted.feature_seconds), 2),
                                "test": round(setup.sizes["test"] / test_seconds, 2)},
         "peak_memory_bytes": peak_memory_bytes(setup.device), "curve": history.curve}
     path = results_path(options.results_dir, f"fine_tuned_{options.method}", setup.data.name)
-    write_json_file(path, results)
+    if parallel.rank() == 0:
+        write_json_file(path, results)
     say(f"test accuracy {test['accuracy']:.4f} (95 % interval {test['accuracy_95_interval'][0]:.4f} to "
         f"{test['accuracy_95_interval'][1]:.4f}); wrote {folder} and {path}")
     return results
@@ -240,6 +249,8 @@ def finetune(options: Options, say: Say = lambda line: None) -> dict[str, Any]:
 
 def check_method(options: Options) -> None:
     """Refuse an unknown method, or values that make no configuration, before any data is read."""
+    if options.shard and options.method != "full":
+        raise ConfigError("--shard is for full fine-tuning: what the other methods train is too small to be worth it")
     if options.method not in METHODS:
         raise ConfigError(f"unknown method {options.method!r}: use baseline, {', '.join(METHODS)}")
     table = defaults.DEFAULTS[options.method]
@@ -253,6 +264,7 @@ def baseline(options: Options, say: Say = lambda line: None) -> dict[str, Any]:
     Returns:
         The content of the results file.
     """
+    say = say if parallel.rank() == 0 else lambda line: None
     TrainingConfig(**options.training_values)
     setup = set_up(options, say)
     check_writable(options.results_dir)
@@ -281,7 +293,8 @@ def baseline(options: Options, say: Say = lambda line: None) -> dict[str, Any]:
                                       for name, taken in seconds.items()},
                "peak_memory_bytes": peak_memory_bytes(setup.device)}
     path = results_path(options.results_dir, "baseline", setup.data.name)
-    write_json_file(path, results)
+    if parallel.rank() == 0:
+        write_json_file(path, results)
     say(f"wrote {path}")
     return results
 
@@ -316,7 +329,8 @@ def _describe(setup: Setup, options: Options, max_length: int, base_fingerprint:
                         "label_names": setup.data.label_names, "max_length": max_length,
                         "truncation": options.truncation},
             "choices": setup.choices, "precision": _name(setup.precision), "compile": options.compile,
-            "machine": machine(), "versions": versions(), "seed": options.training_values.get("seed", 0)}
+            "processes": parallel.world_size(), "sharded": options.shard, "machine": machine(),
+            "versions": versions(), "seed": options.training_values.get("seed", 0)}
 
 
 def _epochs(config: TrainingConfig, examples: int) -> int:

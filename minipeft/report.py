@@ -1,8 +1,9 @@
-"""From results files to the table in the README."""
+"""From results files to tables and pictures."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +53,128 @@ def replace_table(text: str, table: str) -> str:
     if not start or not end:
         raise OutputError(f"there is no {TABLE_START} ... {TABLE_END} to write between")
     return f"{before}{start}\n{table}\n{end}{after}"
+
+
+# --- the benchmark ----------------------------------------------------------------------------------------------------
+
+def benchmark_headline(results: dict[str, Any]) -> dict[str, Any]:
+    """The figures asked for first, from what was measured on the CPU, else on the GPU; the worse of two lengths.
+
+    Args:
+        results: benchmark.json's content, "cpu" and "cuda" each holding the parts measured there.
+    """
+    column = results.get("cpu") or results.get("cuda") or {}
+    found: dict[str, Any] = {}
+    rows = column.get("training", {})
+    for key, row, figure, worst in (("speedup_vs_peft", "default", "speedup", min),
+                                    ("speedup_vs_peft_matched", "matched", "speedup", min),
+                                    ("speedup_vs_peft_best", "best", "speedup", min),
+                                    ("memory_ratio_vs_peft", "default", "memory_ratio", max),
+                                    ("memory_ratio_vs_peft_matched", "matched", "memory_ratio", max)):
+        if values := [cells[figure] for name, cells in rows.items() if name.startswith(row)]:
+            found[key] = worst(values)
+    if "methods" in column:
+        lora = column["methods"]["fp32"]["lora"]
+        found |= {"lora_speedup_vs_full": lora["speedup_vs_full"],
+                  "lora_memory_ratio_vs_full": lora["memory_ratio_vs_full"]}
+    if "limit" in column:
+        found["mfu"] = column["limit"]["fp32"]["mfu"]
+    if "inference" in column:
+        found["generation_speedup"] = min(cells["speedup"] for name, cells in column["inference"].items()
+                                          if name.startswith("generation"))
+    if "start_up" in column:
+        found["start_up_seconds"] = column["start_up"]["seconds"]
+    return found
+
+
+def benchmark_tables(results: dict[str, Any]) -> str:
+    """benchmark.json as Markdown; what no GPU has measured says so."""
+    return "\n\n".join(f"### {title}\n\n{_benchmark_column(results[device]) if device in results else 'not measured'}"
+                       for device, title in (("cpu", "CPU"), ("cuda", "GPU"))) + "\n"
+
+
+def _benchmark_column(column: dict[str, Any]) -> str:
+    machine, model = column["machine"], column["model"]
+    where = machine.get("gpu") or f"{machine['processor']}, {machine['cores']} cores"
+    text = [f"{where}; GPT-2 with {model['parameters'] / 1e6:.0f}M {model['weights']} weights, batches of "
+            f"{column['batch_size']} reviews. Median of the turns, in brackets the fastest and the slowest."]
+    if rows := column.get("training"):
+        lines = [(name, f"{cells['ours']['samples_per_second']:.2f}", f"{cells['peft']['samples_per_second']:.2f}",
+                  f"**{cells['speedup']:.2f}**", _spread(cells["ours"]), _spread(cells["peft"]),
+                  _gib(cells["ours"]), _gib(cells["peft"]), f"**{cells['memory_ratio']:.2f}**",
+                  f"{cells['ours']['mean_loss']:.4f}", f"{cells['peft']['mean_loss']:.4f}")
+                 for name, cells in rows.items()]
+        text.append(_table(("LoRA training, tokens", "ours, reviews/s", "peft, reviews/s", "times as fast",
+                            "ours, s a turn", "peft, s a turn", "ours, GiB", "peft, GiB", "of its memory", "our loss",
+                            "peft's loss"), lines))
+    for precision, rows in column.get("methods", {}).items():
+        lines = [(name, _spread(cells), f"{cells.get('speedup_vs_full', 1):.2f}", _gib(cells),
+                  f"{cells.get('memory_ratio_vs_full', 1):.2f}", f"{cells['trained_parameters']:,}",
+                  f"{cells['optimiser_state_bytes'] / 1e6:.2f}", f"{cells['saved_bytes'] / 1e6:.2f}")
+                 for name, cells in sorted(rows.items(), key=lambda item: item[1]["seconds"])]
+        text.append(_table((f"one step, {precision}", "seconds", "times as fast as full", "GiB", "of full's memory",
+                            "trained", "optimiser, MB", "file, MB"), lines))
+    if rows := column.get("limit"):
+        text.append(_table(("LoRA step", "GFLOP/s", "plain matrix products, GFLOP/s", "share (MFU)"),
+                           [(name, f"{cells['achieved_flops'] / 1e9:.0f}", f"{cells['products_flops'] / 1e9:.0f}",
+                             f"**{cells['mfu']:.3f}**") for name, cells in rows.items()]))
+    if rows := column.get("inference"):
+        unit = {"classification": "texts_per_second", "generation": "tokens_per_second"}
+        lines = []
+        for name, cells in rows.items():
+            rate = unit[name.split()[0]]
+            lines.append((name, f"{cells['ours'][rate]:.1f}", f"{cells['transformers'][rate]:.1f}",
+                          f"**{cells['speedup']:.2f}**"))
+        text.append(_table(("inference", "ours, texts or tokens/s", "transformers", "times as fast"), lines))
+    for kind, rows in column.get("growth", {}).items():
+        text.append(_table((f"LoRA step, {kind.replace('_', ' ')}", "seconds", "seconds per TFLOP", "GiB"),
+                           [(name, f"{cells['seconds']:.3f}", f"{cells['seconds_per_tflop']:.2f}", _gib(cells))
+                            for name, cells in rows.items()]))
+    if "start_up" in column:
+        text.append(f"From starting Python to the end of the first training step (mini): "
+                    f"{column['start_up']['seconds']:.2f} s.")
+    return "\n\n".join(text)
+
+
+def _spread(cells: dict[str, Any]) -> str:
+    return f"{cells['seconds']:.3f} ({cells['seconds_low']:.3f} to {cells['seconds_high']:.3f})"
+
+
+def _gib(cells: dict[str, Any]) -> str:
+    return f"{cells['peak_memory_bytes'] / 2**30:.2f}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
+
+
+def draw_benchmark(results: dict[str, Any], path: str | Path) -> None:
+    """Bars: reviews per second and memory of ours and of peft's, on each device that was measured.
+
+    Raises:
+        OutputError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise OutputError("pictures need matplotlib: pip install minipeft[plots]") from error
+    columns = [(name, results[name]["training"]) for name in ("cpu", "cuda") if "training" in results.get(name, {})]
+    if not columns:
+        return
+    figure = Figure(figsize=(11, 4.2 * len(columns)), layout="constrained")
+    axes = figure.subplots(len(columns), 2, squeeze=False)
+    for (device, rows), (speed, memory) in zip(columns, axes):
+        names = list(rows)
+        for axis, title, value in (
+                (speed, f"reviews a second, {device}", lambda cells: cells["samples_per_second"]),
+                (memory, f"peak memory in GiB, {device}", lambda cells: cells["peak_memory_bytes"] / 2**30)):
+            for offset, side, colour in ((-0.2, "ours", "#d9822b"), (0.2, "peft", "#9aa5b1")):
+                heights = [value(rows[name][side]) for name in names]
+                bars = axis.bar([i + offset for i in range(len(names))], heights, 0.38, color=colour,
+                                label={"ours": "minipeft", "peft": "transformers + peft"}[side])
+                axis.bar_label(bars, fmt="%.1f", fontsize=9)
+            axis.set_xticks(range(len(names)), names)
+            axis.set_title(title)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.legend(frameon=False)
+    figure.savefig(path, dpi=120)

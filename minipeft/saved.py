@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
 
-from minipeft import defaults
+from minipeft import defaults, parallel
 from minipeft.checkpoint import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from minipeft.checkpoint import DETAILS_FILE, load_adapter, read_details, save_adapter
 from minipeft.checkpoint import TENSORS_FILE as ADAPTER_TENSORS_FILE
@@ -21,14 +22,21 @@ from minipeft.tokenizer import VOCABULARY_FILE, Tokenizer, get_tokenizer
 from minipeft.weights import find
 
 
-def save_finetuned(model: nn.Module, folder: Path, tokenizer: Tokenizer, base: str, details: dict[str, Any]) -> None:
-    """Write an adapter folder or, where all weights were trained, a whole model with its vocabulary."""
+def save_finetuned(model: nn.Module, folder: Path, base: str, details: dict[str, Any]) -> None:
+    """Write an adapter folder or, where all weights were trained, a whole model with its vocabulary.
+
+    Of several processes all must call, and the first one writes.
+    """
+    first = parallel.rank() == 0
     if hasattr(injections(model)[-1].config, "peft_type"):
-        save_adapter(model, folder, details)
+        if first:
+            save_adapter(model, folder, details)
         return
     vocabulary = find(base) / VOCABULARY_FILE
-    with replacing_folder(folder) as temporary:
+    with replacing_folder(folder) if first else nullcontext(folder) as temporary:
         model.save_pretrained(temporary)
+        if not first:
+            return
         if vocabulary.is_file():
             shutil.copyfile(vocabulary, temporary / VOCABULARY_FILE)
         write_json(temporary / DETAILS_FILE, {"method": "full", "base_model": base, **details})

@@ -22,6 +22,7 @@ import torch.nn as nn
 from torch import Tensor
 from tqdm import tqdm
 
+from minipeft import parallel
 from minipeft.checkpoint import load_training_state, save_training_state
 from minipeft.data import Batch, BucketedBatches
 from minipeft.errors import ConfigError
@@ -64,11 +65,15 @@ class TrainingConfig:
 
 @dataclass
 class History:
-    """What training leaves behind: the curve, the best validation, the time, and whether Ctrl-C ended it."""
+    """What training leaves behind: the curve, the best validation, the time, and whether Ctrl-C ended it.
+
+    `core_seconds` is the time that this process's threads computed, on a machine busy with other things too.
+    """
 
     curve: list[dict[str, Any]]
     best: dict[str, Any]
     seconds: float
+    core_seconds: float
     samples: int
     interrupted: bool = False
 
@@ -102,7 +107,7 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: Callable[[Tensor
     """Train the parameters that require a gradient, in place, and leave the model with its best validation's values.
 
     Args:
-        model: on its device; parameters that are trained in float32.
+        model: on its device; parameters that are trained in float32. Under torchrun each process has one (parallel.py).
         batches: the training data.
         loss_sum: (logits, batch) -> loss summed over the batch.
         validate: metrics of the model as it stands; "accuracy" decides which is best.
@@ -125,9 +130,10 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: Callable[[Tensor
     total_steps = steps_per_epoch * config.epochs
     warmup_steps = round(config.warmup_ratio * total_steps)
     evaluate_every = max(1, steps_per_epoch // config.evaluations_per_epoch)
-    forward = torch.compile(model, dynamic=True) if compile_model else model
+    forward = parallel.synchronised(model)
+    forward = torch.compile(forward, dynamic=True) if compile_model else forward
 
-    step, samples, curve, best, best_values, seconds_before = 0, 0, [], {}, {}, 0.0
+    step, samples, curve, best, best_values, seconds_before, core_seconds_before = 0, 0, [], {}, {}, 0.0, 0.0
     loss_total, hits, seen = 0.0, 0, 0
     settings = {**asdict(config), "precision": str(precision), **(request or {})}
     if resume and state_folder is not None:
@@ -138,37 +144,50 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: Callable[[Tensor
             if changed:
                 raise ConfigError(f"{state_folder} was left by a run with other settings ({', '.join(changed)}): give "
                                   "them as they were, or start anew without --resume")
-            curve, best, samples, seconds_before = (extra[key] for key in ("curve", "best", "samples", "seconds"))
-            loss_total, hits, seen = extra["running"]
+            curve, best, samples, seconds_before, core_seconds_before = (
+                extra[key] for key in ("curve", "best", "samples", "seconds", "core_seconds"))
+            loss_total, hits, seen = extra["running"] if parallel.rank() == 0 else (0.0, 0, extra["running"][2])
             scaler.load_state_dict(extra["scaler"])
-            best_values = {name: value.to(device) for name, value in tensors.items()}
-    started = time.perf_counter()
+            best_values = {name: parallel.spread_like(trained[name], value) for name, value in tensors.items()}
+    if parallel.rank() > 0:
+        torch.manual_seed(config.seed + parallel.rank() + step * parallel.world_size())  # dropout differs by process
+    started, core_started = time.perf_counter(), time.process_time()
 
     def seconds() -> float:
         return seconds_before + time.perf_counter() - started
+
+    def core_seconds() -> float:
+        return core_seconds_before + time.process_time() - core_started
+
+    def running() -> list[float]:
+        """Loss and hits since the last validation, over all processes."""
+        return parallel.total(loss_total, hits, device=device)
 
     def save_state() -> None:
         if state_folder is not None:
             save_training_state(state_folder, model, optimizer, step, tensors=best_values, extra={
                 "settings": settings, "curve": curve, "best": best, "samples": samples, "seconds": seconds(),
-                "running": [float(loss_total), float(hits), seen], "scaler": scaler.state_dict()})
+                "core_seconds": core_seconds(), "running": [*running(), seen], "scaler": scaler.state_dict()})
 
     model.train()
     stream = _micro_batches(batches, step, steps_per_epoch, config.gradient_accumulation)
     with interrupt_between_steps() as interrupted, \
-            tqdm(total=total_steps, initial=step, unit="step", desc="training", mininterval=1) as bar:
-        while step < total_steps and not interrupted():
+            tqdm(total=total_steps, initial=step, unit="step", desc="training", mininterval=1,
+                 disable=parallel.rank() > 0) as bar:
+        while step < total_steps and not parallel.any_of(interrupted(), device):
             rate = config.learning_rate * warmup_cosine(step, total_steps, warmup_steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["rate_factor"]
             group_of_batches = next(stream)
             size = sum(len(batch.labels) for batch in group_of_batches)
-            for batch in group_of_batches:
-                batch = batch.to(device)
-                with computing_in(precision, device):
-                    logits = forward(batch.input_ids, attention_mask=batch.attention_mask)
-                loss = loss_sum(logits, batch)
-                scaler.scale(loss / size).backward()
+            for number, batch in enumerate(group_of_batches, start=1):
+                batch = parallel.share(batch).to(device)
+                with parallel.without_sending(forward, more_to_come=number < len(group_of_batches)):
+                    with computing_in(precision, device):
+                        logits = forward(batch.input_ids, attention_mask=batch.attention_mask)
+                    loss = loss_sum(logits, batch)
+                    # Gradients are averaged over processes, and the loss is to be a sum over all of them.
+                    scaler.scale(loss / size * parallel.world_size()).backward()
                 loss_total += loss.detach()
                 hits += (logits.detach().argmax(dim=-1) == batch.labels).sum()
             scaler.unscale_(optimizer)
@@ -182,14 +201,15 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: Callable[[Tensor
                 bar.set_postfix(loss=f"{float(loss_total) / seen:.3f}", accuracy=f"{float(hits) / seen:.3f}",
                                 samples_per_s=f"{samples / seconds():.1f}", refresh=False)
             if (step % evaluate_every == 0 and total_steps - step >= evaluate_every) or step == total_steps:
-                found = validate()
+                found, (whole_loss, whole_hits) = validate(), running()
                 curve.append({"step": step, "epoch": round(step / steps_per_epoch, 3), "learning_rate": rate,
-                              "train_loss": round(float(loss_total) / seen, 4),
-                              "train_accuracy": round(float(hits) / seen, 4),
+                              "train_loss": round(whole_loss / seen, 4),
+                              "train_accuracy": round(whole_hits / seen, 4),
                               "validation_loss": found["loss"], "validation_accuracy": found["accuracy"],
                               "seconds": round(seconds(), 2)})
-                bar.write(f"step {step}/{total_steps}: train loss {curve[-1]['train_loss']:.3f}, validation loss "
-                          f"{found['loss']:.3f}, validation accuracy {found['accuracy']:.4f}")
+                if parallel.rank() == 0:
+                    bar.write(f"step {step}/{total_steps}: train loss {curve[-1]['train_loss']:.3f}, validation loss "
+                              f"{found['loss']:.3f}, validation accuracy {found['accuracy']:.4f}")
                 loss_total, hits, seen = 0.0, 0, 0
                 if not best or found["accuracy"] > best["accuracy"]:
                     best = {"step": step, "accuracy": found["accuracy"], "loss": found["loss"]}
@@ -203,10 +223,11 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: Callable[[Tensor
     with torch.no_grad():
         for name, value in best_values.items():
             trained[name].copy_(value)
+    parallel.reshard(model)
     if not best:
         save_best()
     model.eval()
-    return History(curve, best, seconds(), samples, stopped)
+    return History(curve, best, seconds(), core_seconds(), samples, stopped)
 
 
 def _micro_batches(batches: BucketedBatches, step: int, steps_per_epoch: int,

@@ -39,13 +39,13 @@ def tune(options: Options, trials: list[dict[str, Any]], say: Say = lambda line:
         if fitted.history.interrupted:
             return results
         results["trials"].append({
-            "trial": trial, "validation": fitted.history.best, "seconds": round(fitted.history.seconds, 1),
+            "trial": trial, "validation": fitted.history.best, "core_seconds": round(fitted.history.core_seconds, 1),
             "method_config": dataclasses.asdict(fitted.method_config),
             "training_config": dataclasses.asdict(fitted.config), "max_length": fitted.max_length,
             "truncation": request.truncation, "base_fingerprint": fitted.base_fingerprint,
             "dataset": setup.data.name, "sizes": setup.sizes, "machine": machine()})
         write_json_file(path, results)
-        say(f"{fitted.history.best['accuracy']:.4f} after {fitted.history.seconds:.0f} s: {trial}")
+        say(f"{fitted.history.best['accuracy']:.4f} after {fitted.history.core_seconds:.0f} core seconds: {trial}")
     return results
 
 

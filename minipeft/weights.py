@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from minipeft import parallel
 from minipeft.errors import WeightsError
 from minipeft.files import replacing_folder, write_json
 
@@ -234,6 +235,8 @@ def _listed(items: list[str], at_most: int = 8) -> str:
 def save(model: nn.Module, config: dict[str, Any], folder: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write a model in the official layout, as transformers' save_pretrained spells it.
 
+    Of several processes that hold a sharded model all must call, and the first one writes.
+
     Raises:
         OutputError: the folder cannot be written, or the disk is full.
     """
@@ -241,9 +244,12 @@ def save(model: nn.Module, config: dict[str, Any], folder: str | Path, dtype: to
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config["tie_word_embeddings"]:
             continue
+        tensor = parallel.whole(tensor)
         tensor = tensor.t() if name.endswith(_TRANSPOSED) else tensor             # (out, in) -> (in, out)
         name = name if model.prefix or name.startswith("transformer.") else "transformer." + name
         tensors[name] = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+    if parallel.rank() > 0:
+        return
     with replacing_folder(folder) as temporary:
         save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         write_json(temporary / CONFIG_FILE, config)

@@ -12,7 +12,7 @@ import argparse
 
 from common import add_data_options, add_dataclass_options, add_machine_options, given, run
 
-from minipeft import defaults
+from minipeft import defaults, parallel
 from minipeft.errors import ConfigError
 from minipeft.finetune import Options, baseline, finetune
 from minipeft.methods import METHODS
@@ -53,6 +53,9 @@ def parse() -> argparse.Namespace:
     if chosen == "head":
         machine.add_argument("--recompute-features", action="store_true",
                              help="run the frozen base in every epoch instead of once")
+    if chosen == "full":
+        machine.add_argument("--shard", action="store_true",
+                             help="under torchrun: spread weights, gradients and optimiser state over the processes")
     output = parser.add_argument_group("output")
     output.add_argument("--output", help="folder of the trained adapter; default checkpoints/METHOD_finetuned")
     output.add_argument("--results-dir", default="results", help="folder of the results file; default results")
@@ -65,15 +68,17 @@ def main() -> int | None:
     fields = Options.__dataclass_fields__
     options = Options(**{key: value for key, value in vars(arguments).items() if key in fields})
     options.training_values = given(arguments, TrainingConfig)
-    if arguments.method == "baseline":
-        baseline(options, print)
-        return None
-    options.method_values = given(arguments, METHODS[arguments.method].config_class)
-    default_targets = defaults.DEFAULTS[arguments.method]["method"].get("target_modules")
-    if "layers_to_transform" in options.method_values and default_targets == "all-linear":
-        # Blocks are chosen for modules that are named, in peft too; "all-linear" is no name.
-        options.method_values.setdefault("target_modules", ["c_attn", "c_proj", "c_fc"])
-    return None if finetune(options, print) else 130
+    if arguments.method != "baseline":
+        options.method_values = given(arguments, METHODS[arguments.method].config_class)
+        default_targets = defaults.DEFAULTS[arguments.method]["method"].get("target_modules")
+        if "layers_to_transform" in options.method_values and default_targets == "all-linear":
+            # Blocks are chosen for modules that are named, in peft too; "all-linear" is no name.
+            options.method_values.setdefault("target_modules", ["c_attn", "c_proj", "c_fc"])
+    with parallel.processes(options.device):
+        if arguments.method == "baseline":
+            baseline(options, print)
+            return None
+        return None if finetune(options, print) else 130
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from minipeft import defaults
+from minipeft import defaults, parallel
 from minipeft.data import Batch, in_order_of_length
 from minipeft.errors import ConfigError, DataError
 from minipeft.gpt2 import GPT2LMHeadModel, last_real_token
@@ -107,17 +107,22 @@ def head_logits(head: nn.Module, features: Tensor, device: torch.device) -> Tens
 @torch.inference_mode()
 def _for_each_text(compute: Callable[[Batch], Tensor], ids: Sequence[np.ndarray], device: torch.device,
                    precision: torch.dtype, batch_size: int | None, progress: str | None) -> Tensor:
-    """One row for each text, in the given order, computed in batches of texts of similar length."""
+    """One row for each text, in the given order, computed in batches of texts of similar length.
+
+    Several processes share the texts, and each gets all rows.
+    """
     batch_size = batch_size or defaults.EVALUATION_BATCH_SIZE[device.type]
+    own = parallel.share_of(len(ids))
     results: list[Tensor] = []
-    numbers: list[np.ndarray] = []
-    with tqdm(total=len(ids), desc=progress, unit="text", disable=progress is None, mininterval=1) as bar:
-        for rows, batch in in_order_of_length(ids, [0] * len(ids), batch_size):
+    numbers: list[int] = []
+    with tqdm(total=len(own), desc=progress, unit="text", mininterval=1,
+              disable=progress is None or parallel.rank() > 0) as bar:
+        for rows, batch in in_order_of_length([ids[i] for i in own], [0] * len(own), batch_size):
             with computing_in(precision, device):
                 results.append(compute(batch.to(device)).float().cpu())
-            numbers.append(rows)
+            numbers += [own[row] for row in rows]
             bar.update(len(rows))
-    return torch.cat(results)[np.argsort(np.concatenate(numbers))]
+    return parallel.gathered(torch.cat(results), numbers, len(ids))
 
 
 def metrics(logits: Tensor, labels: Sequence[int]) -> dict[str, Any]:

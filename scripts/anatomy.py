@@ -1,8 +1,9 @@
-"""Show what a method does to a model: the module tree before and after, a picture of one block, counts for all.
+"""Show what a method does to a model: module trees before and after, a picture of one block, counts, memory.
 
     python scripts/anatomy.py --method lora --model gpt2
     python scripts/anatomy.py --method prefix --picture prefix.png
     python scripts/anatomy.py --all
+    python scripts/anatomy.py --memory --method lora --model gpt2-xl --batch-size 8 --length 512
 
 Shapes are enough for all of it: no weights are read, except a folder's config.json.
 """
@@ -12,16 +13,19 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from common import add_dataclass_options, given, run
 
 from minipeft.anatomy import counts_table, injected, render, shapes_only, tree
 from minipeft.config import GPT2Config
-from minipeft.defaults import DEFAULTS
+from minipeft.defaults import DEFAULTS, MAX_LENGTH
 from minipeft.errors import ConfigError
 from minipeft.files import check_writable, replacing_folder
+from minipeft.hardware import PRECISIONS
+from minipeft.ledger import training_memory
 from minipeft.methods import METHODS
-from minipeft.methods.surgery import trainable_parameters
+from minipeft.methods.surgery import positions_left, trainable_parameters
 from minipeft.pictures import TITLES, draw
 from minipeft.weights import HUB_NAMES, find, read_config
 
@@ -40,6 +44,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--all", action="store_true", help="the gallery of all methods and their table of counts")
     parser.add_argument("--output", type=Path, default=Path("results/anatomy"), help="folder for --all; default "
                                                                                      "results/anatomy")
+    memory = parser.add_argument_group("memory")
+    memory.add_argument("--memory", action="store_true", help="predict the bytes that one training step takes")
+    memory.add_argument("--batch-size", type=int, default=16, help="texts; default 16")
+    memory.add_argument("--length", type=int, help=f"tokens of each; default {MAX_LENGTH}")
+    memory.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="whose kernels; default cpu")
     if METHODS[chosen].config_class.__dataclass_fields__:
         add_dataclass_options(parser.add_argument_group(f"method {chosen}"), METHODS[chosen].config_class,
                               DEFAULTS[chosen]["method"], leave_out=METHODS[chosen].fixed)
@@ -75,6 +84,35 @@ One block of `{model_name}` with each method's parts:
     print(f"wrote {folder / 'README.md'}")
 
 
+def memory_table(options: argparse.Namespace, config: GPT2Config, values: dict[str, Any]) -> str:
+    """The predicted memory of a training step in each precision, with and without checkpointing, beside `full`.
+
+    Raises:
+        ConfigError: sizes below 1, or a length beyond the model's positions.
+    """
+    left = positions_left(injected(config, options.method, **values))
+    length = min(MAX_LENGTH, left) if options.length is None else options.length
+    if options.batch_size < 1 or length < 1:
+        raise ConfigError(f"batch_size and length must be at least 1, got {options.batch_size} and {length}")
+    if length > left:
+        raise ConfigError(f"length={length} is more than the {left} tokens that fit {options.model} with "
+                          f"{options.method}")
+    lines = [f"one training step of {options.model}, {options.batch_size} texts of {length} tokens, {options.device}; "
+             "GiB", f"{'':28}{'weights':>9}{'gradients':>11}{'optimiser':>11}{'activations':>13}{'peak':>9}"]
+    for method in dict.fromkeys((options.method, "full")):
+        for name, precision in PRECISIONS.items():
+            if name == "fp16" and options.device == "cpu":
+                continue
+            for checkpointing in (False, True):
+                memory = training_memory(config, method, options.batch_size, length, precision, checkpointing,
+                                         options.device, **(values if method == options.method else {}))
+                gib = {key: value / 2**30 for key, value in vars(memory).items()}
+                what = f"{method}, {name}{', checkpointing' if checkpointing else ''}"
+                lines.append(f"{what:28}{gib['weights']:9.3f}{gib['gradients']:11.4f}{gib['optimiser']:11.4f}"
+                             f"{gib['activations']:13.3f}{gib['peak']:9.3f}")
+    return "\n".join([*lines, "peak: the most alive at once; Python, PyTorch and drivers take their own on top"])
+
+
 def main() -> None:
     options = parse()
     if options.all:
@@ -82,6 +120,9 @@ def main() -> None:
         return
     config = config_of(options.model)
     values = given(options, METHODS[options.method].config_class)
+    if options.memory:
+        print(memory_table(options, config, values))
+        return
     model = injected(config, options.method, **values)
     if options.picture:
         draw(model, options.method, options.picture)

@@ -39,6 +39,7 @@ from minipeft.errors import ConfigError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+
 class KVCache:
     """Keys and values of tokens already seen, one pair per block: what attention can look back at.
 
@@ -66,6 +67,8 @@ class KVCache:
 class Attention(nn.Module):
     """Causal multi-head self-attention: softmax(q k^T / sqrt(D)) v, heads side by side."""
 
+    longest_by_formula = 384  # tokens; measured: beyond, a fused kernel is about as fast and needs less memory
+
     def __init__(self, config: GPT2Config, layer: int) -> None:
         super().__init__()
         self.layer = layer
@@ -83,11 +86,34 @@ class Attention(nn.Module):
         value = value.view(B, T, self.n_head, -1).transpose(1, 2)            # (B, H, T, D)
         if cache is not None:
             key, value = cache.update(self.layer, key, value)                # (B, H, S, D)
-        x = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=self.attn_pdrop if self.training else 0.0,
-            is_causal=mask is None and T > 1)                                # (B, H, T, D)
+        x = self.attend(query, key, value, mask)                             # (B, H, T, D)
         x = x.transpose(1, 2).reshape(B, T, C)                               # (B, T, C)
         return self.resid_dropout(self.c_proj(x))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """softmax(q k^T / sqrt(D)) v, each query looking where `mask` is True; without one, at itself and before.
+
+        PyTorch's fused kernels give the same and never store the T x S scores. Only when training on short texts in
+        bfloat16 on a CPU does the formula itself take less time, about half.
+
+        Args:
+            query: (B, H, T, D); key and value are (B, H, S, D).
+            mask: boolean, broadcastable to (B, H, T, S).
+
+        Returns:
+            (B, H, T, D).
+        """
+        T, S, D = query.shape[2], key.shape[2], query.shape[3]
+        dropout = self.attn_pdrop if self.training else 0.0
+        if (S > self.longest_by_formula or query.device.type != "cpu" or query.dtype != torch.bfloat16
+                or not query.requires_grad):
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout,
+                                                  is_causal=mask is None and T > 1)
+        if mask is None:
+            mask = torch.ones(T, S, dtype=torch.bool).tril(S - T)            # (T, S)
+        scores = (query * D**-0.5) @ key.transpose(2, 3)                     # (B, H, T, S)
+        scores += torch.zeros(mask.shape, dtype=scores.dtype).masked_fill(~mask, -torch.inf)
+        return F.dropout(scores.softmax(dim=3), dropout) @ value             # (B, H, T, D)
 
 
 class MLP(nn.Module):

@@ -6,14 +6,11 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minipeft.errors import HardwareError
 
@@ -54,24 +51,9 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     return PRECISIONS[name]
 
 
-@contextmanager
-def computing_in(precision: torch.dtype, device: torch.device) -> Iterator[None]:
-    """Run a forward pass with its matrix products in `precision`, and the attention kernel that is fastest there.
-
-    Training in bfloat16 on a CPU, that is the plain softmax(q k^T) v: at the length of a text its backward pass beats
-    the flash kernel's, which saves memory instead. Everywhere else PyTorch chooses.
-    """
-    with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
-        if device.type != "cpu" or precision != torch.bfloat16 or not torch.is_grad_enabled():
-            yield
-            return
-        earlier = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # else it would compute in float32, slowly
-        try:
-            with sdpa_kernel(SDPBackend.MATH):
-                yield
-        finally:
-            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(earlier)
+def computing_in(precision: torch.dtype, device: torch.device) -> torch.autocast:
+    """A context in which matrix products run in `precision`; in float32 it changes nothing."""
+    return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
 
 
 def machine() -> dict[str, Any]:

@@ -134,7 +134,7 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: Callable[[Tensor
     forward = torch.compile(forward, dynamic=True) if compile_model else forward
 
     step, samples, curve, best, best_values, seconds_before, core_seconds_before = 0, 0, [], {}, {}, 0.0, 0.0
-    loss_total, hits, seen = 0.0, 0, 0
+    loss_total, hits, seen = torch.zeros(()), torch.zeros(()), 0
     settings = {**asdict(config), "precision": str(precision), **(request or {})}
     if resume and state_folder is not None:
         step, extra, tensors = load_training_state(state_folder, model, optimizer)
@@ -190,6 +190,7 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: Callable[[Tensor
                     scaler.scale(loss / size * parallel.world_size()).backward()
                 loss_total += loss.detach()
                 hits += (logits.detach().argmax(dim=-1) == batch.labels).sum()
+                del logits, loss
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(trained.values(), config.max_grad_norm)
             scaler.step(optimizer)

@@ -19,6 +19,7 @@ from minipeft.gpt2 import (
     attention_mask_for,
     last_real_token,
 )
+from minipeft.hardware import computing_in
 
 CPU = torch.device("cpu")
 EVERY_CLASS = [GPT2Model, GPT2LMHeadModel, GPT2ForSequenceClassification, GPT2ForTokenClassification]
@@ -187,6 +188,26 @@ def test_attention_is_its_formula(tiny_config):
     close(attention(x), attention_by_formula(attention, x))
 
 
+@pytest.mark.parametrize("mask", [None, torch.ones(9, 12, dtype=torch.bool).tril(3), torch.rand(2, 1, 9, 12) < 0.7],
+                         ids=["causal", "after a cache", "padded"])
+def test_in_training_in_bfloat16_attention_is_the_fused_kernels_too(tiny_config, mask):
+    """The formula is written out there; values and gradients are the kernel's, to bfloat16's two or three digits."""
+    torch.manual_seed(0)
+    S = 9 if mask is None else 12
+    if mask is not None and mask.dim() == 4:
+        mask = mask | torch.eye(9, 12, dtype=torch.bool)
+    attention = Attention(tiny_config, layer=0).eval()
+    inputs = [torch.randn(2, 4, length, 6).bfloat16().requires_grad_() for length in (9, S, S)]
+    results = []
+    for longest in (attention.longest_by_formula, 0):
+        attention.longest_by_formula = longest
+        output = attention.attend(*inputs, mask)
+        assert output.dtype == torch.bfloat16
+        results.append([output, *torch.autograd.grad(output.float().square().sum(), inputs)])
+    for by_formula, fused in zip(*results):
+        assert (by_formula - fused).abs().max() < 0.03 * fused.abs().max()
+
+
 def test_the_whole_model_is_its_formula(make_model, make_ids):
     model, ids = make_model(GPT2LMHeadModel), make_ids(2, 9)
     base = model.transformer
@@ -345,25 +366,29 @@ def test_more_tokens_than_positions_is_an_error_that_names_both(make_model, make
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
-def gradients(model, ids, mask):
+def gradients(model, ids, mask, precision=torch.float32):
     torch.manual_seed(7)                                                          # the same dropout each time
     model.zero_grad()
-    model(ids, attention_mask=mask).square().mean().backward()
+    with computing_in(precision, torch.device("cpu")):
+        output = model(ids, attention_mask=mask)
+    output.float().square().mean().backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_gradient_checkpointing_gives_the_same_gradients(tiny_config, make_model, make_ids, make_mask, dropout):
+def test_gradient_checkpointing_gives_the_same_gradients(tiny_config, make_model, make_ids, make_mask, dropout,
+                                                         precision):
     for name in PROBABILITIES:
         setattr(tiny_config, name, dropout)
     model = make_model(GPT2ForTokenClassification).train()
     passes = []
     model.transformer.h[0].mlp.register_forward_pre_hook(lambda *_: passes.append(1))
     ids, mask = make_ids(3, 9), make_mask([9, 4, 6], side="left")
-    expected = gradients(model, ids, mask)
+    expected = gradients(model, ids, mask, precision)
     assert len(passes) == 1
     model.transformer.gradient_checkpointing = True
-    checkpointed = gradients(model, ids, mask)
+    checkpointed = gradients(model, ids, mask, precision)
     assert len(passes) == 3                                                       # forward, and again in backward
     for name, gradient in expected.items():
         close(checkpointed[name], gradient, 1e-7)

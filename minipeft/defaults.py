@@ -12,7 +12,7 @@ from typing import Any
 
 DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "full": {"method": {}, "training": {"learning_rate": 3e-4, "epochs": 2}},
-    "head": {"method": {}, "training": {"learning_rate": 1e-2, "epochs": 10}},
+    "head": {"method": {}, "training": {"learning_rate": 3e-3, "epochs": 10}},
     "bitfit": {"method": {}, "training": {"learning_rate": 2e-3, "epochs": 1}},
     "dora": {"method": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
              "training": {"learning_rate": 1.5e-3, "epochs": 1}},

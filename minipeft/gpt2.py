@@ -105,7 +105,7 @@ class Attention(nn.Module):
         """
         T, S, D = query.shape[2], key.shape[2], query.shape[3]
         dropout = self.attn_pdrop if self.training else 0.0
-        if (S > self.longest_by_formula or query.device.type != "cpu" or query.dtype != torch.bfloat16
+        if (self.longest_by_formula < S or query.device.type != "cpu" or query.dtype != torch.bfloat16
                 or not query.requires_grad):
             return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout,
                                                   is_causal=mask is None and T > 1)

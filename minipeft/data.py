@@ -277,9 +277,12 @@ class Batch:
     labels: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on `device`; the copy does not wait where the memory is pinned."""
-        return Batch(*(tensor.to(device, non_blocking=True)
-                       for tensor in (self.input_ids, self.attention_mask, self.labels)))
+        """The batch on `device`, copied to a GPU while it computes. The mask stays: the model looks at it first."""
+        if device.type == "cpu":
+            return self
+        input_ids, labels = (tensor.pin_memory().to(device, non_blocking=True)
+                             for tensor in (self.input_ids, self.labels))
+        return Batch(input_ids, self.attention_mask, labels)
 
 
 def collate(ids: Sequence[np.ndarray], labels: Sequence[int], round_length_to: int = 1) -> Batch:
@@ -303,7 +306,8 @@ class BucketedBatches:
 
     The examples are shuffled, cut into pools of `pool` batches, sorted by length within a pool, cut into batches, and
     the batches shuffled: little padding, and still a random walk through the data. `epoch(n)` depends on the seed and n
-    alone, so that a resumed run sees what it would have seen.
+    alone, so that a resumed run sees what it would have seen. Lengths are rounded up to a multiple of
+    `round_length_to`: a compiled model wants few different ones.
     """
 
     ids: Sequence[np.ndarray]
@@ -311,6 +315,7 @@ class BucketedBatches:
     batch_size: int
     seed: int = 0
     pool: int = 50
+    round_length_to: int = 1
 
     def __len__(self) -> int:
         return -(-len(self.ids) // self.batch_size)
@@ -329,7 +334,7 @@ class BucketedBatches:
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from batch number `first` on."""
         for rows in self.order(epoch)[first:]:
-            yield collate([self.ids[i] for i in rows], [self.labels[i] for i in rows])
+            yield collate([self.ids[i] for i in rows], [self.labels[i] for i in rows], self.round_length_to)
 
 
 class FeatureBatches(BucketedBatches):

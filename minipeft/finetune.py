@@ -188,7 +188,8 @@ def fit(options: Options, setup: Setup, say: Say, folder: Path | None = None) ->
         return classification.metrics(logits, setup.data.validation.labels)
 
     history = train(
-        trained_model, batches(inputs, setup.data.train.labels, config.batch_size, config.seed),
+        trained_model, batches(inputs, setup.data.train.labels, config.batch_size, config.seed,
+                               round_length_to=defaults.COMPILED_LENGTHS if options.compile else 1),
         classification.loss_sum, validate, config, setup.precision, options.compile,
         save_best=lambda: folder and save_finetuned(model, folder, setup.model_name, details),
         state_folder=folder and folder / "training_state", resume=options.resume,

@@ -43,11 +43,13 @@ if TYPE_CHECKING:
 class KVCache:
     """Keys and values of tokens already seen, one pair per block: what attention can look back at.
 
-    Generation fills it as it goes, so each step computes one token. Each tensor is (B, H, S, D).
+    Generation fills it as it goes, so each step computes one token. Each tensor is (B, H, S, D). Outside of training
+    they lie in larger ones with room for tokens to come, so that a step writes its own token and copies nothing else.
     """
 
     def __init__(self, layers: list[tuple[Tensor, Tensor]] | None = None) -> None:
         self.layers = list(layers or [])
+        self.room: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
     def length(self) -> int:
@@ -58,10 +60,28 @@ class KVCache:
         """Append this step's (B, H, T, D) keys and values; return all (B, H, S, D) of them."""
         if layer == len(self.layers):
             self.layers.append((key, value))
-        else:
+        elif torch.is_grad_enabled():
             past_key, past_value = self.layers[layer]
             self.layers[layer] = (torch.cat((past_key, key), dim=2), torch.cat((past_value, value), dim=2))
+        else:
+            self.layers[layer] = self._append_in_place(layer, key, value)
         return self.layers[layer]
+
+    def _append_in_place(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        past = self.layers[layer]
+        S, end = past[0].shape[2], past[0].shape[2] + key.shape[2]
+        if layer not in self.room or self.room[layer][0].shape[2] < end:
+            self.room[layer] = tuple(tensor.new_empty(*tensor.shape[:2], 2 * end, tensor.shape[3]) for tensor in past)
+            for room, tensor in zip(self.room[layer], past):
+                room[:, :, :S] = tensor
+        for room, tensor in zip(self.room[layer], (key, value)):
+            room[:, :, S:end] = tensor
+        return tuple(room[:, :, :end] for room in self.room[layer])
+
+    def reorder(self, rows: Tensor) -> None:
+        """Let row i go on from what row rows[i] has seen: beam search drops some continuations and forks others."""
+        self.layers = [(key[rows], value[rows]) for key, value in self.layers]
+        self.room = {}
 
 
 class Attention(nn.Module):
@@ -107,8 +127,10 @@ class Attention(nn.Module):
         dropout = self.attn_pdrop if self.training else 0.0
         if (self.longest_by_formula < S or query.device.type != "cpu" or query.dtype != torch.bfloat16
                 or not query.requires_grad):
-            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout,
-                                                  is_causal=mask is None and T > 1)
+            causal = mask is None
+            if T == 1:  # one token after cached ones may look at all of them
+                causal = False
+            return F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=causal)
         if mask is None:
             mask = torch.ones(T, S, dtype=torch.bool).tril(S - T)            # (T, S)
         scores = (query * D**-0.5) @ key.transpose(2, 3)                     # (B, H, T, S)
@@ -145,6 +167,7 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+@torch.compiler.disable  # what it returns depends on values; the blocks after it compile as one
 def attention_mask_for(attention_mask: Tensor | None, T: int, past: int, device: torch.device) -> Tensor | None:
     """The mask `scaled_dot_product_attention` needs, or None where plain causal attention is already right.
 
@@ -152,7 +175,8 @@ def attention_mask_for(attention_mask: Tensor | None, T: int, past: int, device:
     kernel stays usable. A single new token may look at everything in the cache. All other cases get a boolean mask.
 
     Args:
-        attention_mask: (B, past + T), nonzero at real tokens; None means all are real.
+        attention_mask: (B, past + T), nonzero at real tokens; None means all are real. It may stay on the CPU: then
+            looking at it, which this does, need not wait for the GPU.
         T: tokens in this call.
         past: tokens in the cache before it.
 
@@ -167,7 +191,7 @@ def attention_mask_for(attention_mask: Tensor | None, T: int, past: int, device:
     mask = torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past)             # (T, S)
     if padded_left or padded_past:
         itself = mask.triu(past)  # a pad still sees itself: a row that sees nothing is NaN in some kernels
-        mask = (mask & attention_mask[:, None, None, :].bool()) | itself                   # (B, 1, T, S)
+        mask = (mask & attention_mask[:, None, None, :].bool().to(device)) | itself        # (B, 1, T, S)
     return mask
 
 
@@ -357,9 +381,9 @@ def last_real_token(x: Tensor, attention_mask: Tensor | None) -> Tensor:
     """
     if attention_mask is None:
         return x[:, -1]
-    positions = torch.arange(x.shape[1], device=x.device)                                             # (T,)
+    positions = torch.arange(x.shape[1], device=attention_mask.device)                                # (T,)
     last = (positions * (attention_mask != 0)).argmax(dim=1)                                          # (B,)
-    return x[torch.arange(x.shape[0], device=x.device), last]
+    return x[torch.arange(x.shape[0], device=x.device), last.to(x.device, non_blocking=True)]
 
 
 def initialise(module: nn.Module, config: GPT2Config) -> None:

@@ -154,8 +154,7 @@ def synchronised(model: nn.Module) -> nn.Module:
     """The model to call in training: one whose backward pass averages gradients over the processes."""
     if world_size() == 1 or any(map(is_sharded, model.parameters())):
         return model  # alone, or sharded: FSDP averages by itself
-    devices = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
-    return DistributedDataParallel(model, device_ids=devices)
+    return DistributedDataParallel(model)  # without device_ids, so that it moves no input: see Batch.to
 
 
 def without_sending(model: nn.Module, more_to_come: bool) -> AbstractContextManager[None]:

@@ -24,6 +24,7 @@ import torch.nn as nn
 from torch import Tensor
 
 Job = dict[str, Any]
+PAD = 50256  # GPT-2's end of text, which users of transformers pad with: it finds a text's end by looking for this id
 
 
 class Turn:
@@ -136,7 +137,7 @@ def train_peft(job: Job, turn: Turn) -> None:
     transformers.logging.set_verbosity_error()
 
     ids, labels, plan = read_batches(job)
-    base = AutoModelForSequenceClassification.from_pretrained(job["base"], num_labels=2, pad_token_id=0)
+    base = AutoModelForSequenceClassification.from_pretrained(job["base"], num_labels=2, pad_token_id=PAD)
     model = PeftModel.from_pretrained(base, job["adapter"], is_trainable=True)
     texts = [{"input_ids": row, "labels": label} for row, label in zip(ids, labels)]
     multiple = job.get("round_length_to", 1)
@@ -144,7 +145,7 @@ def train_peft(job: Job, turn: Turn) -> None:
     def pad(features: list[dict[str, Any]]) -> dict[str, Tensor]:
         """What transformers' DataCollatorWithPadding makes of the same texts."""
         longest = -(-max(len(feature["input_ids"]) for feature in features) // multiple) * multiple
-        rows = torch.zeros(len(features), longest, dtype=torch.long)
+        rows = torch.full((len(features), longest), PAD)
         mask = torch.zeros_like(rows)
         for row, feature in enumerate(features):
             rows[row, :len(feature["input_ids"])] = torch.from_numpy(feature["input_ids"])
@@ -238,7 +239,7 @@ def classify_transformers(job: Job, turn: Turn) -> None:
     transformers.logging.set_verbosity_error()
 
     ids, _, plan = read_batches(job)
-    model = AutoModelForSequenceClassification.from_pretrained(job["base"], num_labels=2, pad_token_id=0)
+    model = AutoModelForSequenceClassification.from_pretrained(job["base"], num_labels=2, pad_token_id=PAD)
     model = model.eval().to(turn.device)
     while True:
         turn.wait()
@@ -246,7 +247,7 @@ def classify_transformers(job: Job, turn: Turn) -> None:
         with torch.inference_mode():
             for rows in plan:
                 longest = max(len(ids[i]) for i in rows)
-                input_ids = torch.zeros(len(rows), longest, dtype=torch.long)
+                input_ids = torch.full((len(rows), longest), PAD)
                 mask = torch.zeros_like(input_ids)
                 for row, i in enumerate(rows):
                     input_ids[row, :len(ids[i])] = torch.from_numpy(ids[i])
@@ -284,7 +285,7 @@ def generate_transformers(job: Job, turn: Turn) -> None:
     prompts = _prompts(job, turn.device)
     while True:
         turn.wait()
-        ids = model.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=False, pad_token_id=0,
+        ids = model.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=False, pad_token_id=PAD,
                              max_new_tokens=job["new_tokens"], min_new_tokens=job["new_tokens"])
         turn.report(tokens=len(prompts) * job["new_tokens"], checksum=int(ids.sum()))
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from minipeft.errors import ConfigError
-from minipeft.generate import generate
-from minipeft.gpt2 import GPT2LMHeadModel
+from minipeft.generate import generate, stream
+from minipeft.gpt2 import GPT2LMHeadModel, KVCache
 
 LENGTHS = [7, 3, 1, 5]
 
@@ -88,6 +88,82 @@ def test_a_temperature_near_zero_is_greedy(model, make_ids):
     ids = make_ids(2, 5)
     cold = generate(model, ids, max_new_tokens=15, temperature=1e-6, generator=torch.Generator().manual_seed(0))
     assert torch.equal(cold, generate(model, ids, max_new_tokens=15))
+
+
+def test_top_k_draws_from_the_k_likeliest_and_in_their_proportions(model, make_ids):
+    ids, draws = make_ids(1, 5), 20_000
+    sampled = generate(model, ids.repeat(draws, 1), max_new_tokens=1, temperature=1.0, top_k=4,
+                       generator=torch.Generator().manual_seed(0))[:, -1]
+    best = model(ids)[0, -1].topk(4)
+    assert set(sampled.tolist()) == set(best.indices.tolist())
+    expected = torch.softmax(best.values, dim=0)
+    found = sampled.bincount(minlength=97)[best.indices] / draws
+    assert ((found - expected).abs() < 5 * (expected / draws).sqrt()).all()
+
+
+def test_top_p_draws_from_the_fewest_tokens_that_have_so_much_probability(model, make_ids):
+    ids = make_ids(1, 5)
+    probabilities, order = torch.softmax(model(ids)[0, -1], dim=0).sort(descending=True)
+    before = probabilities.cumsum(0) - probabilities
+    for top_p in (0.001, 0.2, 0.5):
+        sampled = generate(model, ids.repeat(5_000, 1), max_new_tokens=1, temperature=1.0, top_p=top_p,
+                           generator=torch.Generator().manual_seed(0))[:, -1]
+        assert set(sampled.tolist()) <= set(order[before < top_p].tolist())
+    assert len(order[before < 0.001]) == 1                                        # the likeliest always stays
+
+
+def test_top_k_of_one_is_greedy(model, make_ids):
+    ids = make_ids(2, 5)
+    assert torch.equal(generate(model, ids, max_new_tokens=9, temperature=2.0, top_k=1),
+                       generate(model, ids, max_new_tokens=9))
+
+
+def log_probability(model, prompt, continuation):
+    ids = torch.cat((prompt, continuation))[None]
+    steps = model(ids)[0, len(prompt) - 1:-1].log_softmax(dim=1)
+    return steps.gather(1, continuation[:, None]).sum().item()
+
+
+def test_beams_as_many_as_there_are_continuations_find_the_likeliest(tiny_config, make_ids):
+    tiny_config.vocab_size = 6
+    torch.manual_seed(3)
+    model = GPT2LMHeadModel(tiny_config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    prompt = torch.tensor([1, 4, 2])
+    found = generate(model, prompt[None], max_new_tokens=3, num_beams=36)[0, 3:]
+    every = torch.cartesian_prod(*[torch.arange(6)] * 3)
+    best = max(every, key=lambda continuation: log_probability(model, prompt, continuation))
+    assert torch.equal(found, best)
+
+
+def test_a_cache_with_room_gives_what_one_without_gives_and_forks_stay_apart(model, make_ids):
+    ids = make_ids(2, 12)
+    with torch.no_grad():
+        cache, whole = KVCache(), model(ids)
+        logits = [model(ids[:, step:step + 1], cache=cache) for step in range(8)]
+        fork = KVCache(list(cache.layers))
+        other = model((ids[:, 8:9] + 1) % 97, cache=fork)
+        logits += [model(ids[:, step:step + 1], cache=cache) for step in range(8, 12)]
+    torch.testing.assert_close(torch.cat(logits, dim=1), whole, rtol=0, atol=1e-5)
+    assert (other[:, 0] - logits[8][:, 0]).abs().max() > 1e-3
+    assert fork.length == 9 and cache.length == 12
+
+
+def test_a_stream_gives_the_tokens_of_generate_one_by_one(model, make_ids):
+    ids = make_ids(2, 5)
+    tokens = list(stream(model, ids, max_new_tokens=6))
+    assert torch.equal(torch.stack(tokens, dim=1), generate(model, ids, max_new_tokens=6)[:, 5:])
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    ({"temperature": -1.0}, "temperature"), ({"temperature": float("nan")}, "temperature"), ({"top_k": 0}, "top_k"),
+    ({"top_p": 0.0}, "top_p"), ({"top_p": 1.5}, "top_p"), ({"num_beams": 0}, "num_beams"),
+    ({"num_beams": 2, "temperature": 1.0}, "does not sample")])
+def test_values_out_of_range_are_refused(model, make_ids, values, message):
+    with pytest.raises(ConfigError, match=message):
+        generate(model, make_ids(1, 3), **values)
 
 
 def test_no_new_tokens_gives_the_prompts_back(model, make_ids):

@@ -116,7 +116,7 @@ class LoRALinear(ReplacementLayer):
         x = self.lora_dropout(to_dtype_of(self.lora_A.weight, x))
         # Scaled while it is r wide: that is out / r times less work than scaling the result.
         update = self.lora_B(self.lora_A(x) * self.scaling)                   # (B, T, in) -> (B, T, r) -> (B, T, out)
-        return (y + update).to(y.dtype)
+        return y.add_(update)  # in place: nothing else needs y, and no third tensor of its size comes to be
 
     def merged(self) -> dict[str, Tensor]:
         """W + s B A."""

@@ -199,6 +199,23 @@ def test_greedy_generation_ends_alike(language_models, make_ids, make_mask):
         assert torch.equal(generated, greedy_by_transformers(reference, ids, mask, new=28, eos=eos))
 
 
+@pytest.mark.parametrize("eos", [None, 5])
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("num_beams", [2, 4])
+def test_beam_search_is_token_identical(language_models, make_ids, make_mask, num_beams, length_penalty, eos):
+    ours, reference = language_models
+    ids, mask = make_ids(len(LENGTHS), max(LENGTHS), vocab_size=PAD), make_mask(LENGTHS, side="left")
+    with torch.no_grad():  # an end token likely enough that beams meet it, early and late
+        ours.transformer.ln_f.bias += 0.5 * ours.lm_head.weight[5]
+        reference.transformer.ln_f.bias += 0.5 * reference.lm_head.weight[5]
+    for new in (1, 7, 20):
+        generated = generate(ours, ids, mask, new, num_beams=num_beams, length_penalty=length_penalty, eos_token_id=eos)
+        expected = reference.generate(ids, attention_mask=mask, do_sample=False, num_beams=num_beams, eos_token_id=eos,
+                                      length_penalty=length_penalty, max_new_tokens=new,
+                                      pad_token_id=PAD if eos is None else eos)
+        assert torch.equal(generated, expected)
+
+
 # --- the official sizes -----------------------------------------------------------------------------------------------
 
 def write_official(name, folder, dtype):

@@ -22,14 +22,16 @@ def results_table(folder: Path, dataset: str = "imdb") -> str:
         for name, found in _tests(results):
             parameters = results["parameters"]
             share = f"{parameters['trainable']:,} ({100 * parameters['trainable'] / parameters['total']:.2f} %)"
-            train = results["seconds"].get("train")
+            train, on_cores = (results["seconds"].get(key) for key in ("train", "train_on_cores"))
+            time = f"{on_cores / 60:.1f} core minutes" if on_cores else f"{train / 60:.1f} min" if train else "-"
             rows.append((train is not None, found["accuracy"], [
                 name, results["base_model"]["name"], share if parameters["trainable"] else "0",
                 f"{results['dataset']['sizes']['train']:,}" if train else "0",
+                str(results["training_config"]["epochs"]) if train else "-",
                 f"{100 * found['accuracy']:.2f} %",
                 "{:.2f} to {:.2f} %".format(*(100 * bound for bound in found["accuracy_95_interval"])),
-                f"{100 * found['f1']:.2f} %", f"{train / 60:.1f} min" if train else "-"]))
-    header = ["method", "base", "trained parameters", "training reviews", "test accuracy", "95 % interval", "F1",
+                f"{100 * found['f1']:.2f} %", time]))
+    header = ["method", "base", "trained parameters", "training reviews", "epochs", "test accuracy", "95 % interval", "F1",
               "training time"]
     lines = [header, ["---"] * len(header), *(row for _, _, row in sorted(rows, key=lambda row: row[:2]))]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -31,8 +31,8 @@ def results_table(folder: Path, dataset: str = "imdb") -> str:
                 f"{100 * found['accuracy']:.2f} %",
                 "{:.2f} to {:.2f} %".format(*(100 * bound for bound in found["accuracy_95_interval"])),
                 f"{100 * found['f1']:.2f} %", time]))
-    header = ["method", "base", "trained parameters", "training reviews", "epochs", "test accuracy", "95 % interval", "F1",
-              "training time"]
+    header = ["method", "base", "trained parameters", "training reviews", "epochs", "test accuracy", "95 % interval",
+              "F1", "training time"]
     lines = [header, ["---"] * len(header), *(row for _, _, row in sorted(rows, key=lambda row: row[:2]))]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -226,8 +226,6 @@ def finetune(options: Options, say: Say = lambda line: None) -> dict[str, Any]:
     if history.interrupted:
         say(f"interrupted: {folder} holds the best model so far; --resume goes on from here")
         return {}
-    if parallel.rank() == 0:
-        shutil.rmtree(folder / "training_state", ignore_errors=True)
     say(f"trained in {history.seconds:.0f} s, best validation accuracy {history.best['accuracy']:.4f}; testing")
     test, test_seconds = _test(fitted.model, setup, options.truncation, fitted.max_length)
     results = {
@@ -246,6 +244,7 @@ def finetune(options: Options, say: Say = lambda line: None) -> dict[str, Any]:
     path = results_path(options.results_dir, f"fine_tuned_{options.method}", setup.data.name)
     if parallel.rank() == 0:
         write_json_file(path, results)
+        shutil.rmtree(folder / "training_state", ignore_errors=True)  # a run cut off in its test can go on from there
     say(f"test accuracy {test['accuracy']:.4f} (95 % interval {test['accuracy_95_interval'][0]:.4f} to "
         f"{test['accuracy_95_interval'][1]:.4f}); wrote {folder} and {path}")
     return results

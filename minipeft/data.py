@@ -278,11 +278,10 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`, copied to a GPU while it computes. The mask stays: the model looks at it first."""
-        if device.type == "cpu":
-            return self
-        input_ids, labels = (tensor.pin_memory().to(device, non_blocking=True)
-                             for tensor in (self.input_ids, self.labels))
-        return Batch(input_ids, self.attention_mask, labels)
+        def there(tensor: Tensor) -> Tensor:
+            return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+        return Batch(there(self.input_ids), self.attention_mask, there(self.labels))
 
 
 def collate(ids: Sequence[np.ndarray], labels: Sequence[int], round_length_to: int = 1) -> Batch:

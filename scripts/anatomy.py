@@ -4,6 +4,7 @@
     python scripts/anatomy.py --method prefix --picture prefix.png
     python scripts/anatomy.py --all
     python scripts/anatomy.py --memory --method lora --model gpt2-xl --batch-size 8 --length 512
+    python scripts/anatomy.py --traffic --model gpt2-xl
 
 Shapes are enough for all of it: no weights are read, except a folder's config.json.
 """
@@ -23,7 +24,7 @@ from minipeft.defaults import DEFAULTS, MAX_LENGTH
 from minipeft.errors import ConfigError
 from minipeft.files import check_writable, replacing_folder
 from minipeft.hardware import PRECISIONS
-from minipeft.ledger import training_memory
+from minipeft.ledger import traffic_table, training_memory
 from minipeft.methods import METHODS
 from minipeft.methods.surgery import positions_left, trainable_parameters
 from minipeft.pictures import TITLES, draw
@@ -49,6 +50,8 @@ def parse() -> argparse.Namespace:
     memory.add_argument("--batch-size", type=int, default=16, help="texts; default 16")
     memory.add_argument("--length", type=int, help=f"tokens of each; default {MAX_LENGTH}")
     memory.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="whose kernels; default cpu")
+    parser.add_argument("--traffic", action="store_true",
+                        help="what each of 8, 64 and 512 GPUs sends in a step of every method")
     if METHODS[chosen].config_class.__dataclass_fields__:
         add_dataclass_options(parser.add_argument_group(f"method {chosen}"), METHODS[chosen].config_class,
                               DEFAULTS[chosen]["method"], leave_out=METHODS[chosen].fixed)
@@ -120,6 +123,9 @@ def main() -> None:
         return
     config = config_of(options.model)
     values = given(options, METHODS[options.method].config_class)
+    if options.traffic:
+        print(traffic_table(config))
+        return
     if options.memory:
         print(memory_table(options, config, values))
         return

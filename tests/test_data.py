@@ -652,6 +652,16 @@ def test_evaluation_sees_every_example_once_longest_first_and_with_its_number(le
     assert seen == sorted(lengths, reverse=True)
 
 
-def test_a_batch_moves_to_a_device_as_a_whole():
+def test_a_batch_moves_to_a_device_but_for_the_mask_which_the_cpu_looks_at():
     moved = collate([np.array([1, 2])], [1]).to(torch.device("meta"))
-    assert {moved.input_ids.device.type, moved.attention_mask.device.type, moved.labels.device.type} == {"meta"}
+    assert {moved.input_ids.device.type, moved.labels.device.type} == {"meta"}
+    assert moved.attention_mask.device.type == "cpu"
+
+
+def test_lengths_can_be_rounded_up_and_nothing_else_changes():
+    ids = [np.array([1, 2, 3]), np.array([4])]
+    plain, rounded = collate(ids, [0, 1]), collate(ids, [0, 1], round_length_to=8)
+    assert rounded.input_ids.shape == (2, 8)
+    assert torch.equal(rounded.input_ids[:, :3], plain.input_ids) and not rounded.input_ids[:, 3:].any()
+    assert torch.equal(rounded.attention_mask.sum(dim=1), torch.tensor([3, 1]))
+    assert torch.equal(collate(ids, [0, 1], round_length_to=3).input_ids, plain.input_ids)

@@ -100,6 +100,14 @@ def test_checkpointing_and_half_precision_save_activations():
     assert half.activations < plain.activations
 
 
+def test_a_gpus_flash_attention_never_stores_the_scores():
+    dropping = GPT2Config(**{**SMALL, "attn_pdrop": 0.1})
+    on_cpu, on_gpu = (training_memory(dropping, "lora", BATCH, LENGTH, torch.bfloat16, device=device).activations
+                      for device in ("cpu", "cuda"))
+    scores = BATCH * SMALL["n_head"] * LENGTH * LENGTH * 2 * SMALL["n_layer"]
+    assert on_cpu - on_gpu > scores
+
+
 def test_the_largest_official_model_needs_no_memory_of_its_own():
     memory = training_memory(GPT2Config.official("gpt2-xl"), "lora", 8, 512, torch.bfloat16, True, "cuda")
     assert memory.weights > 6 * 10**9

@@ -1,0 +1,100 @@
+"""The benchmark: who takes turns, on which texts, and what the report says; one part of it run for real."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minipeft.report import benchmark_headline, benchmark_tables
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+import benchmark  # noqa: E402
+
+
+class Recorded:
+    """A side that notes when it has its turn and takes a known time."""
+
+    def __init__(self, name, log, seconds):
+        self.name, self.log, self.seconds = name, log, iter(seconds)
+
+    def turn(self):
+        self.log.append(self.name)
+        return {"seconds": next(self.seconds), "peak_memory_bytes": 7}
+
+    def end(self):
+        self.log.append(f"{self.name} ends")
+
+
+def test_sides_alternate_and_the_first_turn_does_not_count():
+    log = []
+    found = benchmark.take_turns({"a": Recorded("a", log, [9, 1, 2, 3]), "b": Recorded("b", log, [90, 4, 4, 7])}, 3)
+    assert log == ["a", "b"] * 4 + ["a ends", "b ends"]
+    assert (found["a"]["seconds"], found["a"]["seconds_low"], found["a"]["seconds_high"]) == (2, 1, 3)
+    assert (found["b"]["seconds"], found["b"]["turns"]) == (4, 3)
+
+
+@pytest.fixture
+def material(tmp_path):
+    options = argparse.Namespace(device="cpu", quick=True, rounds=2, dataset="sample", data_dir=None)
+    return benchmark.Benchmark(options, tmp_path)
+
+
+def test_both_sides_of_a_turn_see_the_same_texts_in_other_batches(material):
+    plain = material.batches(6, 3, 64, grouped=False)
+    grouped = material.batches(6, 3, 64, grouped=True)
+    assert all(len(rows) == material.batch_size for rows in plain + grouped)
+    for turn in (slice(0, 3), slice(3, 6)):
+        assert sorted(i for rows in plain[turn] for i in rows) == sorted(i for rows in grouped[turn] for i in rows)
+    assert plain != grouped
+
+
+def test_full_batches_hold_only_texts_that_need_no_padding(material):
+    assert all(len(material.ids[i]) >= 32 for rows in material.batches(4, 1, 32, False, full=True) for i in rows)
+
+
+def cells(seconds, memory, **more):
+    return {"seconds": seconds, "seconds_low": seconds, "seconds_high": seconds, "peak_memory_bytes": memory,
+            "samples_per_second": 1 / seconds, "mean_loss": 0.7, **more}
+
+
+def test_the_headline_takes_the_worse_of_two_lengths_and_tables_name_what_was_not_measured():
+    rows = {f"{row} {length}": {"ours": cells(1, 2**30), "peft": cells(speedup, 2**31), "speedup": speedup,
+                                "memory_ratio": ratio}
+            for row, length, speedup, ratio in (("default", 256, 3.0, 0.3), ("default", 512, 2.5, 0.4),
+                                                ("matched", 256, 1.4, 0.5), ("matched", 512, 1.6, 0.35))}
+    results = {"cpu": {"machine": {"processor": "P", "cores": 2}, "batch_size": 16, "training": rows,
+                       "model": {"parameters": 124e6, "weights": "random"}}}
+    assert benchmark_headline(results) == {"speedup_vs_peft": 2.5, "speedup_vs_peft_matched": 1.4,
+                                           "memory_ratio_vs_peft": 0.4, "memory_ratio_vs_peft_matched": 0.5}
+    text = benchmark_tables(results)
+    assert "**2.50**" in text and text.rstrip().endswith("### GPU\n\nnot measured")
+
+
+def run_benchmark(*options):
+    return subprocess.run([sys.executable, str(ROOT / "scripts/benchmark.py"), *options], capture_output=True,
+                          text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.slow
+def test_a_quick_run_measures_and_writes(tmp_path):
+    done = run_benchmark("--quick", "--dataset", "sample", "--parts", "limit", "--results-dir", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "benchmark_quick.json").read_text())
+    assert 0 < results["mfu"] == results["cpu"]["limit"]["fp32"]["mfu"]
+    assert results["cpu"]["limit"]["fp32"]["lora"]["turns"] == 2
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--parts", "speed"], "unknown part speed: use limit"), (["--rounds", "0"], "rounds must be at least 1"),
+    (["--device", "tpu"], "unknown device 'tpu'")])
+def test_a_bad_request_is_one_line(tmp_path, options, message):
+    done = run_benchmark(*options, "--dataset", "sample", "--results-dir", str(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and message in done.stderr

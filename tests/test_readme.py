@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from minipeft.config import GPT2Config
+from minipeft.ledger import traffic_table
 from minipeft.report import TABLE_END, TABLE_START, results_table
 from minipeft.weights import MINI_FOLDER
 
@@ -22,6 +24,12 @@ def test_the_python_example_runs_as_printed_and_has_ten_lines_at_most(capsys):
 def test_the_table_is_what_the_results_files_say():
     table = README.partition(TABLE_START)[2].partition(TABLE_END)[0].strip()
     assert table == results_table(ROOT / "results")
+
+
+def test_the_traffic_is_what_the_ledger_says():
+    lines = traffic_table(GPT2Config.official("gpt2")).splitlines()
+    for line in lines[:2] + [line for line in lines if line.startswith(("| full |", "| lora |", "| ia3 |"))]:
+        assert line in README.splitlines()
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README))))

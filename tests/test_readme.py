@@ -1,5 +1,6 @@
 """README says what is true: its example runs, its table is the results', its files exist."""
 
+import json
 import re
 from pathlib import Path
 
@@ -24,6 +25,13 @@ def test_the_python_example_runs_as_printed_and_has_ten_lines_at_most(capsys):
 def test_the_table_is_what_the_results_files_say():
     table = README.partition(TABLE_START)[2].partition(TABLE_END)[0].strip()
     assert table == results_table(ROOT / "results")
+
+
+def test_the_gain_from_cached_features_is_what_was_measured():
+    once, each_epoch = (json.loads((ROOT / f"results/head_features/{run}/fine_tuned_head_results.json").read_text())
+                        ["seconds"]["train_on_cores"] for run in ("once", "each_epoch"))
+    for figure in (once, each_epoch, each_epoch / once):
+        assert f"{figure:.1f}" in README
 
 
 def test_the_traffic_is_what_the_ledger_says():

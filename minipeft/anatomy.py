@@ -17,6 +17,7 @@ from minipeft.defaults import DEFAULTS
 from minipeft.gpt2 import GPT2ForSequenceClassification
 from minipeft.methods import METHODS, inject
 from minipeft.methods.surgery import ParameterCount, trainable_parameters
+from minipeft.report import markdown_table
 
 GREY, ORANGE, PLAIN = "\033[90m", "\033[1;33m", "\033[0m"
 
@@ -97,12 +98,12 @@ def render(lines: list[Line], colour: bool) -> str:
 
 def counts_table(configs: dict[str, GPT2Config]) -> str:
     """A Markdown table: the parameters each method trains, in the table's default configuration, for each size."""
-    rows = ["| method | " + " | ".join(configs) + " |", "| --- |" + " ---: |" * len(configs)]
+    rows = []
     for method in METHODS:
         counts = [trainable_parameters(injected(config, method)) for config in configs.values()]
-        cells = [f"{count.trainable:,} ({100 * count.trainable / count.total:.3f} %)" for count in counts]
-        rows.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(rows)
+        rows.append([method, *(f"{count.trainable:,} ({100 * count.trainable / count.total:.3f} %)"
+                               for count in counts)])
+    return markdown_table(["method", *configs], rows, figures=True)
 
 
 def _module_line(name: str, module: nn.Module, depth: int) -> Line:

@@ -286,8 +286,7 @@ def load_training_state(folder: str | Path, model: nn.Module,
         kind, _, rest = key.partition("/")
         if kind == "optimizer":
             entry, _, name = rest.partition("/")
-            optimizer.state[trained[name]][entry] = (parallel.spread_like(trained[name], tensor) if tensor.dim()
-                                                     else tensor.to(trained[name].device))
+            optimizer.state[trained[name]][entry] = parallel.spread_like(trained[name], tensor)
     torch.set_rng_state(random_state)
     if torch.cuda.is_available() and "random/cuda" in tensors:
         torch.cuda.set_rng_state(tensors["random/cuda"])

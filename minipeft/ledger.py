@@ -26,6 +26,7 @@ from minipeft.hardware import computing_in
 from minipeft.methods import METHODS
 from minipeft.methods.surgery import trainable_parameters
 from minipeft.optimisation import adamw
+from minipeft.report import markdown_table
 
 
 @dataclass
@@ -151,10 +152,9 @@ def bytes_sent(trained_parameters: int, processes: int, bytes_each: int = 4) -> 
 
 def traffic_table(config: GPT2Config, processes: tuple[int, ...] = (8, 64, 512)) -> str:
     """A Markdown table: the megabytes each GPU sends in one step of each method, in its default configuration."""
-    rows = ["| method | gradients | " + " | ".join(f"{number} GPUs" for number in processes) + " |",
-            "| --- |" + " ---: |" * (len(processes) + 1)]
+    rows = []
     for method in METHODS:
         trained = trainable_parameters(injected(config, method)).trainable
         cells = [trained * 4, *(bytes_sent(trained, number) for number in processes)]
-        rows.append(f"| {method} | " + " | ".join(f"{cell / 1e6:,.2f} MB" for cell in cells) + " |")
-    return "\n".join(rows)
+        rows.append([method, *(f"{cell / 1e6:,.2f} MB" for cell in cells)])
+    return markdown_table(["method", "gradients", *(f"{number} GPUs" for number in processes)], rows, figures=True)

@@ -69,12 +69,6 @@ def world_size() -> int:
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
-def wait_for_all() -> None:
-    """Go on when every process is here."""
-    if world_size() > 1:
-        distributed.barrier()
-
-
 def share(batch: Batch) -> Batch:
     """This process's rows of a batch: every world_size-th. A process left without one gets a row that does not count.
 
@@ -100,18 +94,17 @@ def share_of(examples: int) -> list[int]:
     return [number % examples for number in range(rank(), each * world_size(), world_size())]
 
 
-def total(*values: float, device: torch.device) -> list[float]:
-    """The sums of numbers over all processes."""
-    if world_size() == 1:
-        return [float(value) for value in values]
-    sums = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device)
-    distributed.all_reduce(sums)
+def total(values: Tensor) -> list[float]:
+    """The sums over all processes of each number of a tensor, (n,)."""
+    sums = values.to(torch.float64, copy=True)
+    if world_size() > 1:
+        distributed.all_reduce(sums)
     return sums.tolist()
 
 
 def any_of(flag: bool, device: torch.device) -> bool:
     """Whether it holds in any process: all must leave a loop in the same step."""
-    return flag if world_size() == 1 else total(flag, device=device)[0] > 0
+    return flag if world_size() == 1 else total(torch.tensor([flag], device=device))[0] > 0
 
 
 def gathered(rows: Tensor, numbers: Sequence[int], count: int) -> Tensor:
@@ -174,9 +167,12 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def spread_like(parameter: Tensor, value: Tensor) -> Tensor:
-    """A whole tensor on the parameter's device and, where the parameter is sharded, sharded as it is."""
+    """A whole tensor on the parameter's device and, where the parameter is sharded, sharded as it is.
+
+    A single number, such as an optimiser's count of steps, is never sharded.
+    """
     value = value.to(parameter.device)
-    if not is_sharded(parameter):
+    if not is_sharded(parameter) or value.dim() == 0:
         return value
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(value, parameter.device_mesh, parameter.placements)

@@ -24,6 +24,7 @@ from minipeft.methods.prompt import Prompt
 from minipeft.methods.surgery import AdapterLayer, base_parameters, injections, trainable_parameters
 from minipeft.methods.vera import VeRALinear
 from minipeft.methods.virtual_tokens import Table
+from minipeft.report import blank_figure
 
 FROZEN, TRAINED, RANDOM, INK = "#e9e9ec", "#f6a13c", "#bcd3ea", "#26262b"
 TITLES = {"full": "Full fine-tuning", "head": "Head only", "bitfit": "BitFit", "lora": "LoRA", "dora": "DoRA",
@@ -42,11 +43,7 @@ class Canvas:
     """A figure in which one unit is one unit high and wide, and the few shapes the picture is made of."""
 
     def __init__(self) -> None:
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ConfigError("drawing needs matplotlib: pip install 'minipeft[plots]'") from error
-        self.figure = Figure(figsize=(9.2, 11.6))
+        self.figure = blank_figure(9.2, 11.6)
         self.axes = self.figure.add_axes((0, 0, 1, 1))
         self.axes.set_xlim(0, 12)
         self.axes.set_ylim(0, 15.2)

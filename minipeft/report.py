@@ -5,11 +5,33 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from minipeft.errors import OutputError
+from minipeft.errors import ConfigError, OutputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TABLE_START, TABLE_END = "<!-- results: written by scripts/report.py -->", "<!-- end of results -->"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], figures: bool = False) -> str:
+    """A table in Markdown; `figures` aligns all columns but the first to the right."""
+    rule = ["---", *["---:" if figures else "---"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
+
+
+def blank_figure(width: float, height: float, **more: Any) -> Figure:
+    """A matplotlib figure of so many inches, without the state that pyplot keeps.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError("drawing needs matplotlib: pip install 'minipeft[plots]'") from error
+    return Figure(figsize=(width, height), **more)
 
 
 def results_table(folder: Path, dataset: str = "imdb") -> str:
@@ -33,8 +55,7 @@ def results_table(folder: Path, dataset: str = "imdb") -> str:
                 f"{100 * found['f1']:.2f} %", time]))
     header = ["method", "base", "trained parameters", "training reviews", "epochs", "test accuracy", "95 % interval",
               "F1", "training time"]
-    lines = [header, ["---"] * len(header), *(row for _, _, row in sorted(rows, key=lambda row: row[:2]))]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown_table(header, [row for _, _, row in sorted(rows, key=lambda row: row[:2])])
 
 
 def _tests(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -106,18 +127,18 @@ def _benchmark_column(column: dict[str, Any]) -> str:
                   _gib(cells["ours"]), _gib(cells["peft"]), f"**{cells['memory_ratio']:.2f}**",
                   f"{cells['ours']['mean_loss']:.4f}", f"{cells['peft']['mean_loss']:.4f}")
                  for name, cells in rows.items()]
-        text.append(_table(("LoRA training, tokens", "ours, reviews/s", "peft, reviews/s", "times as fast",
-                            "ours, s a turn", "peft, s a turn", "ours, GiB", "peft, GiB", "of its memory", "our loss",
-                            "peft's loss"), lines))
+        text.append(markdown_table(("LoRA training, tokens", "ours, reviews/s", "peft, reviews/s", "times as fast",
+                                    "ours, s a turn", "peft, s a turn", "ours, GiB", "peft, GiB", "of its memory",
+                                    "our loss", "peft's loss"), lines))
     for precision, rows in column.get("methods", {}).items():
         lines = [(name, _spread(cells), f"{cells.get('speedup_vs_full', 1):.2f}", _gib(cells),
                   f"{cells.get('memory_ratio_vs_full', 1):.2f}", f"{cells['trained_parameters']:,}",
                   f"{cells['optimiser_state_bytes'] / 1e6:.2f}", f"{cells['saved_bytes'] / 1e6:.2f}")
                  for name, cells in sorted(rows.items(), key=lambda item: item[1]["seconds"])]
-        text.append(_table((f"one step, {precision}", "seconds", "times as fast as full", "GiB", "of full's memory",
-                            "trained", "optimiser, MB", "file, MB"), lines))
+        text.append(markdown_table((f"one step, {precision}", "seconds", "times as fast as full", "GiB",
+                                    "of full's memory", "trained", "optimiser, MB", "file, MB"), lines))
     if rows := column.get("limit"):
-        text.append(_table(("LoRA step", "GFLOP/s", "plain matrix products, GFLOP/s", "share (MFU)"),
+        text.append(markdown_table(("LoRA step", "GFLOP/s", "plain matrix products, GFLOP/s", "share (MFU)"),
                            [(name, f"{cells['achieved_flops'] / 1e9:.0f}", f"{cells['products_flops'] / 1e9:.0f}",
                              f"**{cells['mfu']:.3f}**") for name, cells in rows.items()]))
     if rows := column.get("inference"):
@@ -127,9 +148,9 @@ def _benchmark_column(column: dict[str, Any]) -> str:
             rate = unit[name.split()[0]]
             lines.append((name, f"{cells['ours'][rate]:.1f}", f"{cells['transformers'][rate]:.1f}",
                           f"**{cells['speedup']:.2f}**"))
-        text.append(_table(("inference", "ours, texts or tokens/s", "transformers", "times as fast"), lines))
+        text.append(markdown_table(("inference", "ours, texts or tokens/s", "transformers", "times as fast"), lines))
     for kind, rows in column.get("growth", {}).items():
-        text.append(_table((f"LoRA step, {kind.replace('_', ' ')}", "seconds", "seconds per TFLOP", "GiB"),
+        text.append(markdown_table((f"LoRA step, {kind.replace('_', ' ')}", "seconds", "seconds per TFLOP", "GiB"),
                            [(name, f"{cells['seconds']:.3f}", f"{cells['seconds_per_tflop']:.2f}", _gib(cells))
                             for name, cells in rows.items()]))
     if "start_up" in column:
@@ -146,24 +167,16 @@ def _gib(cells: dict[str, Any]) -> str:
     return f"{cells['peak_memory_bytes'] / 2**30:.2f}"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
-
-
 def draw_benchmark(results: dict[str, Any], path: str | Path) -> None:
     """Bars: reviews per second and memory of ours and of peft's, on each device that was measured.
 
     Raises:
-        OutputError: matplotlib is not installed.
+        ConfigError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise OutputError("pictures need matplotlib: pip install minipeft[plots]") from error
     columns = [(name, results[name]["training"]) for name in ("cpu", "cuda") if "training" in results.get(name, {})]
     if not columns:
         return
-    figure = Figure(figsize=(11, 4.2 * len(columns)), layout="constrained")
+    figure = blank_figure(11, 4.2 * len(columns), layout="constrained")
     axes = figure.subplots(len(columns), 2, squeeze=False)
     for (device, rows), (speed, memory) in zip(columns, axes):
         names = list(rows)

@@ -134,7 +134,7 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: Callable[[Tensor
     forward = torch.compile(forward, dynamic=True) if compile_model else forward
 
     step, samples, curve, best, best_values, seconds_before, core_seconds_before = 0, 0, [], {}, {}, 0.0, 0.0
-    loss_total, hits, seen = torch.zeros(()), torch.zeros(()), 0
+    totals, seen = torch.zeros(2, device=device), 0  # loss and hits since the last validation, of this process
     settings = {**asdict(config), "precision": str(precision), **(request or {})}
     if resume and state_folder is not None:
         step, extra, tensors = load_training_state(state_folder, model, optimizer)
@@ -146,7 +146,9 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: Callable[[Tensor
                                   "them as they were, or start anew without --resume")
             curve, best, samples, seconds_before, core_seconds_before = (
                 extra[key] for key in ("curve", "best", "samples", "seconds", "core_seconds"))
-            loss_total, hits, seen = extra["running"] if parallel.rank() == 0 else (0.0, 0, extra["running"][2])
+            *saved_totals, seen = extra["running"]  # of all processes: the first one carries them on
+            if parallel.rank() == 0:
+                totals += torch.tensor(saved_totals, device=device)
             scaler.load_state_dict(extra["scaler"])
             best_values = {name: parallel.spread_like(trained[name], value) for name, value in tensors.items()}
     if parallel.rank() > 0:
@@ -159,15 +161,12 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: Callable[[Tensor
     def core_seconds() -> float:
         return core_seconds_before + time.process_time() - core_started
 
-    def running() -> list[float]:
-        """Loss and hits since the last validation, over all processes."""
-        return parallel.total(loss_total, hits, device=device)
-
     def save_state() -> None:
         if state_folder is not None:
             save_training_state(state_folder, model, optimizer, step, tensors=best_values, extra={
                 "settings": settings, "curve": curve, "best": best, "samples": samples, "seconds": seconds(),
-                "core_seconds": core_seconds(), "running": [*running(), seen], "scaler": scaler.state_dict()})
+                "core_seconds": core_seconds(), "running": [*parallel.total(totals), seen],
+                "scaler": scaler.state_dict()})
 
     model.train()
     stream = _micro_batches(batches, step, steps_per_epoch, config.gradient_accumulation)
@@ -188,8 +187,7 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: Callable[[Tensor
                     loss = loss_sum(logits, batch)
                     # Gradients are averaged over processes, and the loss is to be a sum over all of them.
                     scaler.scale(loss / size * parallel.world_size()).backward()
-                loss_total += loss.detach()
-                hits += (logits.detach().argmax(dim=-1) == batch.labels).sum()
+                totals += torch.stack((loss.detach(), (logits.detach().argmax(dim=-1) == batch.labels).sum()))
                 del logits, loss
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(trained.values(), config.max_grad_norm)
@@ -199,10 +197,11 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: Callable[[Tensor
             step, samples, seen = step + 1, samples + size, seen + size
             bar.update()
             if step % 10 == 0:
-                bar.set_postfix(loss=f"{float(loss_total) / seen:.3f}", accuracy=f"{float(hits) / seen:.3f}",
+                loss_now, accuracy_now = (totals / seen).tolist()
+                bar.set_postfix(loss=f"{loss_now:.3f}", accuracy=f"{accuracy_now:.3f}",
                                 samples_per_s=f"{samples / seconds():.1f}", refresh=False)
             if (step % evaluate_every == 0 and total_steps - step >= evaluate_every) or step == total_steps:
-                found, (whole_loss, whole_hits) = validate(), running()
+                found, (whole_loss, whole_hits) = validate(), parallel.total(totals)
                 curve.append({"step": step, "epoch": round(step / steps_per_epoch, 3), "learning_rate": rate,
                               "train_loss": round(whole_loss / seen, 4),
                               "train_accuracy": round(whole_hits / seen, 4),
@@ -211,7 +210,8 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: Callable[[Tensor
                 if parallel.rank() == 0:
                     bar.write(f"step {step}/{total_steps}: train loss {curve[-1]['train_loss']:.3f}, validation loss "
                               f"{found['loss']:.3f}, validation accuracy {found['accuracy']:.4f}")
-                loss_total, hits, seen = 0.0, 0, 0
+                seen = 0
+                totals.zero_()
                 if not best or found["accuracy"] > best["accuracy"]:
                     best = {"step": step, "accuracy": found["accuracy"], "loss": found["loss"]}
                     best_values = {name: p.detach().clone() for name, p in trained.items()}

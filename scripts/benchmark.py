@@ -92,6 +92,16 @@ def take_turns(sides: dict[str, Side], rounds: int, last: bool = False) -> dict[
     return found
 
 
+def against(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
+    """How many times as fast one side is as another, and its share of the other's memory."""
+    return {"speedup": round(theirs["seconds"] / ours["seconds"], 3),
+            "memory_ratio": round(ours["peak_memory_bytes"] / theirs["peak_memory_bytes"], 3)}
+
+
+def report(name: str, ratios: dict[str, Any]) -> None:
+    print(f"{name}: {ratios['speedup']} times as fast, {ratios['memory_ratio']} of the memory", flush=True)
+
+
 class Benchmark:
     """The material all parts share (a base with random weights, an adapter, tokenised reviews) and the parts."""
 
@@ -116,12 +126,17 @@ class Benchmark:
         ids = get_tokenizer("gpt2" if options.dataset == "imdb" else "mini").encode_batch(examples.texts)
         self.ids = [np.asarray(row[:1024], dtype=np.int64) for row in ids]
         self.labels = examples.labels
-        np.savez(folder / "texts.npz", ids=np.concatenate(self.ids), lengths=[len(row) for row in self.ids],
-                 labels=self.labels)
+        self.texts = self.write_texts("texts", self.ids)
+
+    def write_texts(self, name: str, ids: list[np.ndarray]) -> str:
+        """A file of token ids for the sides to read; the labels are those of the first reviews."""
+        path = self.folder / f"{name}.npz"
+        np.savez(path, ids=np.concatenate(ids), lengths=[len(row) for row in ids], labels=self.labels[:len(ids)])
+        return str(path)
 
     def job(self, side: str, **values: Any) -> dict[str, Any]:
         return {"side": side, "device": self.device.type, "base": str(self.folder / "base"),
-                "texts": str(self.folder / "texts.npz"), "batch_size": self.batch_size, "learning_rate": 1e-4,
+                "texts": self.texts, "batch_size": self.batch_size, "learning_rate": 1e-4,
                 "precision": "fp32", "compile": False, "batches": [], "length": self.lengths[0], **values}
 
     def batches(self, count: int, steps: int, length: int, grouped: bool, size: int | None = None,
@@ -164,11 +179,8 @@ class Benchmark:
                 found = take_turns(sides, self.rounds, last=True)
                 for side in found.values():
                     side["samples_per_second"] = round(steps * self.batch_size / side["seconds"], 3)
-                rows[f"{row} {length}"] = found | {
-                    "speedup": round(found["peft"]["seconds"] / found["ours"]["seconds"], 3),
-                    "memory_ratio": round(found["ours"]["peak_memory_bytes"] / found["peft"]["peak_memory_bytes"], 3)}
-                self.say(f"{row} {length}: {rows[f'{row} {length}']['speedup']} times as fast, "
-                         f"{rows[f'{row} {length}']['memory_ratio']} of the memory")
+                rows[f"{row} {length}"] = found | against(found["ours"], found["peft"])
+                report(f"{row} {length}", rows[f"{row} {length}"])
         return rows
 
     def methods(self) -> dict[str, Any]:
@@ -185,13 +197,11 @@ class Benchmark:
                          for name in (method, "full")}
                 found = take_turns(sides, self.rounds, last=True)
                 full, own = found["full"], found[method]
-                own |= {"speedup_vs_full": round(full["seconds"] / own["seconds"], 3),
-                        "memory_ratio_vs_full": round(own["peak_memory_bytes"] / full["peak_memory_bytes"], 3),
-                        "method_values": values}
+                own |= {f"{key}_vs_full": value for key, value in against(own, full).items()}
+                own["method_values"] = values
                 rows.setdefault(precision, {})[method] = own
                 rows[precision].setdefault("full", full)
-                self.say(f"{precision} {method}: {own['speedup_vs_full']} times as fast as full, "
-                         f"{own['memory_ratio_vs_full']} of its memory")
+                report(f"{precision} {method}, against full", against(own, full))
         return rows
 
     def limit(self) -> dict[str, Any]:
@@ -213,7 +223,8 @@ class Benchmark:
             ceiling = found["products"]["operations"] / found["products"]["seconds"]
             rows[precision] = {"achieved_flops": round(achieved), "products_flops": round(ceiling),
                                "mfu": round(achieved / ceiling, 3), **found}
-            self.say(f"{precision}: {achieved / 1e9:.0f} of {ceiling / 1e9:.0f} GFLOP/s, {achieved / ceiling:.3f}")
+            print(f"{precision}: {achieved / 1e9:.0f} of {ceiling / 1e9:.0f} GFLOP/s, {achieved / ceiling:.3f}",
+                  flush=True)
         return rows
 
     def inference(self) -> dict[str, Any]:
@@ -226,9 +237,8 @@ class Benchmark:
                 "transformers": Side(**self.job("classify_transformers", batches=batches))}, self.rounds)
             for side in found.values():
                 side["texts_per_second"] = round(side["texts"] / side["seconds"], 2)
-            rows[f"classification {row}"] = found | {
-                "speedup": round(found["transformers"]["seconds"] / found["ours"]["seconds"], 3)}
-            self.say(f"classification {row}: {rows[f'classification {row}']['speedup']} times as fast")
+            rows[f"classification {row}"] = found | against(found["ours"], found["transformers"])
+            report(f"classification {row}", rows[f"classification {row}"])
         for batch_size in (1, 8):
             size = {"batch_size": batch_size, "prompt_tokens": self.lengths[0] // 4,
                     "new_tokens": self.lengths[0] // 4}
@@ -236,9 +246,8 @@ class Benchmark:
                                 "transformers": Side(**self.job("generate_transformers", **size))}, self.rounds)
             for side in found.values():
                 side["tokens_per_second"] = round(side["tokens"] / side["seconds"], 2)
-            rows[f"generation of {batch_size}"] = found | {
-                "speedup": round(found["transformers"]["seconds"] / found["ours"]["seconds"], 3)}
-            self.say(f"generation of {batch_size}: {rows[f'generation of {batch_size}']['speedup']} times as fast")
+            rows[f"generation of {batch_size}"] = found | against(found["ours"], found["transformers"])
+            report(f"generation of {batch_size}", rows[f"generation of {batch_size}"])
         return rows
 
     def growth(self) -> dict[str, Any]:
@@ -248,20 +257,16 @@ class Benchmark:
         for kind, cases in (("length", [(length, 4) for length in lengths]),
                             ("batch_size", [(128, size) for size in sizes])):
             for length, size in cases:
-                batches = self.batches(self.rounds + 1, 1, length, False, size=size)
                 texts = [np.resize(self.ids[i], length) for i in range(size * (self.rounds + 1))]
-                path = self.folder / "growth.npz"
-                np.savez(path, ids=np.concatenate(texts), lengths=[length] * len(texts),
-                         labels=self.labels[:len(texts)])
                 batches = [list(range(start, start + size)) for start in range(0, len(texts), size)]
                 job = self.job("train_ours", adapter=str(self.folder / "adapter"), steps=1, batches=batches,
-                               length=length) | {"texts": str(path), "batch_size": size}
+                               length=length, texts=self.write_texts("growth", texts), batch_size=size)
                 found = take_turns({"ours": Side(**job)}, self.rounds)["ours"]
                 operations = training_operations(self.config, size, length, r=METHOD_VALUES["lora"]["r"])
                 rows[kind][str(length if kind == "length" else size)] = {
                     "seconds": found["seconds"], "peak_memory_bytes": found["peak_memory_bytes"],
                     "seconds_per_tflop": round(found["seconds"] / operations * 1e12, 4)}
-                self.say(f"{kind} {length if kind == 'length' else size}: {found['seconds']} s a step")
+                print(f"{length} tokens, batches of {size}: {found['seconds']} s a step", flush=True)
         return rows
 
     def start_up(self) -> dict[str, Any]:
@@ -273,12 +278,9 @@ class Benchmark:
             side.turn()
             seconds.append(time.perf_counter() - started)
             side.end()
-        self.say(f"start-up: {statistics.median(seconds[1:]):.2f} s")
+        print(f"start-up: {statistics.median(seconds[1:]):.2f} s", flush=True)
         return {"seconds": round(statistics.median(seconds[1:]), 3), "seconds_low": round(min(seconds[1:]), 3),
                 "seconds_high": round(max(seconds[1:]), 3)}
-
-    def say(self, line: str) -> None:
-        print(line, flush=True)
 
 
 def main() -> None:

@@ -70,6 +70,17 @@ def read_batches(job: Job) -> tuple[list[np.ndarray], list[int], list[list[int]]
     return ids, labels, job["batches"]
 
 
+def padded(rows: list[np.ndarray], multiple: int = 1) -> dict[str, Tensor]:
+    """What transformers' DataCollatorWithPadding makes of token ids: (B, T) of them, and their mask."""
+    longest = -(-max(map(len, rows)) // multiple) * multiple
+    ids = torch.full((len(rows), longest), PAD)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        ids[number, :len(row)] = torch.from_numpy(row)
+        mask[number, :len(row)] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
 def train_ours(job: Job, turn: Turn) -> None:
     """minipeft's own loop on the job's batches, a turn being `steps` optimiser steps."""
     from minipeft import GPT2ForSequenceClassification, inject, load_adapter
@@ -140,21 +151,14 @@ def train_peft(job: Job, turn: Turn) -> None:
     base = AutoModelForSequenceClassification.from_pretrained(job["base"], num_labels=2, pad_token_id=PAD)
     model = PeftModel.from_pretrained(base, job["adapter"], is_trainable=True)
     texts = [{"input_ids": row, "labels": label} for row, label in zip(ids, labels)]
-    multiple = job.get("round_length_to", 1)
 
-    def pad(features: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """What transformers' DataCollatorWithPadding makes of the same texts."""
-        longest = -(-max(len(feature["input_ids"]) for feature in features) // multiple) * multiple
-        rows = torch.full((len(features), longest), PAD)
-        mask = torch.zeros_like(rows)
-        for row, feature in enumerate(features):
-            rows[row, :len(feature["input_ids"])] = torch.from_numpy(feature["input_ids"])
-            mask[row, :len(feature["input_ids"])] = 1
-        return {"input_ids": rows, "attention_mask": mask, "labels": torch.tensor([f["labels"] for f in features])}
+    def collate(features: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return {**padded([feature["input_ids"] for feature in features], job.get("round_length_to", 1)),
+                "labels": torch.tensor([feature["labels"] for feature in features])}
 
     class SameBatches(Trainer):
         def get_train_dataloader(self) -> torch.utils.data.DataLoader:
-            loader = torch.utils.data.DataLoader(texts, batch_sampler=plan, collate_fn=pad,
+            loader = torch.utils.data.DataLoader(texts, batch_sampler=plan, collate_fn=collate,
                                                  pin_memory=turn.device.type == "cuda")
             return self.accelerator.prepare(loader)
 
@@ -246,13 +250,8 @@ def classify_transformers(job: Job, turn: Turn) -> None:
         parts = []
         with torch.inference_mode():
             for rows in plan:
-                longest = max(len(ids[i]) for i in rows)
-                input_ids = torch.full((len(rows), longest), PAD)
-                mask = torch.zeros_like(input_ids)
-                for row, i in enumerate(rows):
-                    input_ids[row, :len(ids[i])] = torch.from_numpy(ids[i])
-                    mask[row, :len(ids[i])] = 1
-                parts.append(model(input_ids.to(turn.device), attention_mask=mask.to(turn.device)).logits)
+                batch = {name: tensor.to(turn.device) for name, tensor in padded([ids[i] for i in rows]).items()}
+                parts.append(model(**batch).logits)
         turn.report(texts=sum(map(len, plan)), checksum=float(torch.cat(parts).float().abs().sum()))
 
 

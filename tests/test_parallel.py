@@ -34,7 +34,7 @@ def test_alone_nothing_is_cut_summed_or_gathered():
     whole = batch(5)
     assert parallel.share(whole) is whole
     assert parallel.share_of(3) == [0, 1, 2]
-    assert parallel.total(1.5, 2, device=torch.device("cpu")) == [1.5, 2.0]
+    assert parallel.total(torch.tensor([1.5, 2.0])) == [1.5, 2.0]
     assert torch.equal(parallel.gathered(torch.tensor([[1.0], [2.0]]), [1, 0], 2), torch.tensor([[2.0], [1.0]]))
 
 

@@ -139,8 +139,9 @@ def _benchmark_column(column: dict[str, Any]) -> str:
                                     "of full's memory", "trained", "optimiser, MB", "file, MB"), lines))
     if rows := column.get("limit"):
         text.append(markdown_table(("LoRA step", "GFLOP/s", "plain matrix products, GFLOP/s", "share (MFU)"),
-                           [(name, f"{cells['achieved_flops'] / 1e9:.0f}", f"{cells['products_flops'] / 1e9:.0f}",
-                             f"**{cells['mfu']:.3f}**") for name, cells in rows.items()]))
+                                   [(name, f"{cells['achieved_flops'] / 1e9:.0f}",
+                                     f"{cells['products_flops'] / 1e9:.0f}", f"**{cells['mfu']:.3f}**")
+                                    for name, cells in rows.items()]))
     if rows := column.get("inference"):
         unit = {"classification": "texts_per_second", "generation": "tokens_per_second"}
         lines = []
@@ -149,10 +150,20 @@ def _benchmark_column(column: dict[str, Any]) -> str:
             lines.append((name, f"{cells['ours'][rate]:.1f}", f"{cells['transformers'][rate]:.1f}",
                           f"**{cells['speedup']:.2f}**"))
         text.append(markdown_table(("inference", "ours, texts or tokens/s", "transformers", "times as fast"), lines))
-    for kind, rows in column.get("growth", {}).items():
-        text.append(markdown_table((f"LoRA step, {kind.replace('_', ' ')}", "seconds", "seconds per TFLOP", "GiB"),
-                           [(name, f"{cells['seconds']:.3f}", f"{cells['seconds_per_tflop']:.2f}", _gib(cells))
-                            for name, cells in rows.items()]))
+    growth = column.get("growth", {})
+    for kind, title in (("length", "LoRA step of 4 texts, tokens"), ("batch_size", "LoRA step of 128 tokens, texts")):
+        if rows := growth.get(kind):
+            text.append(markdown_table((title, "seconds", "seconds per TFLOP", "GiB"),
+                                       [(name, f"{cells['seconds']:.3f}", f"{cells['seconds_per_tflop']:.2f}",
+                                         _gib(cells)) for name, cells in rows.items()]))
+    if rows := growth.get("reviews"):
+        aside = ("tokenising", "bucketing", "saving")
+        text.append(markdown_table(
+            ("LoRA on mini, reviews", "seconds", "milliseconds a review", *(f"{key}, s" for key in aside),
+             "share of the three", "GiB"),
+            [(name, f"{cells['seconds']:.2f}", f"{1000 * cells['seconds_per_review']:.2f}",
+              *(f"{cells[key]:.3f}" for key in aside), f"{100 * cells['share_aside']:.2f} %", _gib(cells))
+             for name, cells in rows.items()]))
     if "start_up" in column:
         text.append(f"From starting Python to the end of the first training step (mini): "
                     f"{column['start_up']['seconds']:.2f} s.")

@@ -267,6 +267,23 @@ class Benchmark:
                     "seconds": found["seconds"], "peak_memory_bytes": found["peak_memory_bytes"],
                     "seconds_per_tflop": round(found["seconds"] / operations * 1e12, 4)}
                 print(f"{length} tokens, batches of {size}: {found['seconds']} s a step", flush=True)
+        return rows | {"reviews": self.growth_in_reviews()}
+
+    def growth_in_reviews(self) -> dict[str, Any]:
+        """Seconds a review against the number of training reviews (mini, one epoch), and what is not arithmetic."""
+        counts = [16, 32, 64] if self.options.quick else [128, 512, 1024, 2048, 4096]  # the first warms up
+        side = Side(**self.job("train_on_more", dataset=self.options.dataset, data_dir=self.options.data_dir,
+                               counts=counts, folder=str(self.folder / "trained")))
+        rows = {}
+        for found in [side.turn() for _ in counts][1:]:
+            aside = {key: found[key] for key in ("tokenising", "bucketing", "saving")}
+            rows[str(found["reviews"])] = {
+                **{key: round(value, 4) for key, value in aside.items()}, "seconds": round(found["seconds"], 3),
+                "seconds_per_review": round(found["seconds"] / found["reviews"], 5),
+                "share_aside": round(sum(aside.values()) / found["seconds"], 5),
+                "peak_memory_bytes": found["peak_memory_bytes"]}
+            print(f"{found['reviews']} reviews: {rows[str(found['reviews'])]}", flush=True)
+        side.end()
         return rows
 
     def start_up(self) -> dict[str, Any]:

@@ -140,6 +140,49 @@ def _saved_bytes(model: nn.Module, job: Job) -> int:
         return sum(path.stat().st_size for path in Path(folder).rglob("*.safetensors"))
 
 
+def train_on_more(job: Job, turn: Turn) -> None:
+    """LoRA on the bundled base, one epoch of ever more reviews, and how long all but the arithmetic takes in each."""
+    from minipeft import GPT2ForSequenceClassification, LoraConfig, get_tokenizer, inject, training
+    from minipeft.data import Batch, BucketedBatches, load_dataset
+    from minipeft.hardware import choose_precision
+    from minipeft.saved import save_finetuned
+    from minipeft.tasks import classification
+
+    spent: dict[str, float] = {}
+
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any, **named: Any) -> Any:
+            started = time.perf_counter()
+            result = function(*arguments, **named)
+            spent[name] = spent.get(name, 0.0) + time.perf_counter() - started
+            return result
+        return wrapped
+
+    class TimedBatches(BucketedBatches):
+        def epoch(self, *arguments: Any, **named: Any) -> Iterator[Batch]:
+            batches = super().epoch(*arguments, **named)
+            following = timed("bucketing", lambda: next(batches, None))
+            while (batch := following()) is not None:
+                yield batch
+
+    training.save_training_state = timed("saving", training.save_training_state)
+    data, tokenizer, folder = load_dataset(job["dataset"], job["data_dir"]).train, get_tokenizer("mini"), job["folder"]
+    for number, count in enumerate(job["counts"]):
+        examples = data.subset(count, seed=0)
+        model = GPT2ForSequenceClassification.from_pretrained("mini", num_labels=2)
+        inject(model, LoraConfig(r=8, target_modules="all-linear")).to(turn.device)
+        details = {"label_names": ["negative", "positive"], "max_length": 384, "truncation": "head_tail"}
+        save = timed("saving", lambda model=model: save_finetuned(model, folder, "mini", details))
+        spent.clear()
+        turn.wait()
+        ids = timed("tokenising", classification.encode)(examples.texts, tokenizer, 384, "head_tail")
+        training.train(model, TimedBatches(ids, examples.labels, job["batch_size"]), classification.loss_sum,
+                       lambda: {"accuracy": 0.0, "loss": 0.0}, training.TrainingConfig(epochs=1),
+                       choose_precision("auto", turn.device), save_best=save,
+                       state_folder=Path(folder) / f"state_{number}")
+        turn.report(reviews=len(examples), **spent)
+
+
 def train_peft(job: Job, turn: Turn) -> None:
     """transformers' Trainer with peft on the same batches, from the same base and the same adapter."""
     import transformers
@@ -329,8 +372,9 @@ def start_up(job: Job, turn: Turn) -> None:
 
 
 SIDES: dict[str, Callable[[Job, Turn], None]] = {
-    side.__name__: side for side in (train_ours, train_peft, head_on_features, classify_ours, classify_transformers,
-                                     generate_ours, generate_transformers, matrix_products, start_up)}
+    side.__name__: side for side in (train_ours, train_peft, train_on_more, head_on_features, classify_ours,
+                                     classify_transformers, generate_ours, generate_transformers, matrix_products,
+                                     start_up)}
 
 
 def main() -> None:

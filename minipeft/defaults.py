@@ -31,7 +31,7 @@ MAX_LENGTH, TRUNCATION = 384, "head_tail"
 CPU_TRAIN_SIZE, CPU_VALIDATION_SIZE, CPU_TEST_SIZE = 4000, 500, 2000
 # Texts per forward pass in evaluation: on a CPU as many as fit its cache, on a GPU enough to keep it busy.
 EVALUATION_BATCH_SIZE = {"cpu": 16, "cuda": 128}
-# A compiled model sees only lengths that are multiples of this: a few shapes, for at most so much padding.
-COMPILED_LENGTHS = 64
+# Prompts continued at a time: one token of each is little work, so more of them than texts that are read.
+GENERATION_BATCH_SIZE = {"cpu": 32, "cuda": 256}
 # On little data the table's epochs are too few steps to learn anything: more are taken, up to a limit.
 MINIMUM_STEPS, MAXIMUM_EPOCHS = 500, 10

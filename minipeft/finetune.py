@@ -17,16 +17,18 @@ import torch
 import torch.nn as nn
 
 from minipeft import defaults, parallel
-from minipeft.data import BucketedBatches, ClassificationData, FeatureBatches, choose_dataset, load_dataset
+from minipeft.batches import BucketedBatches, FeatureBatches
+from minipeft.data import Dataset, choose_dataset, load_dataset
 from minipeft.errors import ConfigError
 from minipeft.files import check_writable, write_json_file
-from minipeft.gpt2 import GPT2ForSequenceClassification, GPT2LMHeadModel
+from minipeft.gpt2 import GPT2LMHeadModel
 from minipeft.hardware import choose_device, choose_precision, machine, peak_memory_bytes, versions
 from minipeft.methods import METHODS, inject
 from minipeft.methods.head import HeadOnFeatures
 from minipeft.methods.surgery import ParameterCount, fingerprint, positions_left, trainable_parameters
 from minipeft.saved import check_vocabulary, save_finetuned
 from minipeft.tasks import classification
+from minipeft.tasks.task import Task
 from minipeft.tokenizer import VOCABULARY_FILE, Tokenizer, get_tokenizer
 from minipeft.training import History, TrainingConfig, train
 from minipeft.weights import find
@@ -41,15 +43,17 @@ class Options:
     method: str = "lora"
     model: str | None = None
     dataset: str | None = None
+    task: str | None = None
     data_dir: str | None = None
-    text_column: str = "text"
-    label_column: str = "label"
+    text_column: str | None = None
+    label_column: str | None = None
     full: bool = False
     train_size: int | None = None
     validation_size: int | None = None
     test_size: int | None = None
     max_length: int | None = None
     truncation: str = defaults.TRUNCATION
+    max_new_tokens: int | None = None
     dropout: float | None = None
     device: str | None = None
     precision: str = "auto"
@@ -71,7 +75,7 @@ class Setup:
     model_name: str
     device: torch.device
     precision: torch.dtype
-    data: ClassificationData
+    data: Dataset
     tokenizer: Tokenizer
     max_length: int
     choices: dict[str, str]
@@ -99,7 +103,9 @@ def set_up(options: Options, say: Say) -> Setup:
     say("\n".join(f"{key:10} {value}" for key, value in choices.items()))
 
     seed = options.training_values.get("seed", 0)
-    data = load_dataset(dataset, options.data_dir, options.text_column, options.label_column, seed=0)
+    data = load_dataset(dataset, options.data_dir, options.text_column, options.label_column, seed=0, task=options.task)
+    choices["task"] = data.task.name
+    say(f"{'task':10} {choices['task']}")
     limits = {"train": options.train_size, "validation": options.validation_size, "test": options.test_size}
     small = device.type == "cpu" and not options.full
     cpu_sizes = {"train": defaults.CPU_TRAIN_SIZE, "validation": defaults.CPU_VALIDATION_SIZE,
@@ -126,12 +132,12 @@ class Fitted:
     """A trained model and what training it was like."""
 
     model: nn.Module
+    task: Task
     method_config: Any
     config: TrainingConfig
     history: History
     counts: ParameterCount
     base_fingerprint: str
-    max_length: int
     tokenising_seconds: float
     feature_seconds: float
     feature_core_seconds: float
@@ -152,8 +158,8 @@ def fit(options: Options, setup: Setup, say: Say, folder: Path | None = None) ->
         setup.choices["epochs"] = str(config.epochs)
         say(f"{'epochs':10} {config.epochs}")
     torch.manual_seed(config.seed)
-    model = GPT2ForSequenceClassification.from_pretrained(
-        setup.model_name, num_labels=len(setup.data.label_names), **_dropouts(options.dropout))
+    model = setup.data.task.model_class.from_pretrained(setup.model_name, **_labels(setup),
+                                                        **_dropouts(options.dropout))
     base_fingerprint = fingerprint(model)
     inject(model, method_config)
     model.to(setup.device)
@@ -162,44 +168,40 @@ def fit(options: Options, setup: Setup, say: Say, folder: Path | None = None) ->
     say(f"{'method':10} {options.method}: {counts}")
     if options.shard:
         parallel.shard(model)
-    max_length = _max_length(setup, options, model)
+    task = _task(setup, options, model)
     if folder is not None:
         for place in (folder, options.results_dir):
             check_writable(place)  # known before training, not after
-    details = {"label_names": setup.data.label_names, "max_length": max_length, "truncation": options.truncation,
-               "dataset": setup.data.name}
+    details = {**task.details(), "dataset": setup.data.name}
     started = time.perf_counter()
-    train_ids, validation_ids = (classification.encode(examples.texts, setup.tokenizer, max_length, options.truncation)
-                                 for examples in (setup.data.train, setup.data.validation))
+    encoded, validation = task.encode(setup.data.train), task.encode(setup.data.validation)
     tokenising_seconds, feature_seconds, feature_core_seconds = time.perf_counter() - started, 0.0, 0.0
-    inputs, validation_inputs, trained_model, batches = train_ids, validation_ids, model, BucketedBatches
-    if options.method == "head" and not options.recompute_features:
+    inputs, trained_model, batches = encoded.ids, model, BucketedBatches
+    if options.method == "head" and model.head == "score" and not options.recompute_features:
         started, core_started = time.perf_counter(), time.process_time()
-        inputs, validation_inputs = (
+        inputs, validation_features = (
             classification.pooled_features(model, ids, setup.device, setup.precision, progress=f"{split} features")
-            for split, ids in (("training", train_ids), ("validation", validation_ids)))
+            for split, ids in (("training", encoded.ids), ("validation", validation.ids)))
         feature_seconds = time.perf_counter() - started
         feature_core_seconds = time.process_time() - core_started
         trained_model, batches = HeadOnFeatures(model), FeatureBatches
 
     def validate() -> dict[str, Any]:
         if trained_model is not model:
-            logits = classification.head_logits(trained_model, validation_inputs, setup.device)
-        else:
-            logits = classification.predict_logits(model, validation_ids, setup.device, setup.precision)
-        return classification.metrics(logits, setup.data.validation.labels)
+            logits = classification.head_logits(trained_model, validation_features, setup.device)
+            return classification.metrics(logits, validation.labels)
+        return task.evaluate(model, validation, setup.device, setup.precision)
 
     history = train(
-        trained_model, batches(inputs, setup.data.train.labels, config.batch_size, config.seed,
-                               round_length_to=defaults.COMPILED_LENGTHS if options.compile else 1),
-        classification.loss_sum, validate, config, setup.precision, options.compile,
+        trained_model, batches(inputs, encoded.labels, config.batch_size, config.seed),
+        task.loss_sum, validate, config, setup.precision, options.compile,
         save_best=lambda: folder and save_finetuned(model, folder, setup.model_name, details),
         state_folder=folder and folder / "training_state", resume=options.resume,
         request={"method": options.method, "method_config": dataclasses.asdict(method_config), "base": base_fingerprint,
-                 "dataset": [setup.data.name, setup.data.source, setup.sizes], "max_length": max_length,
-                 "truncation": options.truncation, "dropout": options.dropout})
+                 "dataset": [setup.data.name, setup.data.source, setup.sizes], **task.details(),
+                 "dropout": options.dropout}, best_by=task.best_by)
     model.eval()
-    return Fitted(model, method_config, config, history, counts, base_fingerprint, max_length, tokenising_seconds,
+    return Fitted(model, task, method_config, config, history, counts, base_fingerprint, tokenising_seconds,
                   feature_seconds, feature_core_seconds)
 
 
@@ -226,12 +228,13 @@ def finetune(options: Options, say: Say = lambda line: None) -> dict[str, Any]:
     if history.interrupted:
         say(f"interrupted: {folder} holds the best model so far; --resume goes on from here")
         return {}
-    say(f"trained in {history.seconds:.0f} s, best validation accuracy {history.best['accuracy']:.4f}; testing")
-    test, test_seconds = _test(fitted.model, setup, options.truncation, fitted.max_length)
+    task = fitted.task
+    say(f"trained in {history.seconds:.0f} s, best validation {task.best_by} {history.best[task.best_by]:.4f}; testing")
+    test, test_seconds = _test(fitted.model, task, setup)
     results = {
         "method": options.method, "method_config": dataclasses.asdict(fitted.method_config),
         "training_config": dataclasses.asdict(fitted.config),
-        **_describe(setup, options, fitted.max_length, fitted.base_fingerprint),
+        **_describe(setup, options, task, fitted.base_fingerprint),
         "metrics": {"test": test, "best_validation": history.best},
         "parameters": {"trainable": fitted.counts.trainable, "total": fitted.counts.total},
         "seconds": {"tokenising": round(fitted.tokenising_seconds, 2), "features": round(fitted.feature_seconds, 2),
@@ -245,9 +248,15 @@ def finetune(options: Options, say: Say = lambda line: None) -> dict[str, Any]:
     if parallel.rank() == 0:
         write_json_file(path, results)
         shutil.rmtree(folder / "training_state", ignore_errors=True)  # a run cut off in its test can go on from there
-    say(f"test accuracy {test['accuracy']:.4f} (95 % interval {test['accuracy_95_interval'][0]:.4f} to "
-        f"{test['accuracy_95_interval'][1]:.4f}); wrote {folder} and {path}")
+    say(f"test {headline(task, test)}; wrote {folder} and {path}")
     return results
+
+
+def headline(task: Task, figures: dict[str, Any]) -> str:
+    """The figure of a test that counts most, with its interval where there is one, as a line for people."""
+    low, high = figures.get(f"{task.headline}_95_interval", (None, None))
+    interval = "" if low is None else f" (95 % interval {low:.4f} to {high:.4f})"
+    return f"{task.headline} {figures[task.headline]:.4f}{interval}"
 
 
 def check_method(options: Options) -> None:
@@ -262,7 +271,7 @@ def check_method(options: Options) -> None:
 
 
 def baseline(options: Options, say: Say = lambda line: None) -> dict[str, Any]:
-    """Test the base model without any training: with an untrained head, and zero-shot by its language model.
+    """Test what needs no training: the base model as it is, simple guesses, and zero-shot by the language model.
 
     Returns:
         The content of the results file.
@@ -272,29 +281,30 @@ def baseline(options: Options, say: Say = lambda line: None) -> dict[str, Any]:
     setup = set_up(options, say)
     check_writable(options.results_dir)
     torch.manual_seed(options.training_values.get("seed", 0))
-    model = GPT2ForSequenceClassification.from_pretrained(setup.model_name, num_labels=len(setup.data.label_names))
-    max_length = _max_length(setup, options, model)
+    model = setup.data.task.model_class.from_pretrained(setup.model_name, **_labels(setup))
+    task = _task(setup, options, model)
     base_fingerprint = fingerprint(model)
     model.to(setup.device)
-    untrained, untrained_seconds = _test(model, setup, options.truncation, max_length)
-    say(f"untrained head: accuracy {untrained['accuracy']:.4f}")
-    total = trainable_parameters(model).total
-    found = {"untrained_head": untrained}
-    seconds = {"untrained_head": round(untrained_seconds, 2)}
+    untrained = "untrained_head" if setup.data.label_names else "untrained_base"
+    found, seconds = task.baselines(setup.data.train, setup.data.test), {}
+    found[untrained], untrained_seconds = _test(model, task, setup)
+    seconds[untrained] = round(untrained_seconds, 2)
     if tuple(setup.data.label_names) == tuple(classification.ZERO_SHOT_WORDS):
         language_model = GPT2LMHeadModel.from_pretrained(setup.model_name).to(setup.device)
         started = time.perf_counter()
         logits = classification.zero_shot_logits(language_model, setup.tokenizer, setup.data.test.texts, setup.device,
-                                                 setup.precision, max_length, progress="zero-shot")
+                                                 setup.precision, task.max_length, progress="zero-shot")
         seconds["zero_shot"] = round(time.perf_counter() - started, 2)
         found["zero_shot"] = classification.metrics(logits, setup.data.test.labels)
-        say(f"zero-shot: accuracy {found['zero_shot']['accuracy']:.4f}")
-    results = {"method": "baseline", **_describe(setup, options, max_length, base_fingerprint), "metrics": found,
-               "zero_shot": {"prompt": classification.ZERO_SHOT_PROMPT, "words": classification.ZERO_SHOT_WORDS},
-               "parameters": {"trainable": 0, "total": total}, "seconds": seconds,
+    for name, figures in found.items():
+        say(f"{name.replace('_', ' ')}: {headline(task, figures)}")
+    results = {"method": "baseline", **_describe(setup, options, task, base_fingerprint), "metrics": found,
+               "parameters": {"trainable": 0, "total": trainable_parameters(model).total}, "seconds": seconds,
                "samples_per_second": {name: round(setup.sizes["test"] / max(taken, 0.01), 2)
                                       for name, taken in seconds.items()},
                "peak_memory_bytes": peak_memory_bytes(setup.device)}
+    if "zero_shot" in found:
+        results["zero_shot"] = {"prompt": classification.ZERO_SHOT_PROMPT, "words": classification.ZERO_SHOT_WORDS}
     path = results_path(options.results_dir, "baseline", setup.data.name)
     if parallel.rank() == 0:
         write_json_file(path, results)
@@ -309,6 +319,18 @@ def results_path(folder: str | Path, name: str, dataset: str) -> Path:
 
 # --- pieces of a results file -----------------------------------------------------------------------------------------
 
+def _task(setup: Setup, options: Options, model: nn.Module) -> Task:
+    """The dataset's task, set up for this model."""
+    values: dict[str, Any] = {"max_length": _max_length(setup, options, model)}
+    fields = setup.data.task.__dataclass_fields__
+    values |= {name: getattr(options, name) for name in ("truncation", "max_new_tokens") if name in fields}
+    return setup.data.task(setup.tokenizer, setup.data.label_names, **values)
+
+
+def _labels(setup: Setup) -> dict[str, int]:
+    return {"num_labels": len(setup.data.label_names)} if setup.data.label_names else {}
+
+
 def _max_length(setup: Setup, options: Options, model: nn.Module) -> int:
     check_vocabulary(setup.tokenizer, model)
     left = positions_left(model)
@@ -319,18 +341,17 @@ def _max_length(setup: Setup, options: Options, model: nn.Module) -> int:
     return min(setup.max_length, left)
 
 
-def _test(model: nn.Module, setup: Setup, truncation: str, max_length: int) -> tuple[dict[str, Any], float]:
+def _test(model: nn.Module, task: Task, setup: Setup) -> tuple[dict[str, Any], float]:
     started = time.perf_counter()
-    ids = classification.encode(setup.data.test.texts, setup.tokenizer, max_length, truncation)
-    logits = classification.predict_logits(model, ids, setup.device, setup.precision, progress="testing")
-    return classification.metrics(logits, setup.data.test.labels), time.perf_counter() - started
+    found = task.test(model, setup.data.test, setup.device, setup.precision, progress="testing")
+    return found, time.perf_counter() - started
 
 
-def _describe(setup: Setup, options: Options, max_length: int, base_fingerprint: str) -> dict[str, Any]:
+def _describe(setup: Setup, options: Options, task: Task, base_fingerprint: str) -> dict[str, Any]:
     return {"base_model": {"name": setup.model_name, "fingerprint": base_fingerprint},
+            "task": task.name, "headline": task.headline,
             "dataset": {"name": setup.data.name, "source": setup.data.source, "sizes": setup.sizes,
-                        "label_names": setup.data.label_names, "max_length": max_length,
-                        "truncation": options.truncation},
+                        **{key: value for key, value in task.details().items() if key != "task"}},
             "choices": setup.choices, "precision": _name(setup.precision), "compile": options.compile,
             "processes": parallel.world_size(), "sharded": options.shard, "machine": machine(),
             "versions": versions(), "seed": options.training_values.get("seed", 0)}

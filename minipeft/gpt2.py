@@ -321,9 +321,13 @@ class GPT2LMHeadModel(PretrainedModel):
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 position_ids: Tensor | None = None, cache: KVCache | None = None,
-                inputs_embeds: Tensor | None = None) -> Tensor:
-        """Next-token logits (B, T, vocab_size); arguments as `GPT2Model.forward`."""
-        return self.lm_head(self.transformer(input_ids, attention_mask, position_ids, cache, inputs_embeds))
+                inputs_embeds: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """Next-token logits (B, T, vocab_size) or, with boolean `positions` (B, T), (N, vocab_size) at those only.
+
+        Further arguments as `GPT2Model.forward`.
+        """
+        x = self.transformer(input_ids, attention_mask, position_ids, cache, inputs_embeds)           # (B, T, C)
+        return self.lm_head(x if positions is None else x[positions])
 
 
 class GPT2ForSequenceClassification(PretrainedModel):
@@ -363,10 +367,11 @@ class GPT2ForTokenClassification(PretrainedModel):
         initialise(self.classifier, config)
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
-                position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None) -> Tensor:
-        """Label logits (B, T, K)."""
+                position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None,
+                positions: Tensor | None = None) -> Tensor:
+        """Label logits (B, T, K) or, with boolean `positions` (B, T), (N, K) at those only."""
         x = self.transformer(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds)    # (B, T, C)
-        return self.classifier(self.dropout(x))                                                       # (B, T, K)
+        return self.classifier(self.dropout(x if positions is None else x[positions]))
 
 
 def last_real_token(x: Tensor, attention_mask: Tensor | None) -> Tensor:

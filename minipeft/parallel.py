@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as distributed
@@ -24,12 +24,8 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from minipeft.batches import IGNORED_LABEL, Batch
 from minipeft.errors import HardwareError
-
-if TYPE_CHECKING:
-    from minipeft.data import Batch
-
-IGNORED_LABEL = -100  # what cross-entropy leaves out
 
 
 @contextmanager
@@ -81,7 +77,7 @@ def share(batch: Batch) -> Batch:
     if len(ids) == 0:
         ids, mask = batch.input_ids[:1], batch.attention_mask[:1]
         labels = torch.full_like(batch.labels[:1], IGNORED_LABEL)
-    return type(batch)(ids, mask, labels)
+    return Batch(ids, mask, labels)
 
 
 def share_of(examples: int) -> list[int]:
@@ -107,21 +103,22 @@ def any_of(flag: bool, device: torch.device) -> bool:
     return flag if world_size() == 1 else total(torch.tensor([flag], device=device))[0] > 0
 
 
-def gathered(rows: Tensor, numbers: Sequence[int], count: int) -> Tensor:
-    """All processes' rows in one tensor: row numbers[i] of it is this process's rows[i].
+def gathered(items: Sequence[Any], numbers: Sequence[int], count: int) -> list[Any]:
+    """All processes' items in one list: item numbers[i] of it is this process's items[i].
 
     Args:
-        rows: (n, K), on the CPU.
+        items: n results, one for each of this process's examples; tensors lie on the CPU.
         numbers: n example numbers.
         count: examples in all processes together; each appears once in the result.
     """
-    whole = rows.new_empty(count, *rows.shape[1:])                               # (N, K)
-    everyone: list[Any] = [(rows, list(numbers))]
+    everyone: list[Any] = [(items, numbers)]
     if world_size() > 1:
         everyone = [None] * world_size()
-        distributed.all_gather_object(everyone, (rows, list(numbers)))
+        distributed.all_gather_object(everyone, (list(items), list(numbers)))
+    whole = [None] * count
     for part, its_numbers in everyone:
-        whole[its_numbers] = part
+        for number, item in zip(its_numbers, part):
+            whole[number] = item
     return whole
 
 

@@ -12,7 +12,8 @@ from minipeft.errors import ConfigError, OutputError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TABLE_START, TABLE_END = "<!-- results: written by scripts/report.py -->", "<!-- end of results -->"
+# Where a table stands in a Markdown file: between a line that names its dataset, or "all" of them, and an end.
+TABLE_START, TABLE_END = "<!-- results on {}: written by scripts/report.py -->", "<!-- end of results -->"
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], figures: bool = False) -> str:
@@ -34,48 +35,98 @@ def blank_figure(width: float, height: float, **more: Any) -> Figure:
     return Figure(figsize=(width, height), **more)
 
 
+# The figures of each task that a table shows, the first one with its interval: key, heading, factor, unit.
+FIGURES = {
+    "classification": (("accuracy", "test accuracy", 100, " %"), ("f1", "F1", 100, " %")),
+    "tagging": (("f1", "entity F1", 100, " %"), ("precision", "precision", 100, " %"), ("recall", "recall", 100, " %")),
+    "summarisation": (("rougeL", "ROUGE-L", 1, ""), ("rouge1", "ROUGE-1", 1, ""), ("rouge2", "ROUGE-2", 1, "")),
+    "translation": (("bleu", "BLEU", 1, ""), ("chrf", "chrF", 1, ""))}
+BASELINES = {
+    "untrained_head": "untrained head", "zero_shot": "zero-shot by prompt", "untrained_base": "base, untrained",
+    "most_frequent_tag": "each word's most frequent tag", "lead_1": "first sentence (lead-1)",
+    "copy_source": "copy of the source", "word_dictionary": "word-by-word dictionary"}
+
+
 def results_table(folder: Path, dataset: str = "imdb") -> str:
-    """A Markdown table of every results file about `dataset` in `folder`, baselines first, then by accuracy."""
+    """A Markdown table of every results file about `dataset` in `folder`, baselines first, then from worse to better.
+
+    Raises:
+        OutputError: there is none.
+    """
+    found = [results for path in sorted(folder.glob("*_results.json"))
+             if (results := json.loads(path.read_text(encoding="utf-8")))["dataset"]["name"] == dataset]
+    if not found:
+        raise OutputError(f"{folder} holds no results on {dataset}")
+    figures = _figures(found[0])
     rows = []
-    for path in sorted(folder.glob("*_results.json")):
-        results = json.loads(path.read_text(encoding="utf-8"))
-        if results["dataset"]["name"] != dataset:
-            continue
-        for name, found in _tests(results):
-            parameters = results["parameters"]
+    for results in found:
+        for name, test in _tests(results):
+            parameters, sizes = results["parameters"], results["dataset"]["sizes"]
             share = f"{parameters['trainable']:,} ({100 * parameters['trainable'] / parameters['total']:.2f} %)"
             train, on_cores = (results["seconds"].get(key) for key in ("train", "train_on_cores"))
             time = f"{on_cores / 60:.1f} core minutes" if on_cores else f"{train / 60:.1f} min" if train else "-"
-            rows.append((train is not None, found["accuracy"], [
+            values = [f"{test[key] * factor:.2f}{unit}" for key, _, factor, unit in figures]
+            key, _, factor, unit = figures[0]
+            interval = " to ".join(f"{bound * factor:.2f}" for bound in test.get(f"{key}_95_interval", []))
+            rows.append((train is not None, test[key], [
                 name, results["base_model"]["name"], share if parameters["trainable"] else "0",
-                f"{results['dataset']['sizes']['train']:,}" if train else "0",
-                str(results["training_config"]["epochs"]) if train else "-",
-                f"{100 * found['accuracy']:.2f} %",
-                "{:.2f} to {:.2f} %".format(*(100 * bound for bound in found["accuracy_95_interval"])),
-                f"{100 * found['f1']:.2f} %", time]))
-    header = ["method", "base", "trained parameters", "training reviews", "epochs", "test accuracy", "95 % interval",
-              "F1", "training time"]
+                f"{sizes['train']:,}" if train else "0", str(results["training_config"]["epochs"]) if train else "-",
+                values[0], f"{interval}{unit}" if interval else "-", *values[1:], time]))
+    examples = "training reviews" if dataset == "imdb" else "training examples"
+    header = ["method", "base", "trained parameters", examples, "epochs", figures[0][1], "95 % interval",
+              *(heading for _, heading, *_ in figures[1:]), "training time"]
     return markdown_table(header, [row for _, _, row in sorted(rows, key=lambda row: row[:2])])
+
+
+def _figures(results: dict[str, Any]) -> tuple[tuple[str, str, float, str], ...]:
+    """What a table shows of a results file; of a user's own task its headline."""
+    headline = results.get("headline", "accuracy")
+    return FIGURES.get(results.get("task", "classification"), ((headline, headline, 1, ""),))
 
 
 def _tests(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     if results["method"] != "baseline":
         return [(results["method"], results["metrics"]["test"])]
-    names = {"untrained_head": "baseline: untrained head", "zero_shot": "baseline: zero-shot by prompt"}
-    return [(names[key], found) for key, found in results["metrics"].items()]
+    return [(f"baseline: {BASELINES[key]}", found) for key, found in results["metrics"].items()]
 
 
-def replace_table(text: str, table: str) -> str:
-    """`text` with the lines between the two markers replaced by `table`.
+def overview_table(folder: Path) -> str:
+    """A Markdown table of each method's first figure on every dataset in `folder`, and of the baselines'."""
+    columns: dict[str, str] = {}
+    cells: dict[str, dict[str, str]] = {}
+    order = []
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*_results.json"))]
+    for results in sorted(files, key=lambda file: (file["dataset"]["name"] != "imdb", file["dataset"]["name"])):
+        key, heading, factor, unit = _figures(results)[0]
+        dataset = results["dataset"]["name"]
+        columns[dataset] = f"{dataset}: {heading}"
+        for name, found in _tests(results):
+            cells.setdefault(name, {})[dataset] = f"{found[key] * factor:.2f}{unit}"
+            order.append((results["method"] != "baseline", -results["parameters"]["trainable"], name))
+    names = list(dict.fromkeys(name for *_, name in sorted(order)))
+    return markdown_table(["method", *columns.values()],
+                          [[name, *(cells[name].get(dataset, "-") for dataset in columns)] for name in names],
+                          figures=True)
+
+
+def replace_tables(text: str, folder: Path) -> str:
+    """`text` with every table between markers made anew from the results in `folder`.
 
     Raises:
-        OutputError: the markers are not there.
+        OutputError: there is no marker, or one without an end.
     """
-    before, start, rest = text.partition(TABLE_START)
-    _, end, after = rest.partition(TABLE_END)
-    if not start or not end:
-        raise OutputError(f"there is no {TABLE_START} ... {TABLE_END} to write between")
-    return f"{before}{start}\n{table}\n{end}{after}"
+    start, behind = TABLE_START.split("{}")
+    parts = text.split(start)
+    if len(parts) == 1:
+        raise OutputError(f"there is no {TABLE_START.format('DATASET')} ... {TABLE_END} to write between")
+    for number, part in enumerate(parts[1:], start=1):
+        dataset, found, rest = part.partition(behind)
+        _, end, after = rest.partition(TABLE_END)
+        if not found or not end:
+            raise OutputError(f"{start}{part.splitlines()[0]} is not followed by {TABLE_END}")
+        table = overview_table(folder) if dataset == "all" else results_table(folder, dataset)
+        parts[number] = f"{dataset}{behind}\n{table}\n{end}{after}"
+    return start.join(parts)
 
 
 # --- the benchmark ----------------------------------------------------------------------------------------------------

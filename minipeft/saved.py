@@ -1,4 +1,4 @@
-"""Trained classifiers on disk: an adapter folder, or a whole model where all weights were trained, and back."""
+"""Trained models on disk: an adapter folder, or a whole model where all weights were trained, and back."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from minipeft.checkpoint import DETAILS_FILE, load_adapter, read_details, save_a
 from minipeft.checkpoint import TENSORS_FILE as ADAPTER_TENSORS_FILE
 from minipeft.errors import AdapterError, WeightsError
 from minipeft.files import replacing_folder, write_json
-from minipeft.gpt2 import GPT2ForSequenceClassification
+from minipeft.gpt2 import GPT2LMHeadModel
 from minipeft.methods.surgery import injections
+from minipeft.tasks import TASKS, find_task
+from minipeft.tasks.task import Task
 from minipeft.tokenizer import VOCABULARY_FILE, Tokenizer, get_tokenizer
 from minipeft.weights import find
 
@@ -44,41 +46,50 @@ def save_finetuned(model: nn.Module, folder: Path, base: str, details: dict[str,
         (folder / file).unlink(missing_ok=True)
 
 
-def load_finetuned(folder: str | Path, model_name: str | None = None,
-                   device: torch.device | None = None) -> tuple[nn.Module, Tokenizer, dict[str, Any]]:
-    """A classifier from what `finetune` left: an adapter folder on its base, or a whole model.
+def load_finetuned(folder: str | Path, model_name: str | None = None, device: torch.device | None = None,
+                   task: str | None = None) -> tuple[nn.Module, Task]:
+    """A model and its task from what `finetune` left: an adapter folder on its base, or a whole model.
 
     Args:
         model_name: the base to put an adapter on; default is the one it was trained on.
+        task: a name in TASKS or the path of a .py file; default is what the folder was trained for, and
+            classification where it does not say.
 
     Returns:
-        (model in eval mode, its tokenizer, the content of minipeft.json).
+        (model in eval mode, task).
 
     Raises:
-        AdapterError: neither an adapter nor a model folder, or an adapter of another base.
+        AdapterError: neither an adapter nor a model folder, an adapter of another base, or one for a user's own task
+            whose file is not given: no code is run because a folder says so.
+        ConfigError: an unknown task.
     """
     folder = Path(folder)
     details = _checked(read_details(folder), folder)
+    named = task or details.get("task", "classification")
+    if task is None and named not in TASKS:
+        raise AdapterError(f"{folder} was trained for the task {named!r}, which is not one of {', '.join(TASKS)}: name "
+                           "the .py file that defines it with --task")
+    task_class = find_task(named)
     if not (folder / ADAPTER_CONFIG_FILE).is_file():
         if not (folder / "config.json").is_file():
             raise AdapterError(f"{folder} holds neither {ADAPTER_CONFIG_FILE} nor config.json: train first, or name "
                                "the folder that training printed")
-        model = GPT2ForSequenceClassification.from_pretrained(folder)
+        model = task_class.model_class.from_pretrained(folder)
         tokenizer = get_tokenizer(folder)
     else:
         name = model_name or details.get("base_model")
         if name is None:
             raise AdapterError(f"{folder} does not say which base model it belongs to: name it with --model")
         labels = details.get("label_names")
-        model = load_adapter(GPT2ForSequenceClassification.from_pretrained(
+        model = load_adapter(task_class.model_class.from_pretrained(
             name, **({"num_labels": len(labels)} if labels else {})), folder)
         tokenizer = get_tokenizer(find(name))
     check_vocabulary(tokenizer, model)
     model.to(device or torch.device("cpu"))
-    details.setdefault("label_names", [str(i) for i in range(model.config.num_labels)])
+    if not details.get("label_names"):
+        details["label_names"] = [] if model.head == "lm_head" else [str(i) for i in range(model.config.num_labels)]
     details.setdefault("max_length", min(defaults.MAX_LENGTH, model.config.n_positions))
-    details.setdefault("truncation", defaults.TRUNCATION)
-    return model, tokenizer, details
+    return model, task_class.from_details(tokenizer, details)
 
 
 def _checked(details: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -88,8 +99,12 @@ def _checked(details: dict[str, Any], folder: Path) -> dict[str, Any]:
         AdapterError: they are not.
     """
     names = details.get("label_names", ["one", "two"])
-    good = {"label_names": isinstance(names, list) and len(names) > 1 and all(isinstance(name, str) for name in names),
-            "max_length": type(details.get("max_length", 1)) is int, "base_model": isinstance(
+    writes = getattr(TASKS.get(details.get("task", "")), "model_class", None) is GPT2LMHeadModel  # and labels nothing
+    good = {"label_names": (isinstance(names, list) and all(isinstance(name, str) for name in names)
+                            and (len(names) > 1 or (writes and not names))),
+            "task": isinstance(details.get("task", ""), str),
+            "max_length": type(details.get("max_length", 1)) is int,
+            "max_new_tokens": type(details.get("max_new_tokens", 1)) is int, "base_model": isinstance(
                 details.get("base_model") or "", str)}
     wrong = [key for key, value in good.items() if not value]
     if wrong:

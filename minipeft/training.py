@@ -23,8 +23,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minipeft import parallel
+from minipeft.batches import Batch, BucketedBatches
 from minipeft.checkpoint import load_training_state, save_training_state
-from minipeft.data import Batch, BucketedBatches
 from minipeft.errors import ConfigError
 from minipeft.hardware import computing_in
 from minipeft.optimisation import adamw, warmup_cosine
@@ -103,20 +103,21 @@ def interrupt_between_steps() -> Iterator[Callable[[], bool]]:
 def train(model: nn.Module, batches: BucketedBatches, loss_sum: Callable[[Tensor, Batch], Tensor],
           validate: Callable[[], dict[str, Any]], config: TrainingConfig, precision: torch.dtype = torch.float32,
           compile_model: bool = False, save_best: Callable[[], None] = lambda: None, state_folder: Path | None = None,
-          resume: bool = False, request: dict[str, Any] | None = None) -> History:
+          resume: bool = False, request: dict[str, Any] | None = None, best_by: str = "accuracy") -> History:
     """Train the parameters that require a gradient, in place, and leave the model with its best validation's values.
 
     Args:
         model: on its device; parameters that are trained in float32. Under torchrun each process has one (parallel.py).
         batches: the training data.
         loss_sum: (logits, batch) -> loss summed over the batch.
-        validate: metrics of the model as it stands; "accuracy" decides which is best.
+        validate: figures of the model as it stands, "loss" and "accuracy" among them.
         precision: of the forward pass; parameters and optimiser stay float32.
         compile_model: run the forward and backward pass through torch.compile.
         save_best: called whenever a validation is the best so far, and at an interruption before the first one.
         state_folder: where to keep what resuming needs; None keeps nothing.
         resume: go on from `state_folder`, if it holds anything.
         request: what else must be the same in a resumed run: data, base model, method.
+        best_by: the figure that decides which validation is the best: the highest, or the lowest "loss".
 
     Returns:
         The history. After Ctrl-C `interrupted` is true, and `state_folder` can be resumed from.
@@ -178,23 +179,24 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: Callable[[Tensor
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["rate_factor"]
             group_of_batches = next(stream)
-            size = sum(len(batch.labels) for batch in group_of_batches)
+            size = sum(len(batch.targets) for batch in group_of_batches)
             for number, batch in enumerate(group_of_batches, start=1):
                 batch = parallel.share(batch).to(device)
                 with parallel.without_sending(forward, more_to_come=number < len(group_of_batches)):
                     with computing_in(precision, device):
-                        logits = forward(batch.input_ids, attention_mask=batch.attention_mask)
+                        logits = forward(**batch.arguments())
                     loss = loss_sum(logits, batch)
                     # Gradients are averaged over processes, and the loss is to be a sum over all of them.
                     scaler.scale(loss / size * parallel.world_size()).backward()
-                totals += torch.stack((loss.detach(), (logits.detach().argmax(dim=-1) == batch.labels).sum()))
+                totals += torch.stack((loss.detach(), (logits.detach().argmax(dim=-1) == batch.targets).sum()))
                 del logits, loss
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(trained.values(), config.max_grad_norm)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            step, samples, seen = step + 1, samples + size, seen + size
+            step, seen = step + 1, seen + size
+            samples += sum(len(batch.labels) for batch in group_of_batches)
             bar.update()
             if step % 10 == 0:
                 loss_now, accuracy_now = (totals / seen).tolist()
@@ -206,14 +208,16 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: Callable[[Tensor
                               "train_loss": round(whole_loss / seen, 4),
                               "train_accuracy": round(whole_hits / seen, 4),
                               "validation_loss": found["loss"], "validation_accuracy": found["accuracy"],
-                              "seconds": round(seconds(), 2)})
+                              f"validation_{best_by}": found[best_by], "seconds": round(seconds(), 2)})
                 if parallel.rank() == 0:
+                    others = "" if best_by in ("loss", "accuracy") else f", {best_by} {found[best_by]:.4f}"
                     bar.write(f"step {step}/{total_steps}: train loss {curve[-1]['train_loss']:.3f}, validation loss "
-                              f"{found['loss']:.3f}, validation accuracy {found['accuracy']:.4f}")
+                              f"{found['loss']:.3f}, validation accuracy {found['accuracy']:.4f}{others}")
                 seen = 0
                 totals.zero_()
-                if not best or found["accuracy"] > best["accuracy"]:
-                    best = {"step": step, "accuracy": found["accuracy"], "loss": found["loss"]}
+                better = -1 if best_by == "loss" else 1
+                if not best or better * found[best_by] > better * best[best_by]:
+                    best = {"step": step, **{key: found[key] for key in ("accuracy", "loss", best_by)}}
                     best_values = {name: p.detach().clone() for name, p in trained.items()}
                     save_best()
                 model.train()

@@ -41,11 +41,12 @@ def tune(options: Options, trials: list[dict[str, Any]], say: Say = lambda line:
         results["trials"].append({
             "trial": trial, "validation": fitted.history.best, "core_seconds": round(fitted.history.core_seconds, 1),
             "method_config": dataclasses.asdict(fitted.method_config),
-            "training_config": dataclasses.asdict(fitted.config), "max_length": fitted.max_length,
+            "training_config": dataclasses.asdict(fitted.config), "max_length": fitted.task.max_length,
             "truncation": request.truncation, "base_fingerprint": fitted.base_fingerprint,
             "dataset": setup.data.name, "sizes": setup.sizes, "machine": machine()})
         write_json_file(path, results)
-        say(f"{fitted.history.best['accuracy']:.4f} after {fitted.history.core_seconds:.0f} core seconds: {trial}")
+        best = fitted.history.best[fitted.task.best_by]
+        say(f"{best:.4f} after {fitted.history.core_seconds:.0f} core seconds: {trial}")
     return results
 
 

@@ -26,7 +26,8 @@ import torch
 from common import run
 
 from minipeft import GPT2Config, GPT2ForSequenceClassification, LoraConfig, inject, save_adapter
-from minipeft.data import BucketedBatches, load_dataset
+from minipeft.batches import BucketedBatches
+from minipeft.data import load_dataset
 from minipeft.errors import ConfigError
 from minipeft.files import check_writable, write_json_file
 from minipeft.hardware import choose_device, machine, versions
@@ -166,9 +167,9 @@ class Benchmark:
         rows = {}
         for length in self.lengths:
             for row, steps, ours, theirs in (
-                    ("matched", 2, {}, {}), ("default", 4, {"precision": "auto", "grouped": True}, {}),
-                    ("best", 4, {"precision": "bf16", "compile": True, "grouped": True, "round_length_to": 64},
-                     {"precision": "bf16", "compile": True, "grouped": True, "round_length_to": 64})):
+                    ("matched", 2, {}, {}), ("default", 4, {"precision": "auto", "grouped": True, "rounded": True}, {}),
+                    ("best", 4, {"precision": "bf16", "compile": True, "grouped": True, "rounded": True},
+                     {"precision": "bf16", "compile": True, "grouped": True, "rounded": True})):
                 count = steps * (self.rounds + 1)
                 sides = {}
                 for name, side, values in (("ours", "train_ours", ours), ("peft", "train_peft", theirs)):

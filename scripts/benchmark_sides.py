@@ -70,10 +70,16 @@ def read_batches(job: Job) -> tuple[list[np.ndarray], list[int], list[list[int]]
     return ids, labels, job["batches"]
 
 
-def padded(rows: list[np.ndarray], multiple: int = 1) -> dict[str, Tensor]:
+def batch_length(rows: list[np.ndarray], job: Job) -> int:
+    """How long a batch of these texts is: as the longest, or rounded up as this library's training does."""
+    from minipeft.batches import rounded
+    longest = max(map(len, rows))
+    return rounded(longest) if job.get("rounded") else longest
+
+
+def padded(rows: list[np.ndarray], length: int) -> dict[str, Tensor]:
     """What transformers' DataCollatorWithPadding makes of token ids: (B, T) of them, and their mask."""
-    longest = -(-max(map(len, rows)) // multiple) * multiple
-    ids = torch.full((len(rows), longest), PAD)
+    ids = torch.full((len(rows), length), PAD)
     mask = torch.zeros_like(ids)
     for number, row in enumerate(rows):
         ids[number, :len(row)] = torch.from_numpy(row)
@@ -84,11 +90,11 @@ def padded(rows: list[np.ndarray], multiple: int = 1) -> dict[str, Tensor]:
 def train_ours(job: Job, turn: Turn) -> None:
     """minipeft's own loop on the job's batches, a turn being `steps` optimiser steps."""
     from minipeft import GPT2ForSequenceClassification, inject, load_adapter
-    from minipeft.data import collate
+    from minipeft.batches import collate
     from minipeft.hardware import choose_precision
     from minipeft.methods import METHODS
     from minipeft.methods.surgery import trainable_parameters
-    from minipeft.tasks import classification
+    from minipeft.tasks.task import Task
     from minipeft.training import TrainingConfig, train
 
     ids, labels, plan = read_batches(job)
@@ -114,7 +120,8 @@ def train_ours(job: Job, turn: Turn) -> None:
                     if number:
                         turn.report(step=number)
                     turn.wait()
-                yield collate([ids[i] for i in rows], [labels[i] for i in rows], job.get("round_length_to", 1))
+                yield collate([ids[i] for i in rows], [labels[i] for i in rows],
+                              min(job["length"], batch_length([ids[i] for i in rows], job)))
 
     def last_turn_ends() -> dict[str, float]:
         turn.report(step=len(plan))
@@ -122,7 +129,7 @@ def train_ours(job: Job, turn: Turn) -> None:
 
     config = TrainingConfig(epochs=1, batch_size=job["batch_size"], learning_rate=job["learning_rate"],
                             warmup_ratio=0.0, evaluations_per_epoch=1)
-    history = train(model, TakingTurns(), classification.loss_sum, last_turn_ends, config, precision, job["compile"])
+    history = train(model, TakingTurns(), Task.loss_sum, last_turn_ends, config, precision, job["compile"])
     optimiser_values = 2 * trained  # AdamW keeps two running means
     turn.wait()
     turn.report(mean_loss=history.curve[-1]["train_loss"], trained_parameters=trained,
@@ -143,10 +150,12 @@ def _saved_bytes(model: nn.Module, job: Job) -> int:
 def train_on_more(job: Job, turn: Turn) -> None:
     """LoRA on the bundled base, one epoch of ever more reviews, and how long all but the arithmetic takes in each."""
     from minipeft import GPT2ForSequenceClassification, LoraConfig, get_tokenizer, inject, training
-    from minipeft.data import Batch, BucketedBatches, load_dataset
+    from minipeft.batches import Batch, BucketedBatches
+    from minipeft.data import load_dataset
     from minipeft.hardware import choose_precision
     from minipeft.saved import save_finetuned
     from minipeft.tasks import classification
+    from minipeft.tasks.task import Task
 
     spent: dict[str, float] = {}
 
@@ -176,7 +185,7 @@ def train_on_more(job: Job, turn: Turn) -> None:
         spent.clear()
         turn.wait()
         ids = timed("tokenising", classification.encode)(examples.texts, tokenizer, 384, "head_tail")
-        training.train(model, TimedBatches(ids, examples.labels, job["batch_size"]), classification.loss_sum,
+        training.train(model, TimedBatches(ids, examples.labels, job["batch_size"]), Task.loss_sum,
                        lambda: {"accuracy": 0.0, "loss": 0.0}, training.TrainingConfig(epochs=1),
                        choose_precision("auto", turn.device), save_best=save,
                        state_folder=Path(folder) / f"state_{number}")
@@ -196,7 +205,8 @@ def train_peft(job: Job, turn: Turn) -> None:
     texts = [{"input_ids": row, "labels": label} for row, label in zip(ids, labels)]
 
     def collate(features: list[dict[str, Any]]) -> dict[str, Tensor]:
-        return {**padded([feature["input_ids"] for feature in features], job.get("round_length_to", 1)),
+        rows = [feature["input_ids"] for feature in features]
+        return {**padded(rows, batch_length(rows, job)),
                 "labels": torch.tensor([feature["labels"] for feature in features])}
 
     class SameBatches(Trainer):
@@ -257,7 +267,7 @@ def head_on_features(job: Job, turn: Turn) -> None:
 def classify_ours(job: Job, turn: Turn) -> None:
     """Classify the job's texts; ours sorts them by length unless the batches are to be the reference's."""
     from minipeft import GPT2ForSequenceClassification
-    from minipeft.data import collate
+    from minipeft.batches import collate
     from minipeft.hardware import choose_precision, computing_in
     from minipeft.tasks import classification
 
@@ -293,7 +303,9 @@ def classify_transformers(job: Job, turn: Turn) -> None:
         parts = []
         with torch.inference_mode():
             for rows in plan:
-                batch = {name: tensor.to(turn.device) for name, tensor in padded([ids[i] for i in rows]).items()}
+                texts = [ids[i] for i in rows]
+                batch = padded(texts, max(map(len, texts)))
+                batch = {name: tensor.to(turn.device) for name, tensor in batch.items()}
                 parts.append(model(**batch).logits)
         turn.report(texts=sum(map(len, plan)), checksum=float(torch.cat(parts).float().abs().sum()))
 
@@ -356,16 +368,18 @@ def start_up(job: Job, turn: Turn) -> None:
     """From nothing imported to the end of the first training step on the bundled base, as a user's run begins."""
     turn.wait()
     from minipeft import GPT2ForSequenceClassification, LoraConfig, get_tokenizer, inject
-    from minipeft.data import BucketedBatches, load_dataset
+    from minipeft.batches import BucketedBatches
+    from minipeft.data import load_dataset
     from minipeft.hardware import choose_precision
     from minipeft.tasks import classification
+    from minipeft.tasks.task import Task
     from minipeft.training import TrainingConfig, train
 
     data, tokenizer = load_dataset("sample").train, get_tokenizer("mini")
     model = GPT2ForSequenceClassification.from_pretrained("mini", num_labels=2)
     inject(model, LoraConfig(r=8, target_modules="all-linear")).to(turn.device)
     ids = classification.encode(data.texts[:16], tokenizer, 384, "head_tail")
-    train(model, BucketedBatches(ids, data.labels[:16], 16), classification.loss_sum,
+    train(model, BucketedBatches(ids, data.labels[:16], 16), Task.loss_sum,
           lambda: {"accuracy": 0.0, "loss": 0.0}, TrainingConfig(epochs=1),
           choose_precision("auto", turn.device))
     turn.report()

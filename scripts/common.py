@@ -9,7 +9,9 @@ import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from minipeft.data import KNOWN
 from minipeft.errors import MinipeftError
+from minipeft.tasks import TASKS
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -95,11 +97,15 @@ def _json_object(text: str) -> dict[str, Any]:
 def add_data_options(parser: argparse.ArgumentParser) -> None:
     """Options that choose a dataset."""
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset", help="imdb, sample, or a .csv, .tsv, .jsonl or .parquet file; default: imdb where "
-                                        "it can be had, else sample")
-    data.add_argument("--data-dir", help="folder that holds imdb/*.parquet; default: the MINIPEFT_DATA variable")
-    data.add_argument("--text-column", default="text", help="of your own file; default text")
-    data.add_argument("--label-column", default="label", help="of your own file; default label; labels may be words")
+    data.add_argument("--dataset", help=f"{', '.join(KNOWN)}, sample, or a .csv, .tsv, .jsonl or .parquet file; "
+                                        "default: imdb where it can be had, else sample")
+    data.add_argument("--task", help=f"what your own file is for: {', '.join(TASKS)}, or a .py file that defines a "
+                                     "task; default classification")
+    data.add_argument("--data-dir", help="folder that holds imdb/*.parquet and others; default: the MINIPEFT_DATA "
+                                         "variable")
+    columns = "; ".join(f"{task.name}: {task.columns[0]}, {task.columns[1]}" for task in TASKS.values())
+    data.add_argument("--text-column", help=f"of your own file; this and the next are by default, for {columns}")
+    data.add_argument("--label-column", help="of your own file: labels (words or numbers), tags, or target texts")
     data.add_argument("--full", action="store_true", help="all examples, also on a CPU")
 
 

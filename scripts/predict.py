@@ -1,30 +1,44 @@
-"""Label texts with a trained adapter; texts come from the command line or, one a line, from standard input:
+"""What a trained model has to say of texts; they come from the command line or, one a line, from standard input:
 
     python scripts/predict.py "A film I will not forget." "Two hours I want back."
     cat reviews.txt | python scripts/predict.py --adapter checkpoints/lora_finetuned
+    python scripts/predict.py --adapter checkpoints/translation "Two dogs play in the snow."
+
+A label and its probability, words with their tags, or a summary or translation, written as it is generated.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
+import torch
 from common import add_machine_options, run
 
-from minipeft.data import check_texts, clean
-from minipeft.errors import DataError
+from minipeft.errors import ConfigError, DataError
 from minipeft.hardware import choose_device, choose_precision
 from minipeft.saved import load_finetuned
-from minipeft.tasks.classification import encode, predict_logits
+from minipeft.tasks.generation import Generation
+from minipeft.tasks.task import check_texts
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group("what to predict")
-    what.add_argument("texts", nargs="*", metavar="TEXT", help="texts to label; without any, lines of standard input")
+    what.add_argument("texts", nargs="*", metavar="TEXT", help="texts to read; without any, lines of standard input")
     what.add_argument("--adapter", default="checkpoints/lora_finetuned", help="folder that training wrote; default "
                                                                               "checkpoints/lora_finetuned")
     what.add_argument("--model", help="base model; default: the one the adapter was trained on")
+    what.add_argument("--task", help="the .py file of a task of your own; default: what the adapter was trained for")
+    how = parser.add_argument_group("how to write a summary or translation; greedily by default")
+    how.add_argument("--max-new-tokens", type=int, help="default as in training")
+    how.add_argument("--num-beams", type=int, help="beam search: continuations followed at once; not streamed")
+    how.add_argument("--length-penalty", type=float, help="beam search: above 1 favours longer texts; default 1")
+    how.add_argument("--temperature", type=float, help="sample from softmax(logits / temperature)")
+    how.add_argument("--top-k", type=int, help="sample among the k likeliest tokens")
+    how.add_argument("--top-p", type=float, help="sample among the likeliest tokens of this probability together")
+    how.add_argument("--seed", type=int, help="of sampling; default 0")
     add_machine_options(parser)
     return parser.parse_args()
 
@@ -40,12 +54,24 @@ def main() -> None:
     check_texts(texts, "argument" if options.texts else "standard input")
     device = choose_device(options.device)
     precision = choose_precision(options.precision, device)
-    model, tokenizer, details = load_finetuned(options.adapter, options.model, device)
-    ids = encode([clean(text) for text in texts], tokenizer, details["max_length"], details["truncation"])
-    probabilities = predict_logits(model, ids, device, precision).softmax(dim=1)          # (N, K)
-    for text, row in zip(texts, probabilities):
-        label = int(row.argmax())
-        print(f"{details['label_names'][label]}\t{row[label]:.4f}\t{' '.join(text.split())[:80]}")
+    model, task = load_finetuned(options.adapter, options.model, device, options.task)
+    how: dict[str, Any] = {name: value for name in ("max_new_tokens", "num_beams", "length_penalty", "temperature",
+                                                    "top_k", "top_p")
+                           if (value := getattr(options, name)) is not None}
+    if "top_k" in how or "top_p" in how:
+        how.setdefault("temperature", 1.0)
+    if not isinstance(task, Generation):
+        if how or options.seed is not None:
+            raise ConfigError(f"{options.adapter} was trained for {task.name}, which writes no text: "
+                              f"--{next(iter(how), 'seed').replace('_', '-')} means nothing to it")
+        pieces = task.answers(model, texts, device, precision)
+    elif how.get("num_beams", 1) != 1:
+        pieces = (text + "\n" for text in task.write(model, texts, device, precision, **how))
+    else:
+        how["generator"] = torch.Generator(device).manual_seed(options.seed or 0)
+        pieces = task.answers(model, texts, device, precision, **how)
+    for piece in pieces:
+        print(piece, end="", flush=True)
 
 
 if __name__ == "__main__":

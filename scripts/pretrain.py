@@ -14,12 +14,13 @@ import torch
 from common import run
 
 from minipeft import weights
-from minipeft.data import clean, data_folder, read_parquet_split, stratified_split
+from minipeft.data import data_folder, read_parquet_split, stratified_split
 from minipeft.errors import ConfigError, DataError
 from minipeft.files import check_writable, write_json_file
 from minipeft.gpt2 import GPT2Config, GPT2LMHeadModel
 from minipeft.hardware import choose_device, machine, versions
 from minipeft.pretraining import PackedWindows, PretrainingConfig, bits_per_byte, pretrain, validation_loss
+from minipeft.tasks.classification import clean
 from minipeft.tokenizer import VOCABULARY_FILE, get_tokenizer, train_vocabulary
 
 

@@ -1,6 +1,7 @@
-"""Fine-tune a GPT-2 to classify texts, by one command:
+"""Fine-tune a GPT-2 by one command, to classify texts, find names, summarise or translate:
 
     python scripts/train.py --method lora
+    python scripts/train.py --method prefix --dataset multi30k
 
 Without more it uses what there is: gpt2 on a GPU and the bundled mini model on a CPU; IMDb where it can be had, else
 the bundled sample reviews. `--method NAME --help` adds the method's own options.
@@ -43,6 +44,8 @@ def parse() -> argparse.Namespace:
     length.add_argument("--max-length", type=int, help=f"tokens kept of a text; default {defaults.MAX_LENGTH}")
     length.add_argument("--truncation", default=defaults.TRUNCATION, choices=TRUNCATIONS,
                         help=f"what to keep of a longer text; default {defaults.TRUNCATION}")
+    length.add_argument("--max-new-tokens", type=int, help="tokens of a summary or translation; default a third of "
+                                                           "max-length")
     for split in ("train", "validation", "test"):
         length.add_argument(f"--{split}-size", type=int, help=f"use only so many {split} examples")
     add_dataclass_options(parser.add_argument_group("training"), TrainingConfig,

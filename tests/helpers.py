@@ -77,6 +77,23 @@ def write_imdb(folder, train=100, test=20, unsupervised=0, text="a {} film,<br /
     return Path(folder)
 
 
+def write_datasets(folder, train=12, others=4):
+    """Tiny parquet files of sst2, wnut_17, scitldr and multi30k, laid out as on the hub; returns `folder`."""
+    for split, count in (("train", train), ("validation", others), ("test", others)):
+        columns = {
+            "sst2": {"sentence": [f"a {'good' if i % 2 else 'bad'} film {split} {i}" for i in range(count)],
+                     "label": [i % 2 for i in range(count)]},
+            "wnut_17": {"tokens": [["Ada", "saw", f"Rome{i}"] for i in range(count)],
+                        "ner_tags": [[9, 0, 7] for _ in range(count)]},
+            "scitldr": {"source": [["We study bad films.", f"Number {i}."] for i in range(count)],
+                        "target": [[f"bad film {i}", "bad"][:1 if split == "train" else 2] for i in range(count)],
+                        "paper_id": [str(i) for i in range(count)]},
+            "multi30k": {"en": [f"a dog {i}" for i in range(count)], "de": [f"ein Hund {i}" for i in range(count)]}}
+        for name, table in columns.items():
+            write_parquet(Path(folder) / name / f"{split}-00000-of-00001.parquet", **table)
+    return Path(folder)
+
+
 def files_below(*folders):
     """Every file below the given folders, to see what a run has left there."""
     return sorted(str(file) for folder in folders for file in Path(folder).rglob("*") if file.is_file())

@@ -19,6 +19,8 @@ from minipeft.methods import METHODS
 from minipeft.methods.surgery import fingerprint
 from minipeft.saved import load_finetuned
 from minipeft.tasks import classification
+from minipeft.tasks.classification import Classification
+from minipeft.tasks.task import Task
 from minipeft.tokenizer import get_tokenizer
 
 CPU = torch.device("cpu")
@@ -58,8 +60,8 @@ def trained_model(monkeypatch):
     return models
 
 
-def logits_of(model, tokenizer, details, texts=("a good film", "a bad film", "neither")):
-    ids = classification.encode(list(texts), tokenizer, details["max_length"], details["truncation"])
+def logits_of(model, task, texts=("a good film", "a bad film", "neither")):
+    ids = classification.encode(list(texts), task.tokenizer, task.max_length, task.truncation)
     return classification.predict_logits(model, ids, CPU, torch.float32)
 
 
@@ -145,22 +147,22 @@ def test_results_on_a_file_of_ones_own_never_take_the_place_of_those_on_a_known_
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_what_is_saved_reloads_to_identical_predictions(options, trained_model, tmp_path, method):
     results = finetune.finetune(options(method))
-    model, tokenizer, details = load_finetuned(tmp_path / "output" / method)
-    assert details["label_names"] == ["negative", "positive"]
+    model, task = load_finetuned(tmp_path / "output" / method)
+    assert task.label_names == ["negative", "positive"]
     test = load_dataset(str(tmp_path / "films.csv")).test
-    assert (details["max_length"], details["truncation"]) == (48, "head_tail")
-    expected = logits_of(trained_model[0], tokenizer, details)
-    assert torch.equal(logits_of(model, tokenizer, details), expected)
+    assert (task.max_length, task.truncation) == (48, "head_tail")
+    expected = logits_of(trained_model[0], task)
+    assert torch.equal(logits_of(model, task), expected)
     assert not model.training
     assert results["metrics"]["test"] == classification.metrics(
-        logits_of(model, tokenizer, details, test.texts), test.labels)
+        logits_of(model, task, test.texts), test.labels)
 
 
 def test_an_adapter_folder_loads_by_hand_on_a_fresh_base(options, tiny_model, trained_model, tmp_path):
     finetune.finetune(options())
     by_hand = load_adapter(GPT2ForSequenceClassification.from_pretrained(tiny_model), tmp_path / "output" / "lora")
-    details, tokenizer = {"max_length": 48, "truncation": "head"}, get_tokenizer(tiny_model)
-    assert torch.equal(logits_of(by_hand, tokenizer, details), logits_of(trained_model[0], tokenizer, details))
+    task = Classification(get_tokenizer(tiny_model), ["negative", "positive"], max_length=48)
+    assert torch.equal(logits_of(by_hand, task), logits_of(trained_model[0], task))
 
 
 def test_a_fully_trained_model_is_a_model_folder_of_its_own(options, trained_model, tmp_path):
@@ -179,8 +181,8 @@ def test_three_labels_train_test_and_reload(options, tmp_path, method):
     results = finetune.finetune(options(method))
     assert results["dataset"]["label_names"] == ["bad", "dull", "good"]
     assert len(results["metrics"]["test"]["confusion_matrix"]) == 3
-    model, tokenizer, details = load_finetuned(tmp_path / "output" / method)
-    assert logits_of(model, tokenizer, details).shape == (3, 3)
+    model, task = load_finetuned(tmp_path / "output" / method)
+    assert logits_of(model, task).shape == (3, 3)
 
 
 def test_an_adapter_that_peft_wrote_needs_its_base_to_be_named(options, tiny_model, tmp_path):
@@ -188,8 +190,9 @@ def test_an_adapter_that_peft_wrote_needs_its_base_to_be_named(options, tiny_mod
     (tmp_path / "output" / "lora" / "minipeft.json").unlink()
     with pytest.raises(AdapterError, match="--model"):
         load_finetuned(tmp_path / "output" / "lora")
-    model, _, details = load_finetuned(tmp_path / "output" / "lora", str(tiny_model))
-    assert details == {"label_names": ["0", "1"], "max_length": 64, "truncation": "head_tail"}
+    model, task = load_finetuned(tmp_path / "output" / "lora", str(tiny_model))
+    assert task.details() == {"task": "classification", "label_names": ["0", "1"], "max_length": 64,
+                              "truncation": "head_tail"}
     assert model.score.out_features == 2
 
 
@@ -203,9 +206,9 @@ def test_a_folder_that_another_method_wrote_before_loads_what_was_written_last(
         options, trained_model, tmp_path, first, second):
     for method in (first, second):
         finetune.finetune(options(method, output=str(tmp_path / "output")))
-    model, tokenizer, details = load_finetuned(tmp_path / "output")
-    assert details["method"] == second
-    assert torch.equal(logits_of(model, tokenizer, details), logits_of(trained_model[1], tokenizer, details))
+    model, task = load_finetuned(tmp_path / "output")
+    assert read_json(tmp_path / "output" / "minipeft.json")["method"] == second
+    assert torch.equal(logits_of(model, task), logits_of(trained_model[1], task))
 
 
 # --- choices ----------------------------------------------------------------------------------------------------------
@@ -351,7 +354,7 @@ def test_an_impossible_request_is_refused_before_anything_is_written(
 @pytest.fixture
 def ctrl_c(monkeypatch):
     """ctrl_c(n): press Ctrl-C during the n-th loss computed from now on; None never."""
-    original = classification.loss_sum
+    original = Task.loss_sum
     state = {"left": None}
 
     def loss_sum(logits, batch):
@@ -361,7 +364,7 @@ def ctrl_c(monkeypatch):
                 os.kill(os.getpid(), signal.SIGINT)
         return original(logits, batch)
 
-    monkeypatch.setattr(classification, "loss_sum", loss_sum)
+    monkeypatch.setattr(Task, "loss_sum", staticmethod(loss_sum))
     return lambda number: state.update(left=number)
 
 
@@ -374,8 +377,8 @@ def test_ctrl_c_leaves_a_model_that_loads_and_resuming_ends_as_if_uninterrupted(
     ctrl_c(step)
     assert finetune.finetune(options(method, output=str(tmp_path / "cut")), said.append) == {}
     assert "--resume" in said[-1]
-    model, tokenizer, details = load_finetuned(tmp_path / "cut")
-    assert torch.isfinite(logits_of(model, tokenizer, details)).all()
+    model, task = load_finetuned(tmp_path / "cut")
+    assert torch.isfinite(logits_of(model, task)).all()
 
     ctrl_c(None)
     results = finetune.finetune(options(method, output=str(tmp_path / "cut"), resume=True))
@@ -432,10 +435,10 @@ def test_every_method_trains_tests_writes_its_results_and_reloads_to_identical_p
     results = finetune.finetune(options(method, method_values=SMALL.get(method, {}), training_values={"epochs": 1}))
     assert read_json(tmp_path / "results" / f"fine_tuned_{method}_films_results.json") == results
     assert results["method"] == method and 0 < results["parameters"]["trainable"] <= results["parameters"]["total"]
-    model, tokenizer, details = load_finetuned(tmp_path / "output" / method)
+    model, task = load_finetuned(tmp_path / "output" / method)
     if method != "head":  # whose features alone went through `train`
-        assert torch.equal(logits_of(model, tokenizer, details), logits_of(trained_model[0], tokenizer, details))
-    ids = classification.encode(read_examples(tmp_path).texts, tokenizer, details["max_length"], details["truncation"])
+        assert torch.equal(logits_of(model, task), logits_of(trained_model[0], task))
+    ids = classification.encode(read_examples(tmp_path).texts, task.tokenizer, task.max_length, task.truncation)
     found = classification.metrics(classification.predict_logits(model, ids, CPU, torch.float32),
                                    read_examples(tmp_path).labels)
     assert found == results["metrics"]["test"]

@@ -2,13 +2,15 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+from helpers import ScriptRunner, write_tiny_model
 
 from minipeft.config import GPT2Config
 from minipeft.ledger import traffic_table
-from minipeft.report import TABLE_END, TABLE_START, results_table
+from minipeft.report import replace_tables
 from minipeft.weights import MINI_FOLDER
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,9 +24,23 @@ def test_the_python_example_runs_as_printed_and_has_ten_lines_at_most(capsys):
     assert "trainable params: " in capsys.readouterr().out
 
 
+def test_the_example_of_a_new_task_trains_and_answers_as_printed(tmp_path, monkeypatch, capsys):
+    content = re.search(r"```python\n(# truecase\.py\n.*?)```", README, re.DOTALL).group(1)
+    assert len(content.splitlines()) < 100
+    (tmp_path / "truecase.py").write_text(content)
+    commands = re.findall(r"^python scripts/(\S+) (--task truecase\.py.*)$", README, re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "minipeft").symlink_to(ROOT / "minipeft")
+    script = ScriptRunner(monkeypatch, capsys)
+    quick = {"train.py": ("--epochs", 1, "--model", write_tiny_model(tmp_path / "tiny")), "predict.py": ()}
+    for name, options in commands:
+        outcome = script(name, *shlex.split(options), *quick[name])
+        assert outcome.code == 0, outcome.err
+    assert outcome.out.lower() == "the film was shot in paris. i loved it.\n"
+
+
 def test_the_table_is_what_the_results_files_say():
-    table = README.partition(TABLE_START)[2].partition(TABLE_END)[0].strip()
-    assert table == results_table(ROOT / "results")
+    assert replace_tables(README, ROOT / "results") == README
 
 
 def test_the_gain_from_cached_features_is_what_was_measured():

@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 from minipeft import FullConfig, GPT2ForSequenceClassification, LoraConfig, inject, training
-from minipeft.data import BucketedBatches, collate
+from minipeft.batches import BucketedBatches, collate
 from minipeft.errors import ConfigError
-from minipeft.tasks.classification import loss_sum, metrics, predict_logits
+from minipeft.tasks.classification import Classification, metrics, predict_logits
 from minipeft.training import TrainingConfig, train
 
+loss_sum = Classification.loss_sum
 CPU = torch.device("cpu")
 METHODS = {"full": FullConfig(), "lora": LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")}
 

@@ -36,8 +36,8 @@ class HeadOnFeatures(nn.Module):
         super().__init__()
         self.score = model.score
 
-    def forward(self, features: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        return self.score(features)                                           # (B, C) -> (B, K)
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.score(input_ids)                                           # (B, C) -> (B, K)
 
 
 def inject(model: nn.Module, config: HeadConfig, name: str = "default") -> nn.Module:

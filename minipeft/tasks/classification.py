@@ -6,28 +6,85 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
-from minipeft import defaults, parallel
-from minipeft.data import Batch, in_order_of_length
+from minipeft import defaults
+from minipeft.batches import Batch
 from minipeft.errors import ConfigError, DataError
-from minipeft.gpt2 import GPT2LMHeadModel, last_real_token
-from minipeft.hardware import computing_in
+from minipeft.gpt2 import GPT2ForSequenceClassification, GPT2LMHeadModel, last_real_token
+from minipeft.tasks.task import Encoded, Examples, Task, check_texts, for_each
 from minipeft.tokenizer import Tokenizer
 
+_LINE_BREAK = re.compile(r"<br\s*/?>")
 TRUNCATIONS = ("head", "head_tail")
 # What a reviewer might write next, after the review and this line. Chosen on IMDb's validation split.
 ZERO_SHOT_PROMPT = "\n\nIn short, this movie is"
 ZERO_SHOT_WORDS = {"negative": (" bad", " terrible", " awful", " boring", " horrible"),
                    "positive": (" good", " great", " excellent", " wonderful", " amazing")}
+
+
+@dataclass
+class Classification(Task):
+    """One label a text, from the last real token's vector. `truncation` says what is cut from a longer text."""
+
+    truncation: str = defaults.TRUNCATION
+
+    name: ClassVar[str] = "classification"
+    model_class: ClassVar[type[nn.Module]] = GPT2ForSequenceClassification
+
+    def __post_init__(self) -> None:
+        check_length(self.max_length, self.truncation)
+
+    @classmethod
+    def read(cls, texts: list[Any], labels: list[Any], where: str,
+             label_names: list[str] | None = None) -> tuple[Examples, list[str]]:
+        check_texts(texts, where)
+        for row, label in enumerate(labels, start=1):
+            if label is None or label == "":
+                raise DataError(f"{where}, row {row}: the label is empty")
+            if isinstance(label, (list, dict)):
+                raise DataError(f"{where}, row {row}: the label is {label!r}, not a single value")
+        values: list[Any] = list(range(len(label_names))) if label_names else sorted(
+            set(labels), key=lambda value: (isinstance(value, str), value))
+        if len(values) < 2:
+            raise DataError(f"{where}: there is one label only ({values[0]!r}); there is nothing to learn")
+        if label_names is None and len(values) > max(50, len(texts) // 10):
+            raise DataError(f"{where}: the labels are {len(values):,} different values in {len(texts):,} rows; that is "
+                            "not a set of classes")
+        number = {value: i for i, value in enumerate(values)}
+        if unknown := set(labels) - number.keys():
+            raise DataError(f"{where}: label {min(unknown, key=str)!r} is none of {', '.join(map(str, values))}")
+        return (Examples([clean(text) for text in texts], [number[label] for label in labels]),
+                label_names or [str(value) for value in values])
+
+    def encode(self, examples: Examples) -> Encoded:
+        return Encoded(examples, encode(examples.texts, self.tokenizer, self.max_length, self.truncation),
+                       examples.labels)
+
+    def evaluate(self, model: nn.Module, encoded: Encoded, device: torch.device, precision: torch.dtype,
+                 progress: str | None = None) -> dict[str, Any]:
+        return metrics(predict_logits(model, encoded.ids, device, precision, progress=progress), encoded.labels)
+
+    def answers(self, model: nn.Module, texts: Sequence[str], device: torch.device,
+                precision: torch.dtype) -> Iterator[str]:
+        ids = encode([clean(text) for text in texts], self.tokenizer, self.max_length, self.truncation)
+        for text, row in zip(texts, predict_logits(model, ids, device, precision).softmax(dim=1)):       # (K,)
+            label = int(row.argmax())
+            yield f"{self.label_names[label]}\t{row[label]:.4f}\t{' '.join(text.split())[:80]}\n"
+
+
+def clean(text: str) -> str:
+    """IMDb's reviews mark line breaks as HTML; a language model should see a line break."""
+    return _LINE_BREAK.sub("\n", text)
 
 
 def truncate(ids: Sequence[int], max_length: int, how: str) -> np.ndarray:
@@ -68,11 +125,6 @@ def check_length(max_length: int, truncation: str) -> None:
         raise ConfigError(f"max_length must be at least 1, got {max_length}")
 
 
-def loss_sum(logits: Tensor, batch: Batch) -> Tensor:
-    """Cross-entropy in nats, summed over the batch: logits (B, K), labels (B,)."""
-    return F.cross_entropy(logits.float(), batch.labels, reduction="sum")
-
-
 def predict_logits(model: nn.Module, ids: Sequence[np.ndarray], device: torch.device, precision: torch.dtype,
                    batch_size: int | None = None, progress: str | None = None) -> Tensor:
     """Label logits (N, K) of every text, in the given order.
@@ -82,8 +134,8 @@ def predict_logits(model: nn.Module, ids: Sequence[np.ndarray], device: torch.de
         progress: title of a progress bar; None shows none.
     """
     model.eval()
-    return _for_each_text(lambda batch: model(batch.input_ids, attention_mask=batch.attention_mask),     # (B, K)
-                          ids, device, precision, batch_size, progress)
+    return _rows(for_each(lambda batch: model(**batch.arguments()).float().cpu(),                        # (B, K)
+                          ids, [0] * len(ids), device, precision, batch_size, progress))
 
 
 def pooled_features(model: nn.Module, ids: Sequence[np.ndarray], device: torch.device, precision: torch.dtype,
@@ -93,9 +145,9 @@ def pooled_features(model: nn.Module, ids: Sequence[np.ndarray], device: torch.d
 
     def last_hidden_state(batch: Batch) -> Tensor:
         hidden = model.transformer(batch.input_ids, attention_mask=batch.attention_mask)                 # (B, T, C)
-        return last_real_token(hidden, batch.attention_mask)                                             # (B, C)
+        return last_real_token(hidden, batch.attention_mask).float().cpu()                               # (B, C)
 
-    return _for_each_text(last_hidden_state, ids, device, precision, batch_size, progress)
+    return _rows(for_each(last_hidden_state, ids, [0] * len(ids), device, precision, batch_size, progress))
 
 
 @torch.inference_mode()
@@ -104,25 +156,9 @@ def head_logits(head: nn.Module, features: Tensor, device: torch.device) -> Tens
     return head(features.to(device)).float().cpu()
 
 
-@torch.inference_mode()
-def _for_each_text(compute: Callable[[Batch], Tensor], ids: Sequence[np.ndarray], device: torch.device,
-                   precision: torch.dtype, batch_size: int | None, progress: str | None) -> Tensor:
-    """One row for each text, in the given order, computed in batches of texts of similar length.
-
-    Several processes share the texts, and each gets all rows.
-    """
-    batch_size = batch_size or defaults.EVALUATION_BATCH_SIZE[device.type]
-    own = parallel.share_of(len(ids))
-    results: list[Tensor] = []
-    numbers: list[int] = []
-    with tqdm(total=len(own), desc=progress, unit="text", mininterval=1,
-              disable=progress is None or parallel.rank() > 0) as bar:
-        for rows, batch in in_order_of_length([ids[i] for i in own], [0] * len(own), batch_size):
-            with computing_in(precision, device):
-                results.append(compute(batch.to(device)).float().cpu())
-            numbers += [own[row] for row in rows]
-            bar.update(len(rows))
-    return parallel.gathered(torch.cat(results), numbers, len(ids))
+def _rows(results: list[Tensor]) -> Tensor:
+    """One result (K,) a text as one tensor, (N, K); a copy, since what inference_mode makes knows no gradients."""
+    return torch.stack(results).clone()
 
 
 def metrics(logits: Tensor, labels: Sequence[int]) -> dict[str, Any]:
@@ -184,6 +220,6 @@ def zero_shot_logits(model: GPT2LMHeadModel, tokenizer: Tokenizer, texts: Sequen
         hidden = model.transformer(batch.input_ids, attention_mask=batch.attention_mask)             # (B, T, C)
         last = last_real_token(hidden, batch.attention_mask)                                         # (B, C)
         scores = model.lm_head(last).float().log_softmax(dim=-1)                                     # (B, vocab)
-        return torch.stack([scores[:, tokens].logsumexp(dim=1) for tokens in first_tokens], dim=1)   # (B, K)
+        return torch.stack([scores[:, tokens].logsumexp(dim=1) for tokens in first_tokens], dim=1).cpu()   # (B, K)
 
-    return _for_each_text(label_scores, ids, device, precision, batch_size, progress)
+    return _rows(for_each(label_scores, ids, [0] * len(ids), device, precision, batch_size, progress))

@@ -108,7 +108,7 @@ def test_an_unknown_model(train, name):
 def test_an_unknown_dataset(refused, adapter, tiny_model, name, script_name):
     options = ("--model", tiny_model) if script_name == "train.py" else ("--adapter", adapter)
     line = refused(script_name, *options, "--dataset", name)
-    assert repr(name) in line and "imdb, sample, or the path of a .csv" in line
+    assert repr(name) in line and "sample, or the path of a .csv" in line
 
 
 def test_a_dataset_file_that_is_not_there(train):
@@ -325,7 +325,7 @@ BAD_DATA = {
     "an empty review": ('text,label\nfine,0\n"",1\n', "row 2: the text is empty"),
     "a blank review": ('text,label\n"  \n ",1\nfine,0\n', "row 1: the text is empty"),
     "one label only": ("text,label\n" + "".join(f"film {i},good\n" for i in range(40)), "one label only ('good')"),
-    "a missing label": ("text,label\nfine,0\nbad,\n", "row 2: column 'label' is empty"),
+    "a missing label": ("text,label\nfine,0\nbad,\n", "row 2: the label is empty"),
     "few rows": ("text,label\nfine,0\nbad,1\n", "too few"),
     "a label a row": ("text,label\n" + "".join(f"film {i},a{i}\n" for i in range(90)), "90 different values"),
     "ragged rows": ("text,label\nfine,0\nbad,1,2,3\n", "not a readable .csv"),
@@ -614,3 +614,89 @@ def test_a_request_anatomy_cannot_meet_is_refused(refused, options, said):
 ])
 def test_a_trial_that_cannot_be_tried_is_refused(refused, tiny_model, trial, said):
     assert said in refused("tune.py", "--model", tiny_model, "--dataset", "films.csv", "--try", trial)
+
+
+# --- other tasks ------------------------------------------------------------------------------------------------------
+
+def as_jsonl(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+PAIRS = [{"source": f"a dog {i}", "target": f"ein Hund {i}"} for i in range(40)]
+SENTENCES = [{"tokens": ["Ada", "ran"], "ner_tags": ["B-person", "O"]} for _ in range(40)]
+BAD_TASK_DATA = {
+    "ragged tags": ("tagging", [*SENTENCES, {"tokens": ["Ada", "ran"], "ner_tags": ["O"]}],
+                    "row 41: 2 words have 1 tags"),
+    "unknown tags": ("tagging", [*SENTENCES, {"tokens": ["Ada"], "ner_tags": ["PERSON"]}],
+                     "row 41: tag 'PERSON' is neither O nor of the form B-type or I-type"),
+    "only outside": ("tagging", [{"tokens": ["ran"], "ner_tags": ["O"]}] * 40, "all words have the tag O"),
+    "no words": ("tagging", [*SENTENCES, {"tokens": [], "ner_tags": []}], "row 41: there is no word"),
+    "a missing tags column": ("tagging", [{"tokens": ["a"]}], "no column 'ner_tags'; --label-column can be one of"),
+    "a missing words column": ("tagging", [{"ner_tags": ["O"]}], "no column 'tokens'; --text-column can be one of"),
+    "an empty target": ("translation", [*PAIRS, {"source": "a cat", "target": " "}], "the target is empty"),
+    "a missing target": ("summarisation", [*PAIRS, {"source": "a cat"}], "the target is empty"),
+    "an empty source": ("translation", [*PAIRS, {"source": "", "target": "Hund"}], "row 41: the source is empty"),
+    "a missing source column": ("translation", [{"english": "a", "target": "b"}], "no column 'source'; --text-column"),
+    "a missing target column": ("summarisation", [{"source": "a", "de": "b"}], "no column 'target'; --label-column"),
+    "no rows": ("translation", PAIRS[:3], "3 rows are too few"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TASK_DATA)
+def test_unusable_data_of_another_task(refused, tiny_model, folder, case):
+    task, rows, message = BAD_TASK_DATA[case]
+    (folder / "own.jsonl").write_text(as_jsonl(rows))
+    line = refused("train.py", "--model", tiny_model, "--dataset", "own.jsonl", "--task", task, *QUICK)
+    assert "own.jsonl" in line and message in line
+
+
+def test_a_source_longer_than_the_context_is_cut_and_a_length_beyond_it_refused(script, refused, tiny_model, folder):
+    (folder / "own.jsonl").write_text(as_jsonl([{"source": "a dog " * 99, "target": "Hund"} for _ in range(40)]))
+    options = ("--model", tiny_model, "--dataset", "own.jsonl", "--task", "translation", *QUICK)
+    assert "max_length=65 is more than the model's 64 positions" in refused("train.py", *options, "--max-length", 65)
+    assert "no room for a source" in refused("train.py", *options, "--max-length", 4)
+    assert "at least 2" in refused("train.py", *options, "--max-new-tokens", 1)
+    assert script("train.py", *options).code == 0
+
+
+def test_a_dataset_and_a_task_that_do_not_belong_together(refused, tiny_model, folder):
+    options = ("train.py", "--model", tiny_model, *QUICK)
+    assert "sample is for classification, not for tagging" in refused(*options, "--dataset", "sample", "--task",
+                                                                      "tagging")
+    assert "unknown task 'ner'" in refused(*options, "--dataset", "films.csv", "--task", "ner")
+    assert "no file task.py" in refused(*options, "--dataset", "films.csv", "--task", "task.py")
+    line = refused(*options, "--dataset", "wnut_17", "--data-dir", folder)
+    assert "no folder wnut_17" in line and "wnut_17/validation-*.parquet" in line
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (("--temperature", 0.5), "--temperature means nothing to it"), (("--num-beams", 2), "--num-beams means nothing"),
+    (("--seed", 1), "--seed means nothing to it"), (("--task", "tagging"), "classes")])
+def test_asking_a_classifier_to_write(refused, adapter, options, message):
+    line = refused("predict.py", "--adapter", adapter, "a film", *options)
+    assert message in line or "was trained for SEQ_CLS" in line
+
+
+@pytest.fixture(scope="module")
+def translator(tmp_path_factory, tiny_model):
+    """An adapter folder of a translation as training leaves it."""
+    folder = tmp_path_factory.mktemp("translator")
+    (folder / "pairs.jsonl").write_text(as_jsonl(PAIRS))
+    finetune.finetune(Options(
+        model=str(tiny_model), dataset=str(folder / "pairs.jsonl"), task="translation", precision="fp32",
+        output=str(folder / "adapter"), results_dir=str(folder), training_values={"epochs": 1}))
+    return folder / "adapter"
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (("--temperature", -1), "temperature must not be negative"), (("--top-k", 0), "top_k must be at least 1"),
+    (("--top-p", 2), "top_p must lie in (0, 1]"), (("--num-beams", 0), "num_beams must be at least 1"),
+    (("--num-beams", 2, "--temperature", 1), "beam search does not sample"),
+    (("--max-new-tokens", 100), "exceed the 64 positions"), (("--length-penalty", 2), "num_beams")])
+def test_bad_ways_of_writing(refused, translator, options, message):
+    assert message in refused("predict.py", "--adapter", translator, "a dog", *options)
+
+
+def test_a_translator_is_not_tested_on_films(refused, translator):
+    assert "is for classification, not for translation" in refused(
+        "evaluate.py", "--adapter", translator, "--dataset", "sample")

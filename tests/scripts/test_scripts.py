@@ -16,12 +16,13 @@ from helpers import (
     read_json,
     rows,
     write_csv,
+    write_datasets,
     write_imdb,
 )
 
 from minipeft import defaults, finetune
 from minipeft.methods import METHODS
-from minipeft.tasks import classification
+from minipeft.tasks.task import Task
 
 QUICK = ("--epochs", 3, "--batch-size", 4, "--learning-rate", 0.02, "--precision", "fp32")
 
@@ -99,7 +100,7 @@ def test_predict_shows_a_long_text_on_one_line(train, script):
 
 def test_baseline_trains_nothing_and_writes_its_results(train, folder):
     outcome = train("--method", "baseline")
-    assert "untrained head: accuracy" in outcome.out and "zero-shot: accuracy" in outcome.out
+    assert "untrained head: accuracy" in outcome.out and "zero shot: accuracy" in outcome.out
     assert read_json("results/baseline_films_results.json")["method"] == "baseline"
     assert not (folder / "checkpoints").exists()
 
@@ -120,7 +121,7 @@ def test_a_model_trained_on_one_dataset_can_be_tested_on_another(train, script):
 
 
 def test_ctrl_c_ends_with_code_130_says_how_to_go_on_and_resume_does(train, script, tiny_model, monkeypatch):
-    original, calls = classification.loss_sum, []
+    original, calls = Task.loss_sum, []
 
     def pressing(logits, batch):
         calls.append(1)
@@ -128,7 +129,7 @@ def test_ctrl_c_ends_with_code_130_says_how_to_go_on_and_resume_does(train, scri
             os.kill(os.getpid(), signal.SIGINT)
         return original(logits, batch)
 
-    monkeypatch.setattr(classification, "loss_sum", pressing)
+    monkeypatch.setattr(Task, "loss_sum", staticmethod(pressing))
     outcome = script("train.py", "--model", tiny_model, "--dataset", "films.csv", *QUICK)
     assert outcome.code == 130
     assert "--resume" in outcome.out and not outcome.error_lines
@@ -154,8 +155,9 @@ def test_what_was_chosen_is_printed_first_with_the_reason(train, tiny_model):
     assert re.fullmatch(r"precision +float32 \(asked for\)", lines[1])
     assert re.fullmatch(rf"model +{tiny_model} \(asked for\)", lines[2])
     assert re.fullmatch(r"dataset +films\.csv \(asked for\)", lines[3])
-    assert re.fullmatch(r"sizes +32 train, 4 validation, 4 test", lines[4])
-    assert "trainable params: " in lines[5]
+    assert re.fullmatch(r"task +classification", lines[4])
+    assert re.fullmatch(r"sizes +32 train, 4 validation, 4 test", lines[5])
+    assert "trainable params: " in lines[6]
 
 
 def test_without_a_dataset_or_network_the_sample_is_used_and_the_reason_printed(script, tiny_model):
@@ -366,3 +368,30 @@ def test_tune_prints_a_line_for_each_trial_and_writes_them(script, tiny_model, f
 def test_each_methods_help_lists_its_own_options(script, method, option, other):
     shown = script("train.py", "--method", method, "--help").out
     assert option in shown and other not in shown
+
+
+# --- other tasks ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("dataset", "text", "shown"), [
+    ("wnut_17", "Ada saw Rome", r"Ada\S* saw\S* Rome\S*\n"), ("scitldr", "We study films. All of them.", r"[^\n]*\n"),
+    ("multi30k", "a dog", r"[^\n]*\n")])
+def test_train_evaluate_and_predict_work_for_every_task(script, tiny_model, folder, dataset, text, shown):
+    write_datasets(folder)
+    trained = script("train.py", "--model", tiny_model, "--dataset", dataset, "--data-dir", ".", "--epochs", 1,
+                     "--max-length", 48, "--precision", "fp32")
+    assert trained.code == 0, trained.err
+    tested = script("evaluate.py", "--dataset", dataset, "--data-dir", ".", "--precision", "fp32", "--json", "t.json")
+    results = read_json(f"results/fine_tuned_lora_{dataset}_results.json")
+    assert tested.code == 0 and read_json("t.json")["metrics"] == results["metrics"]["test"]
+    assert f"{dataset}, 4 of 4 test examples" in tested.out
+    predicted = script("predict.py", text)
+    assert predicted.code == 0 and re.fullmatch(shown, predicted.out.replace("\r", " ").replace("\v", " "))
+
+
+def test_a_translation_is_the_same_twice_with_a_seed_and_by_beams_at_once(script, tiny_model, folder):
+    write_datasets(folder)
+    script("train.py", "--model", tiny_model, "--dataset", "multi30k", "--data-dir", ".", "--epochs", 1,
+           "--max-length", 48, "--precision", "fp32")
+    sampled = [script("predict.py", "a dog", "--top-k", 9, "--seed", seed).out for seed in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+    assert script("predict.py", "a dog", "a cat", "--num-beams", 2).code == 0

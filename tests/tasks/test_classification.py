@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
 
 from minipeft import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
-from minipeft.data import Batch
+from minipeft.batches import Batch
 from minipeft.errors import ConfigError, DataError
 from minipeft.tasks.classification import (
+    Classification,
     encode,
-    loss_sum,
     metrics,
     predict_logits,
     truncate,
@@ -85,8 +85,8 @@ def test_an_impossible_cut_is_refused(tokenizer, max_length, how, message):
 def test_the_loss_is_the_sum_of_the_negative_log_probabilities():
     logits = torch.tensor([[0.0, 0.0], [math.log(3), 0.0]])
     batch = Batch(torch.zeros(2, 1), torch.ones(2, 1), torch.tensor([0, 1]))
-    assert loss_sum(logits, batch).item() == pytest.approx(math.log(2) + math.log(4))
-    assert loss_sum(logits.bfloat16(), batch).dtype == torch.float32
+    assert Classification.loss_sum(logits, batch).item() == pytest.approx(math.log(2) + math.log(4))
+    assert Classification.loss_sum(logits.bfloat16(), batch).dtype == torch.float32
 
 
 def test_metrics_worked_by_hand():

@@ -1,0 +1,280 @@
+"""Generation: a text is answered by a text, a summary or a translation, written by the language model itself.
+
+    sequence = source, separator, target, end of text
+    loss     = sum over target tokens and the end of -log softmax(lm_head(h before it))[token]
+
+The separator tells the model that its turn has come ("TL;DR:": Radford et al. 2019, section 3.6; "english = german":
+section 3.7). The source is read but never scored. Too long a source loses its end; so does a target, which is counted.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from minipeft import defaults
+from minipeft.batches import IGNORED_LABEL, Batch
+from minipeft.errors import ConfigError, DataError
+from minipeft.generate import generate, stream
+from minipeft.gpt2 import GPT2LMHeadModel
+from minipeft.hardware import computing_in
+from minipeft.tasks.task import Encoded, Examples, Task, bootstrap_interval, check_texts, for_each
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Generation(Task):
+    """What summaries and translations share.
+
+    Attributes:
+        max_new_tokens: room for a target, the end included; default a third of max_length. The source has the rest.
+    """
+
+    max_new_tokens: int | None = None
+
+    model_class: ClassVar[type[nn.Module]] = GPT2LMHeadModel
+    columns: ClassVar[tuple[str, str]] = ("source", "target")
+    best_by: ClassVar[str] = "loss"
+    separator: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_new_tokens is None:
+            self.max_new_tokens = max(2, self.max_length // 3)
+        if self.max_new_tokens < 2:
+            raise ConfigError(f"max_new_tokens must be at least 2, a token and the end, got {self.max_new_tokens}")
+        self.separator_ids = self.tokenizer.encode(self.separator)
+        self.source_length = self.max_length - len(self.separator_ids) - self.max_new_tokens
+        if self.source_length < 1:
+            raise ConfigError(f"max_length={self.max_length} has no room for a source, {len(self.separator_ids)} "
+                              f"tokens of separator and {self.max_new_tokens} new tokens")
+
+    @classmethod
+    def read(cls, texts: list[Any], labels: list[Any], where: str,
+             label_names: list[str] | None = None) -> tuple[Examples, list[str]]:
+        """A source is a text or a list of sentences, a target a text or a list of texts of which any will do."""
+        check_texts([source_text(text) for text in texts], where, "source")
+        references = [label if isinstance(label, list) else [label] for label in labels]
+        for row, targets in enumerate(references, start=1):
+            if not targets:
+                raise DataError(f"{where}, row {row}: there is no target")
+            check_texts(targets, f"{where}, row {row}, targets", "target")
+        return Examples(texts, references), []
+
+    def prompts(self, texts: Sequence[Any]) -> list[np.ndarray]:
+        """Token ids of each source, cut to its room, and of the separator."""
+        sources = self.tokenizer.encode_batch([source_text(text) for text in texts])
+        return [np.asarray(ids[:self.source_length] + self.separator_ids, dtype=np.int32) for ids in sources]
+
+    def encode(self, examples: Examples) -> Encoded:
+        """Training sequences. Of several targets the first is learned; label t is the token after token t."""
+        prompts = self.prompts(examples.texts)
+        targets = self.tokenizer.encode_batch([" " + references[0].strip() for references in examples.labels])
+        longest = self.max_new_tokens - 1
+        if cut := sum(len(target) > longest for target in targets):
+            logger.warning("%d of %d targets have more than %d tokens; what comes after was cut", cut, len(targets),
+                           longest)
+        ids, labels = [], []
+        for prompt, target in zip(prompts, targets):
+            target = np.asarray([*target[:longest], self.tokenizer.eos_token_id])
+            ids.append(np.concatenate((prompt, target[:-1])))                              # (T,)
+            labels.append(np.concatenate((np.full(len(prompt) - 1, IGNORED_LABEL), target)))                 # (T,)
+        return Encoded(examples, ids, labels)
+
+    def evaluate(self, model: nn.Module, encoded: Encoded, device: torch.device, precision: torch.dtype,
+                 progress: str | None = None) -> dict[str, Any]:
+        """Loss and accuracy a target token, each given the true ones before it: quick, and no measure of quality."""
+        model.eval()
+
+        def of_each_row(batch: Batch) -> list[Tensor]:
+            tokens = (batch.labels != IGNORED_LABEL).sum(dim=1).tolist()
+            logits = model(**batch.arguments()).float()                                                # (N, vocab)
+            losses = F.cross_entropy(logits, batch.targets, reduction="none")                          # (N,)
+            hits = (logits.argmax(dim=1) == batch.targets).float()                                     # (N,)
+            parts = torch.stack((losses, hits, torch.ones_like(hits)), dim=1).cpu().split(tokens)
+            return [part.sum(dim=0) for part in parts]                                                 # (3,) each
+
+        rows = for_each(of_each_row, encoded.ids, encoded.labels, device, precision, progress=progress)
+        loss, hits, tokens = torch.stack(rows).double().sum(dim=0).tolist()
+        return {"loss": round(loss / tokens, 6), "accuracy": round(hits / tokens, 6)}
+
+    def write(self, model: nn.Module, texts: Sequence[Any], device: torch.device, precision: torch.dtype,
+              progress: str | None = None, **how: Any) -> list[str]:
+        """The model's answer to each text.
+
+        Args:
+            how: arguments of `generate`; greedy without any.
+        """
+        model.eval()
+        eos = self.tokenizer.eos_token_id
+
+        def answers(batch: Batch) -> list[str]:
+            input_ids, mask = padded_left(batch.input_ids, batch.attention_mask)
+            new = generate(model, input_ids, mask.to(device), eos_token_id=eos,
+                           **{"max_new_tokens": self.max_new_tokens, **how})[:, input_ids.shape[1]:].tolist()
+            return [self.tokenizer.decode(row[:row.index(eos)] if eos in row else row).strip() for row in new]
+
+        prompts = self.prompts(texts)
+        return for_each(answers, prompts, [0] * len(prompts), device, precision,
+                        defaults.GENERATION_BATCH_SIZE[device.type], progress)
+
+    def test(self, model: nn.Module, examples: Examples, device: torch.device, precision: torch.dtype,
+             progress: str | None = None) -> dict[str, Any]:
+        written = self.write(model, examples.texts, device, precision, progress)
+        return {**self.metrics(written, examples.labels),
+                **self.evaluate(model, self.encode(examples), device, precision)}
+
+    @abstractmethod
+    def metrics(self, written: list[str], references: list[list[str]]) -> dict[str, Any]:
+        """How close the written texts come to their references, with 95 % intervals."""
+
+    def answers(self, model: nn.Module, texts: Sequence[str], device: torch.device, precision: torch.dtype,
+                **how: Any) -> Iterator[str]:
+        """Each answer piece by piece, as it is generated.
+
+        Args:
+            how: arguments of `stream`; greedy without any. Beam search, whose answer is known at the end only, is
+                for `write`.
+
+        Raises:
+            ConfigError: beam search.
+        """
+        model.eval()
+        how = {"max_new_tokens": self.max_new_tokens, **how}
+        if how.pop("num_beams", 1) != 1 or "length_penalty" in how:
+            raise ConfigError("beam search knows its answer only at the end: give num_beams above 1 to `write`")
+        for prompt in self.prompts(texts):
+            ids: list[int] = []
+            said = ""
+            with computing_in(precision, device):
+                for token in stream(model, torch.from_numpy(prompt).long()[None].to(device),
+                                    eos_token_id=self.tokenizer.eos_token_id, **how):
+                    if int(token) == self.tokenizer.eos_token_id:
+                        break
+                    ids.append(int(token))
+                    text = self.tokenizer.decode(ids).lstrip()
+                    if not text.endswith("\ufffd"):  # part of a character that has further bytes to come
+                        yield text[len(said):]
+                        said = text
+            yield "\n"
+
+
+class Summarisation(Generation):
+    """A summary after "TL;DR:", judged by ROUGE (Lin 2004), of several references by the closest."""
+
+    name: ClassVar[str] = "summarisation"
+    headline: ClassVar[str] = "rougeL"
+    separator: ClassVar[str] = "\nTL;DR:"
+
+    def metrics(self, written: list[str], references: list[list[str]]) -> dict[str, Any]:
+        try:
+            from rouge_score.rouge_scorer import RougeScorer
+        except ImportError as error:
+            raise ConfigError("summaries are judged by rouge-score: pip install 'minipeft[metrics]'") from error
+        kinds = ("rouge1", "rouge2", "rougeL")
+        scorer = RougeScorer(list(kinds), use_stemmer=False)
+        scores = [scorer.score_multi(targets, text) for text, targets in zip(written, references)]
+        found: dict[str, Any] = {"examples": len(written)}
+        for kind in kinds:
+            values = np.array([100 * score[kind].fmeasure for score in scores])                        # (N,)
+            half = 1.96 * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
+            found[kind] = round(float(values.mean()), 4)
+            found[f"{kind}_95_interval"] = [round(float(values.mean() + sign * half), 4) for sign in (-1, 1)]
+        return found
+
+    def baselines(self, train: Examples, test: Examples) -> dict[str, dict[str, Any]]:
+        """Lead-1: the first sentence of the source is its summary."""
+        return {"lead_1": self.metrics([first_sentence(text) for text in test.texts], test.labels)}
+
+
+class Translation(Generation):
+    """A translation after "=", judged by BLEU (Papineni et al. 2002) and chrF (Popović 2015), as sacrebleu has them."""
+
+    name: ClassVar[str] = "translation"
+    headline: ClassVar[str] = "bleu"
+    separator: ClassVar[str] = " ="
+
+    def metrics(self, written: list[str], references: list[list[str]]) -> dict[str, Any]:
+        try:
+            from sacrebleu.metrics import BLEU, CHRF
+        except ImportError as error:
+            raise ConfigError("translations are judged by sacrebleu: pip install 'minipeft[metrics]'") from error
+        most = max(map(len, references))
+        columns = [[targets[i] if i < len(targets) else None for targets in references] for i in range(most)]
+        found: dict[str, Any] = {"examples": len(written)}
+        for name, metric in (("bleu", BLEU()), ("chrf", CHRF())):
+            found[name] = round(metric.corpus_score(written, columns).score, 4)
+            found[f"{name}_signature"] = metric.get_signature().format()
+        single = BLEU(effective_order=True)  # only to count: a corpus's counts are the sums of its sentences'
+        scores = [single.sentence_score(text, targets) for text, targets in zip(written, references)]
+        counts = np.array([[*score.counts, *score.totals, score.sys_len, score.ref_len] for score in scores])  # (N, 10)
+
+        def bleu(rows: np.ndarray) -> float:
+            *grams, own_length, reference_length = counts[rows].sum(axis=0).tolist()
+            return BLEU.compute_bleu(grams[:4], grams[4:], own_length, reference_length, smooth_method="exp").score
+
+        return {**found, "bleu_95_interval": bootstrap_interval(bleu, len(written))}
+
+    def baselines(self, train: Examples, test: Examples) -> dict[str, dict[str, Any]]:
+        """The source as it is, and a dictionary: each word becomes the one it most often stands opposite to."""
+        dictionary = word_dictionary(train)
+        copied = [source_text(text) for text in test.texts]
+        translated = [_joined([dictionary.get(word, word) for word in _words(text)]) for text in copied]
+        return {"copy_source": self.metrics(copied, test.labels),
+                "word_dictionary": self.metrics(translated, test.labels)}
+
+
+def source_text(source: Any) -> Any:
+    """A source's text, its sentences joined where it is a list of them."""
+    return " ".join(source) if isinstance(source, list) and all(isinstance(part, str) for part in source) else source
+
+
+def first_sentence(source: str | list[str]) -> str:
+    """The first of a list of sentences; of a text what comes up to the first full stop, question or exclamation mark
+    with a space behind it."""
+    return source[0] if isinstance(source, list) else re.split(r"(?<=[.!?])\s", source, maxsplit=1)[0]
+
+
+def padded_left(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Token ids and mask (B, T), padded on the right, with their padding moved to the left."""
+    T = input_ids.shape[1]
+    pads = T - attention_mask.sum(dim=1, keepdim=True)                                                 # (B, 1)
+    source = (torch.arange(T) - pads) % T                                                              # (B, T)
+    return input_ids.gather(1, source.to(input_ids.device)), attention_mask.gather(1, source)
+
+
+def word_dictionary(pairs: Examples) -> dict[str, str]:
+    """For each source word the target word that goes with it best: 2 n(both) / (n(source word) + n(target word)),
+    counted in sentences (Dice 1945)."""
+    sources: Counter[str] = Counter()
+    targets: Counter[str] = Counter()
+    together: Counter[tuple[str, str]] = Counter()
+    for source, references in zip(pairs.texts, pairs.labels):
+        own, opposite = set(_words(source_text(source))), set(_words(references[0]))
+        sources.update(own)
+        targets.update(opposite)
+        together.update((a, b) for a in own for b in opposite)
+    best: dict[str, tuple[float, str]] = {}
+    for (a, b), count in together.items():
+        best[a] = max(best.get(a, (0.0, "")), (2 * count / (sources[a] + targets[b]), b))
+    return {word: found for word, (_, found) in best.items()}
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+|[^\w\s]", text)
+
+
+def _joined(words: list[str]) -> str:
+    return re.sub(r" ([.,;:!?])", r"\1", " ".join(words))

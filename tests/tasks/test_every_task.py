@@ -1,0 +1,120 @@
+"""One loop and one set of methods carry every task: each dataset with each method, from files to results and back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import read_json, write_datasets, write_tiny_model
+
+from minipeft.data import KNOWN, load_dataset
+from minipeft.errors import AdapterError, ConfigError, DataError
+from minipeft.finetune import Options, baseline, finetune
+from minipeft.saved import load_finetuned
+from minipeft.tasks import TASKS, find_task
+
+CPU = torch.device("cpu")
+DATASETS = ("sst2", "wnut_17", "scitldr", "multi30k")
+SMALL = {"prefix": {"num_virtual_tokens": 3}, "prompt": {"num_virtual_tokens": 3}, "adapter": {"reduction_factor": 4}}
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny", n_positions=128)
+
+
+@pytest.fixture
+def options(tiny_model, tmp_path, monkeypatch):
+    """options(dataset, method, **changes): a run of a second, writing below tmp_path."""
+    monkeypatch.delenv("MINIPEFT_DATA", raising=False)
+    write_datasets(tmp_path / "data")
+
+    def make(dataset, method="lora", **changes):
+        return Options(**{"method": method, "model": str(tiny_model), "dataset": dataset, "precision": "fp32",
+                          "data_dir": str(tmp_path / "data"), "max_length": 48, "output": str(tmp_path / "trained"),
+                          "results_dir": str(tmp_path / "results"), "method_values": SMALL.get(method, {}),
+                          "training_values": {"epochs": 1, "batch_size": 4, "learning_rate": 1e-2}, **changes})
+
+    return make
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "prefix", "prompt", "adapter", "ia3", "bitfit"])
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_every_dataset_trains_with_every_method_and_reloads_to_the_same_figures(options, tmp_path, dataset, method):
+    results = finetune(options(dataset, method))
+    assert read_json(tmp_path / "results" / f"fine_tuned_{method}_{dataset}_results.json") == results
+    task = TASKS[KNOWN[dataset].task]
+    assert results["task"] == task.name and task.headline in results["metrics"]["test"]
+    assert task.best_by in results["metrics"]["best_validation"]
+    assert results["dataset"]["sizes"] == {"train": 12, "validation": 4, "test": 4}
+    model, loaded = load_finetuned(tmp_path / "trained")
+    assert type(loaded) is task and type(model) is task.model_class
+    test = load_dataset(dataset, tmp_path / "data").test
+    assert loaded.test(model, test, CPU, torch.float32) == results["metrics"]["test"]
+
+
+@pytest.mark.parametrize(("dataset", "names"), [
+    ("sst2", {"untrained_head", "zero_shot"}), ("wnut_17", {"untrained_head", "most_frequent_tag"}),
+    ("scitldr", {"untrained_base", "lead_1"}), ("multi30k", {"untrained_base", "copy_source", "word_dictionary"})])
+def test_every_dataset_has_its_baselines(options, tmp_path, dataset, names):
+    said = []
+    found = baseline(options(dataset), said.append)
+    assert found["metrics"].keys() == names
+    assert all(TASKS[KNOWN[dataset].task].headline in figures for figures in found["metrics"].values())
+    assert read_json(tmp_path / "results" / f"baseline_{dataset}_results.json")["task"] == KNOWN[dataset].task
+    assert any("95 % interval" in line for line in said)
+
+
+@pytest.mark.parametrize("dataset", ["wnut_17", "multi30k"])
+def test_an_interrupted_run_ends_as_one_that_was_not(options, tmp_path, dataset, monkeypatch):
+    from minipeft import training
+
+    expected = finetune(options(dataset, output=str(tmp_path / "whole")))
+    steps = []
+    original = training.nn.utils.clip_grad_norm_
+
+    def stop_in_the_second_step(*arguments, **named):
+        steps.append(None)
+        if len(steps) == 2:
+            import os
+            import signal
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(training.nn.utils, "clip_grad_norm_", stop_in_the_second_step)
+    assert finetune(options(dataset, output=str(tmp_path / "cut"))) == {}
+    resumed = finetune(options(dataset, output=str(tmp_path / "cut"), resume=True))
+    assert resumed["metrics"] == expected["metrics"]
+    assert [{**row, "seconds": 0} for row in resumed["curve"]] == [{**row, "seconds": 0} for row in expected["curve"]]
+
+
+def test_a_known_dataset_has_one_task(options):
+    with pytest.raises(DataError, match="multi30k is for translation, not for tagging"):
+        finetune(options("multi30k", task="tagging"))
+
+
+def test_an_unknown_task_is_refused_with_those_there_are(options, tmp_path):
+    with pytest.raises(ConfigError, match="unknown task 'parsing': use classification, tagging, summarisation"):
+        finetune(options("multi30k", task="parsing"))
+    with pytest.raises(ConfigError, match=r"there is no file nowhere\.py"):
+        find_task("nowhere.py")
+    for content, message in (("x = 1 +", "cannot be imported: SyntaxError"), ("x = 1", "defines 0 complete tasks"),
+                             ("from minipeft.tasks.tagging import Tagging", "defines 0 complete tasks")):
+        (tmp_path / "task.py").write_text(content)
+        with pytest.raises(ConfigError, match=message):
+            find_task(str(tmp_path / "task.py"))
+
+
+def test_head_only_training_is_refused_where_there_is_no_head(options):
+    from minipeft.errors import InjectionError
+    with pytest.raises(InjectionError, match="GPT2LMHeadModel has no classification head"):
+        finetune(options("multi30k", "head"))
+    assert "f1" in finetune(options("wnut_17", "head"))["metrics"]["test"]
+
+
+def test_an_adapter_folder_names_its_task_and_runs_no_code_for_it(options, tmp_path):
+    finetune(options("wnut_17"))
+    details = tmp_path / "trained" / "minipeft.json"
+    details.write_text(details.read_text().replace('"tagging"', f'"{tmp_path}/evil.py"'))
+    (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(AdapterError, match=r"name the \.py file that defines it with --task"):
+        load_finetuned(tmp_path / "trained")

@@ -32,14 +32,19 @@ class Batch:
         return Batch(there(self.input_ids), self.attention_mask, there(self.labels))
 
     @property
+    def positions(self) -> Tensor | None:
+        """Where a token has a label, boolean (B, T); None where the labels are one a text."""
+        return None if self.labels.dim() == 1 else self.labels != IGNORED_LABEL
+
+    @property
     def targets(self) -> Tensor:
         """The labels that count, (N,): all of one a text; of one a token, those at `positions`."""
-        return self.labels if self.labels.dim() == 1 else self.labels[self.labels != IGNORED_LABEL]
+        return self.labels if self.positions is None else self.labels[self.positions]
 
     def arguments(self) -> dict[str, Tensor]:
         """What a model is called with. A head is asked only where there is a label: most of a text has none."""
         found = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
-        return found if self.labels.dim() == 1 else {**found, "positions": self.labels != IGNORED_LABEL}
+        return found if self.positions is None else {**found, "positions": self.positions}
 
 
 def rounded(length: int, to: int = 32) -> int:

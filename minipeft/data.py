@@ -27,6 +27,7 @@ SAMPLE_FOLDER = Path(__file__).parent / "sample"
 FILE_TYPES = (".csv", ".tsv", ".jsonl", ".parquet")
 SPLITS = ("train", "validation", "test")
 VALIDATION_FRACTION = 0.1
+CONVERTED = "refs/convert/parquet"  # the branch with the hub's own conversion of a dataset to parquet files
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class KnownDataset:
 
     Attributes:
         task: what it is for, a name in TASKS.
-        hub: its repository on the Hugging Face hub; `config` where that has several parts.
+        hub: its repository on the Hugging Face hub; `folder` where that has several parts, `revision` where its
+            default branch holds a program in place of data.
         text_columns: names that the column of texts goes by; the first one present is taken.
         label_names: of its labels by number; None where labels are texts.
         splits: those it has.
@@ -46,7 +48,8 @@ class KnownDataset:
     text_columns: tuple[str, ...]
     label_column: str
     label_names: tuple[str, ...] | None = None
-    config: str | None = None
+    folder: str | None = None
+    revision: str | None = None
     splits: tuple[str, ...] = SPLITS
 
 
@@ -56,8 +59,9 @@ KNOWN = {
     "sst2": KnownDataset("classification", "SetFit/sst2", ("sentence", "text"), "label", ("negative", "positive")),
     "wnut_17": KnownDataset("tagging", "wnut_17", ("tokens",), "ner_tags", (
         "O", "B-corporation", "I-corporation", "B-creative-work", "I-creative-work", "B-group", "I-group", "B-location",
-        "I-location", "B-person", "I-person", "B-product", "I-product")),
-    "scitldr": KnownDataset("summarisation", "allenai/scitldr", ("source",), "target", config="Abstract"),
+        "I-location", "B-person", "I-person", "B-product", "I-product"), folder="wnut_17", revision=CONVERTED),
+    "scitldr": KnownDataset("summarisation", "allenai/scitldr", ("source",), "target", folder="Abstract",
+                            revision=CONVERTED),
     "multi30k": KnownDataset("translation", "bentrevett/multi30k", ("en",), "de"),
 }
 
@@ -98,7 +102,8 @@ def choose_dataset(data_dir: str | Path | None = None) -> tuple[str, str]:
 
 
 def load_dataset(name: str, data_dir: str | Path | None = None, text_column: str | None = None,
-                 label_column: str | None = None, seed: int = 0, task: str | None = None) -> Dataset:
+                 label_column: str | None = None, seed: int = 0, task: str | None = None,
+                 label_names: list[str] | None = None) -> Dataset:
     """Read a dataset.
 
     Args:
@@ -109,24 +114,22 @@ def load_dataset(name: str, data_dir: str | Path | None = None, text_column: str
             every label in its share).
         task: of a file of one's own: a name in TASKS or the path of a .py file that defines one; default
             classification. A known dataset has its own, and no other.
+        label_names: of a file of one's own, where they are known: those that a model was trained on.
 
     Raises:
         DataError: an unknown name, a missing file or column, or unusable content.
         ConfigError: an unknown task.
     """
     chosen = None if task is None else find_task(task)
-    if name in KNOWN:
-        data = _known(name, KNOWN[name], data_dir, seed)
-    elif name == "sample":
-        data = _sample()
-    elif name.endswith(FILE_TYPES):
-        return _own_file(Path(name), chosen or TASKS["classification"], text_column, label_column, seed)
-    else:
-        raise DataError(f"unknown dataset {name!r}: use {', '.join(KNOWN)}, sample, or the path of a "
-                        f"{', '.join(FILE_TYPES)} file")
-    if chosen not in (None, data.task):
-        raise DataError(f"{name} is for {data.task.name}, not for {chosen.name}")
-    return data
+    if name in KNOWN or name == "sample":
+        own = TASKS[KNOWN[name].task if name in KNOWN else "classification"]
+        if chosen not in (None, own):
+            raise DataError(f"{name} is for {own.name}, not for {chosen.name}")
+        return _known(name, KNOWN[name], data_dir, seed) if name in KNOWN else _sample()
+    if name.endswith(FILE_TYPES):
+        return _own_file(Path(name), chosen or TASKS["classification"], text_column, label_column, seed, label_names)
+    raise DataError(f"unknown dataset {name!r}: use {', '.join(KNOWN)}, sample, or the path of a "
+                    f"{', '.join(FILE_TYPES)} file")
 
 
 def read_parquet_split(folder: Path, split: str) -> pa.Table:
@@ -191,12 +194,14 @@ def _from_hub(name: str, known: KnownDataset, split: str) -> pa.Table:
                         f"parquet files into FOLDER/{name} as {files} and pass --data-dir FOLDER, or use --dataset "
                         "sample")
     try:
-        return datasets.load_dataset(known.hub, known.config, split=split).data.table
+        rows = datasets.load_dataset(known.hub, data_dir=known.folder, revision=known.revision, split=split)
+        return rows.data.table
     except Exception as error:  # the hub client raises its HTTP library's errors, which differ between versions
         raise DataError(f"loading {known.hub} from the hub failed: {type(error).__name__}: {error}") from error
 
 
-def _own_file(path: Path, task: type[Task], text_column: str | None, label_column: str | None, seed: int) -> Dataset:
+def _own_file(path: Path, task: type[Task], text_column: str | None, label_column: str | None, seed: int,
+              label_names: list[str] | None) -> Dataset:
     table, columns = _read_table(path), []
     for column, default, option in zip((text_column, label_column), task.columns, ("--text-column", "--label-column")):
         column = column or default
@@ -205,7 +210,7 @@ def _own_file(path: Path, task: type[Task], text_column: str | None, label_colum
         if table.column_names.count(column) > 1:
             raise DataError(f"{path} has {table.column_names.count(column)} columns named {column!r}")
         columns.append(table[column].to_pylist())
-    examples, label_names = task.read(*columns, str(path))
+    examples, label_names = task.read(*columns, str(path), label_names)
     rest, test = stratified_split(examples.classes(), VALIDATION_FRACTION, seed)
     rest_examples = examples.take(rest)
     train, validation = stratified_split(rest_examples.classes(), VALIDATION_FRACTION, seed + 1)
@@ -213,8 +218,8 @@ def _own_file(path: Path, task: type[Task], text_column: str | None, label_colum
     data = Dataset(name, str(path), task, label_names, rest_examples.take(train), rest_examples.take(validation),
                    examples.take(test))
     if not len(data.validation) or not len(data.test):
-        raise DataError(f"{path}: {len(examples)} rows are too few to hold out a validation and a test split; "
-                        "each label needs at least ten")
+        raise DataError(f"{path}: {len(examples)} rows are too few to hold out a validation and a test split; there "
+                        "should be at least ten, of each label where a text has one")
     return data
 
 

@@ -18,7 +18,11 @@ from minipeft.errors import OutputError
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file as people and diffs like it: indented, keys sorted, newline at the end."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_text(_as_json(content), encoding="utf-8")
+
+
+def _as_json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
 @contextmanager
@@ -74,11 +78,20 @@ def write_json_file(path: str | Path, content: dict[str, Any]) -> None:
     Raises:
         OutputError: it cannot be written.
     """
+    write_text_file(path, _as_json(content))
+
+
+def write_text_file(path: str | Path, text: str) -> None:
+    """Write one text file under a temporary name, then rename it.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.writing")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(temporary, content)
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
         with suppress(OSError):

@@ -52,7 +52,7 @@ class Options:
     validation_size: int | None = None
     test_size: int | None = None
     max_length: int | None = None
-    truncation: str = defaults.TRUNCATION
+    truncation: str | None = None
     max_new_tokens: int | None = None
     dropout: float | None = None
     device: str | None = None
@@ -87,7 +87,7 @@ def set_up(options: Options, say: Say) -> Setup:
     device = choose_device(options.device)
     precision = choose_precision(options.precision, device)
     classification.check_length(defaults.MAX_LENGTH if options.max_length is None else options.max_length,
-                                options.truncation)
+                                options.truncation or defaults.TRUNCATION)
     choices = {"device": f"{device.type} ({'asked for' if options.device else 'what this machine has'})",
                "precision": f"{_name(precision)} ({'asked for' if options.precision != 'auto' else 'best here'})"}
     model_name = options.model
@@ -104,6 +104,10 @@ def set_up(options: Options, say: Say) -> Setup:
 
     seed = options.training_values.get("seed", 0)
     data = load_dataset(dataset, options.data_dir, options.text_column, options.label_column, seed=0, task=options.task)
+    data.task.check_installed()
+    if options.shard and data.task.model_class.head == "lm_head":
+        raise ConfigError("--shard is not for tasks that write: processes finish their texts at different times, and a "
+                          "sharded model computes in step")
     choices["task"] = data.task.name
     say(f"{'task':10} {choices['task']}")
     limits = {"train": options.train_size, "validation": options.validation_size, "test": options.test_size}
@@ -177,7 +181,7 @@ def fit(options: Options, setup: Setup, say: Say, folder: Path | None = None) ->
     encoded, validation = task.encode(setup.data.train), task.encode(setup.data.validation)
     tokenising_seconds, feature_seconds, feature_core_seconds = time.perf_counter() - started, 0.0, 0.0
     inputs, trained_model, batches = encoded.ids, model, BucketedBatches
-    if options.method == "head" and model.head == "score" and not options.recompute_features:
+    if options.method == "head" and type(task) is classification.Classification and not options.recompute_features:
         started, core_started = time.perf_counter(), time.process_time()
         inputs, validation_features = (
             classification.pooled_features(model, ids, setup.device, setup.precision, progress=f"{split} features")
@@ -322,8 +326,11 @@ def results_path(folder: str | Path, name: str, dataset: str) -> Path:
 def _task(setup: Setup, options: Options, model: nn.Module) -> Task:
     """The dataset's task, set up for this model."""
     values: dict[str, Any] = {"max_length": _max_length(setup, options, model)}
-    fields = setup.data.task.__dataclass_fields__
-    values |= {name: getattr(options, name) for name in ("truncation", "max_new_tokens") if name in fields}
+    for name in ("truncation", "max_new_tokens"):
+        if (value := getattr(options, name)) is not None:
+            if name not in setup.data.task.__dataclass_fields__:
+                raise ConfigError(f"{name} means nothing to {setup.data.task.name}")
+            values[name] = value
     return setup.data.task(setup.tokenizer, setup.data.label_names, **values)
 
 

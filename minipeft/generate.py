@@ -50,7 +50,7 @@ def generate(model: GPT2LMHeadModel, input_ids: Tensor, attention_mask: Tensor |
     """
     if num_beams > 1 and temperature > 0:
         raise ConfigError("beam search does not sample: use temperature=0, or num_beams=1")
-    if num_beams != 1:
+    if num_beams != 1 and max_new_tokens != 0:
         return _beam_search(model, input_ids, attention_mask, max_new_tokens, num_beams, length_penalty, eos_token_id)
     steps = stream(model, input_ids, attention_mask, max_new_tokens, temperature, top_k, top_p, eos_token_id, generator)
     return torch.cat((input_ids, *(token[:, None] for token in steps)), dim=1)
@@ -89,6 +89,8 @@ class _Reader:
 
     def __init__(self, model: GPT2LMHeadModel, input_ids: Tensor, attention_mask: Tensor | None,
                  max_new_tokens: int) -> None:
+        if max_new_tokens < 0:
+            raise ConfigError(f"max_new_tokens must not be negative, got {max_new_tokens}")
         T, left = input_ids.shape[1], positions_left(model)
         if T + max_new_tokens > left:
             raise ConfigError(f"{T} prompt tokens and {max_new_tokens} new ones exceed the {left} positions that the "
@@ -134,6 +136,8 @@ def _beam_search(model: GPT2LMHeadModel, input_ids: Tensor, attention_mask: Tens
     """The best continuation of each prompt among those that `num_beams` beams meet."""
     if num_beams < 1:
         raise ConfigError(f"num_beams must be at least 1, got {num_beams}")
+    if not -10 <= length_penalty <= 10:
+        raise ConfigError(f"length_penalty must lie in [-10, 10], got {length_penalty}")
     B = len(input_ids)
     reader = _Reader(model, input_ids, attention_mask, max_new_tokens)
     logits = reader.read(input_ids)                                                               # (B, vocab)

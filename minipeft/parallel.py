@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as distributed
 import torch.nn as nn
@@ -114,11 +115,13 @@ def gathered(items: Sequence[Any], numbers: Sequence[int], count: int) -> list[A
     everyone: list[Any] = [(items, numbers)]
     if world_size() > 1:
         everyone = [None] * world_size()
-        distributed.all_gather_object(everyone, (list(items), list(numbers)))
+        # A tensor that is a view would be sent with all that it is a view of; an array is sent by itself.
+        plain = [item.numpy() if isinstance(item, Tensor) else item for item in items]
+        distributed.all_gather_object(everyone, (plain, list(numbers)))
     whole = [None] * count
     for part, its_numbers in everyone:
         for number, item in zip(its_numbers, part):
-            whole[number] = item
+            whole[number] = torch.from_numpy(item) if isinstance(item, np.ndarray) else item
     return whole
 
 

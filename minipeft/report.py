@@ -12,7 +12,7 @@ from minipeft.errors import ConfigError, OutputError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Where a table stands in a Markdown file: between a line that names its dataset, or "all" of them, and an end.
+# Where a table stands in a Markdown file: between a line that names its dataset, "all" of them or "speed", and an end.
 TABLE_START, TABLE_END = "<!-- results on {}: written by scripts/report.py -->", "<!-- end of results -->"
 
 
@@ -53,8 +53,7 @@ def results_table(folder: Path, dataset: str = "imdb") -> str:
     Raises:
         OutputError: there is none.
     """
-    found = [results for path in sorted(folder.glob("*_results.json"))
-             if (results := json.loads(path.read_text(encoding="utf-8")))["dataset"]["name"] == dataset]
+    found = [results for results in _results_files(folder) if results["dataset"]["name"] == dataset]
     if not found:
         raise OutputError(f"{folder} holds no results on {dataset}")
     figures = _figures(found[0])
@@ -78,6 +77,17 @@ def results_table(folder: Path, dataset: str = "imdb") -> str:
     return markdown_table(header, [row for _, _, row in sorted(rows, key=lambda row: row[:2])])
 
 
+def _results_files(folder: Path) -> list[dict[str, Any]]:
+    return [_read_json(path) for path in sorted(folder.glob("*_results.json"))]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{path} is not readable JSON: {error}") from error
+
+
 def _figures(results: dict[str, Any]) -> tuple[tuple[str, str, float, str], ...]:
     """What a table shows of a results file; of a user's own task its headline."""
     headline = results.get("headline", "accuracy")
@@ -87,7 +97,7 @@ def _figures(results: dict[str, Any]) -> tuple[tuple[str, str, float, str], ...]
 def _tests(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     if results["method"] != "baseline":
         return [(results["method"], results["metrics"]["test"])]
-    return [(f"baseline: {BASELINES[key]}", found) for key, found in results["metrics"].items()]
+    return [(f"baseline: {BASELINES.get(key, key)}", found) for key, found in results["metrics"].items()]
 
 
 def overview_table(folder: Path) -> str:
@@ -95,8 +105,8 @@ def overview_table(folder: Path) -> str:
     columns: dict[str, str] = {}
     cells: dict[str, dict[str, str]] = {}
     order = []
-    files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*_results.json"))]
-    for results in sorted(files, key=lambda file: (file["dataset"]["name"] != "imdb", file["dataset"]["name"])):
+    files = sorted(_results_files(folder), key=lambda results: results["dataset"]["name"])
+    for results in sorted(files, key=lambda results: results["dataset"]["name"] != "imdb"):
         key, heading, factor, unit = _figures(results)[0]
         dataset = results["dataset"]["name"]
         columns[dataset] = f"{dataset}: {heading}"
@@ -124,7 +134,10 @@ def replace_tables(text: str, folder: Path) -> str:
         _, end, after = rest.partition(TABLE_END)
         if not found or not end:
             raise OutputError(f"{start}{part.splitlines()[0]} is not followed by {TABLE_END}")
-        table = overview_table(folder) if dataset == "all" else results_table(folder, dataset)
+        if dataset == "speed":
+            table = speed_table(_read_json(folder / "benchmark.json"))
+        else:
+            table = overview_table(folder) if dataset == "all" else results_table(folder, dataset)
         parts[number] = f"{dataset}{behind}\n{table}\n{end}{after}"
     return start.join(parts)
 
@@ -159,6 +172,42 @@ def benchmark_headline(results: dict[str, Any]) -> dict[str, Any]:
     if "start_up" in column:
         found["start_up_seconds"] = column["start_up"]["seconds"]
     return found
+
+
+def speed_table(results: dict[str, Any]) -> str:
+    """The comparisons of benchmark.json in one Markdown table; what no GPU has measured says so."""
+    rows = []
+
+    def add(what: str, unit: str, ours: float, theirs: float, ratios: dict[str, Any], *place: str) -> None:
+        on_gpu: Any = results.get("cuda", {})
+        for key in place:
+            on_gpu = on_gpu.get(key, {})
+        speedup = on_gpu.get("speedup", on_gpu.get("speedup_vs_full"))
+        memory = ratios.get("memory_ratio", ratios.get("memory_ratio_vs_full"))
+        rows.append([what, f"{ours:.2f} {unit}", f"{theirs:.2f} {unit}",
+                     f"{ratios.get('speedup', ratios.get('speedup_vs_full')):.2f}", f"{memory:.2f}",
+                     "not measured" if speedup is None else f"{speedup:.2f} times as fast"])
+
+    column = results["cpu"]
+    conditions = {"matched": "float32, the same batches", "default": "each as used by default",
+                  "best": "bfloat16, compiled, grouped by length"}
+    for name, cells in column["training"].items():
+        row, length = name.split()
+        add(f"LoRA, {length} tokens, {conditions[row]}; peft", "reviews/s", cells["ours"]["samples_per_second"],
+            cells["peft"]["samples_per_second"], cells, "training", name)
+    methods = column["methods"]["fp32"]
+    for name in (name for name in methods if name != "full"):
+        add(f"a step of {name}, float32; of full", "s", methods[name]["seconds"], methods["full"]["seconds"],
+            methods[name], "methods", "fp32", name)
+    for name, cells in column["inference"].items():
+        kind, number = name.split()[0], name.split()[-1]
+        if kind == "classification":
+            what, rate, unit = f"classification, {conditions[number]}; transformers", "texts_per_second", "reviews/s"
+        else:
+            what, rate, unit = f"generation, {number} at a time; transformers", "tokens_per_second", "tokens/s"
+        add(what, unit, cells["ours"][rate], cells["transformers"][rate], cells, "inference", name)
+    return markdown_table(["ours; theirs", "ours", "theirs", "times as fast", "of the memory", "on a GPU"], rows,
+                          figures=True)
 
 
 def benchmark_tables(results: dict[str, Any]) -> str:

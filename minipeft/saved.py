@@ -16,7 +16,6 @@ from minipeft.checkpoint import DETAILS_FILE, load_adapter, read_details, save_a
 from minipeft.checkpoint import TENSORS_FILE as ADAPTER_TENSORS_FILE
 from minipeft.errors import AdapterError, WeightsError
 from minipeft.files import replacing_folder, write_json
-from minipeft.gpt2 import GPT2LMHeadModel
 from minipeft.methods.surgery import injections
 from minipeft.tasks import TASKS, find_task
 from minipeft.tasks.task import Task
@@ -64,12 +63,15 @@ def load_finetuned(folder: str | Path, model_name: str | None = None, device: to
         ConfigError: an unknown task.
     """
     folder = Path(folder)
-    details = _checked(read_details(folder), folder)
-    named = task or details.get("task", "classification")
-    if task is None and named not in TASKS:
-        raise AdapterError(f"{folder} was trained for the task {named!r}, which is not one of {', '.join(TASKS)}: name "
-                           "the .py file that defines it with --task")
-    task_class = find_task(named)
+    details = read_details(folder)
+    trained_for = str(details.get("task", "classification"))
+    if task is None and trained_for not in TASKS:
+        raise AdapterError(f"{folder} was trained for the task {trained_for!r}, which is not one of "
+                           f"{', '.join(TASKS)}: name the .py file that defines it with --task")
+    task_class = find_task(task or trained_for)
+    if "task" in details and task_class.name != trained_for:
+        raise AdapterError(f"{folder} was trained for {trained_for}, not for {task_class.name}")
+    _check(details, folder, task_class)
     if not (folder / ADAPTER_CONFIG_FILE).is_file():
         if not (folder / "config.json").is_file():
             raise AdapterError(f"{folder} holds neither {ADAPTER_CONFIG_FILE} nor config.json: train first, or name "
@@ -92,24 +94,21 @@ def load_finetuned(folder: str | Path, model_name: str | None = None, device: to
     return model, task_class.from_details(tokenizer, details)
 
 
-def _checked(details: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The content of a minipeft.json, whose values are of the types that are needed.
+def _check(details: dict[str, Any], folder: Path, task: type[Task]) -> None:
+    """Refuse a minipeft.json whose values are not of the types that are needed.
 
     Raises:
-        AdapterError: they are not.
+        AdapterError: naming the first one.
     """
     names = details.get("label_names", ["one", "two"])
-    writes = getattr(TASKS.get(details.get("task", "")), "model_class", None) is GPT2LMHeadModel  # and labels nothing
-    good = {"label_names": (isinstance(names, list) and all(isinstance(name, str) for name in names)
-                            and (len(names) > 1 or (writes and not names))),
-            "task": isinstance(details.get("task", ""), str),
+    enough = bool(names) or task.model_class.head == "lm_head"  # which has no labels
+    good = {"label_names": isinstance(names, list) and all(isinstance(name, str) for name in names) and enough,
             "max_length": type(details.get("max_length", 1)) is int,
             "max_new_tokens": type(details.get("max_new_tokens", 1)) is int, "base_model": isinstance(
                 details.get("base_model") or "", str)}
     wrong = [key for key, value in good.items() if not value]
     if wrong:
         raise AdapterError(f"{folder / DETAILS_FILE} has an unusable {wrong[0]}: {details[wrong[0]]!r}")
-    return details
 
 
 def check_vocabulary(tokenizer: Tokenizer, model: nn.Module) -> None:

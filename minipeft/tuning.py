@@ -42,7 +42,7 @@ def tune(options: Options, trials: list[dict[str, Any]], say: Say = lambda line:
             "trial": trial, "validation": fitted.history.best, "core_seconds": round(fitted.history.core_seconds, 1),
             "method_config": dataclasses.asdict(fitted.method_config),
             "training_config": dataclasses.asdict(fitted.config), "max_length": fitted.task.max_length,
-            "truncation": request.truncation, "base_fingerprint": fitted.base_fingerprint,
+            "truncation": getattr(fitted.task, "truncation", None), "base_fingerprint": fitted.base_fingerprint,
             "dataset": setup.data.name, "sizes": setup.sizes, "machine": machine()})
         write_json_file(path, results)
         best = fitted.history.best[fitted.task.best_by]

@@ -100,7 +100,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--dataset", help=f"{', '.join(KNOWN)}, sample, or a .csv, .tsv, .jsonl or .parquet file; "
                                         "default: imdb where it can be had, else sample")
     data.add_argument("--task", help=f"what your own file is for: {', '.join(TASKS)}, or a .py file that defines a "
-                                     "task; default classification")
+                                     "task; default classification, or what the adapter was trained for")
     data.add_argument("--data-dir", help="folder that holds imdb/*.parquet and others; default: the MINIPEFT_DATA "
                                          "variable")
     columns = "; ".join(f"{task.name}: {task.columns[0]}, {task.columns[1]}" for task in TASKS.values())

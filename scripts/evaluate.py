@@ -11,7 +11,8 @@ from pathlib import Path
 from common import add_data_options, add_machine_options, run
 
 from minipeft import defaults
-from minipeft.data import choose_dataset, load_dataset
+from minipeft.checkpoint import read_details
+from minipeft.data import KNOWN, choose_dataset, load_dataset
 from minipeft.errors import ConfigError, DataError
 from minipeft.files import check_writable, write_json_file
 from minipeft.finetune import headline
@@ -37,13 +38,20 @@ def main() -> None:
     device = choose_device(options.device)
     precision = choose_precision(options.precision, device)
     model, task = load_finetuned(options.adapter, options.model, device, options.task)
-    name, why = (options.dataset, "asked for") if options.dataset is not None else choose_dataset(options.data_dir)
+    trained_on = read_details(options.adapter).get("dataset")
+    if options.dataset is not None:
+        name, why = options.dataset, "asked for"
+    elif trained_on in (*KNOWN, "sample"):
+        name, why = trained_on, "which the model was trained on"
+    else:
+        name, why = choose_dataset(options.data_dir)
     print(f"dataset    {name} ({why})")
     data = load_dataset(name, options.data_dir, options.text_column, options.label_column,
-                        task=options.task or task.name)
+                        task=options.task or task.name, label_names=task.label_names or None)
+    task.check_installed()
     if options.json:
         check_writable(options.json.parent)
-    if len(data.label_names) != len(task.label_names):
+    if data.label_names != task.label_names:
         raise DataError(f"{name} has the labels {', '.join(data.label_names)}, but {options.adapter} was trained for "
                         f"{', '.join(task.label_names)}")
     if options.test_size is not None and options.test_size < 1:

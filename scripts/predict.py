@@ -48,7 +48,7 @@ def main() -> None:
     if not options.texts and sys.stdin.isatty():
         raise DataError("no text: give texts as arguments, or lines on standard input")
     try:
-        texts = options.texts or [line for line in sys.stdin.read().splitlines() if line.strip()]
+        texts = options.texts or [line for line in sys.stdin.read().split("\n") if line.strip()]
     except UnicodeDecodeError as error:
         raise DataError(f"standard input is not UTF-8: {error}") from error
     check_texts(texts, "argument" if options.texts else "standard input")
@@ -58,6 +58,10 @@ def main() -> None:
     how: dict[str, Any] = {name: value for name in ("max_new_tokens", "num_beams", "length_penalty", "temperature",
                                                     "top_k", "top_p")
                            if (value := getattr(options, name)) is not None}
+    if how.get("max_new_tokens", 1) < 1:
+        raise ConfigError(f"max_new_tokens must be at least 1, got {how['max_new_tokens']}")
+    if not 0 <= (options.seed or 0) < 2**63:
+        raise ConfigError(f"seed must be a number from 0 to 2**63 - 1, got {options.seed}")
     if "top_k" in how or "top_p" in how:
         how.setdefault("temperature", 1.0)
     if not isinstance(task, Generation):

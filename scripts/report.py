@@ -11,6 +11,8 @@ from pathlib import Path
 
 from common import run
 
+from minipeft.errors import OutputError
+from minipeft.files import write_text_file
 from minipeft.report import replace_tables, results_table
 
 
@@ -21,8 +23,9 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="replace the tables in this Markdown file instead of printing one")
     options = parser.parse_args()
     if options.write:
-        text = options.write.read_text(encoding="utf-8")
-        options.write.write_text(replace_tables(text, options.results_dir), encoding="utf-8")
+        if not options.write.is_file():
+            raise OutputError(f"there is no file {options.write} to write into")
+        write_text_file(options.write, replace_tables(options.write.read_text(encoding="utf-8"), options.results_dir))
     else:
         print(results_table(options.results_dir, options.dataset))
 

@@ -42,7 +42,7 @@ def parse() -> argparse.Namespace:
     add_data_options(parser)
     length = parser.add_argument_group("length and size")
     length.add_argument("--max-length", type=int, help=f"tokens kept of a text; default {defaults.MAX_LENGTH}")
-    length.add_argument("--truncation", default=defaults.TRUNCATION, choices=TRUNCATIONS,
+    length.add_argument("--truncation", choices=TRUNCATIONS,
                         help=f"what to keep of a longer text; default {defaults.TRUNCATION}")
     length.add_argument("--max-new-tokens", type=int, help="tokens of a summary or translation; default a third of "
                                                            "max-length")

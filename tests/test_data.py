@@ -415,8 +415,8 @@ def test_imdb_comes_from_the_hub_through_datasets(hub, monkeypatch):
     hub(cached=False, reachable=True)
     asked = []
 
-    def load(repository, config, *, split):
-        assert config is None
+    def load(repository, *, data_dir, revision, split):
+        assert data_dir is None and revision is None
         asked.append((repository, split))
         return datasets.Dataset.from_dict({"text": [f"{split}<br />{i}" for i in range(40)],
                                            "label": [i // 20 for i in range(40)]})
@@ -436,6 +436,38 @@ def test_without_network_the_error_says_which_files_to_put_where(hub):
     files = ("train-00000-of-00001.parquet", "test-00000-of-00001.parquet")
     for part in (*files, "/imdb", "--data-dir", "--dataset sample"):
         assert part in str(refused.value)
+
+
+@pytest.mark.parametrize(("name", "asked"), [
+    ("scitldr", {"data_dir": "Abstract", "revision": "refs/convert/parquet"}),
+    ("multi30k", {"data_dir": None, "revision": None})])
+def test_other_datasets_come_from_the_hub_with_their_own_validation_split(hub, monkeypatch, name, asked):
+    import datasets
+
+    hub(cached=False, reachable=True)
+    seen = []
+
+    def load(repository, *, split, **more):
+        seen.append((repository, split, more))
+        texts = [f"{split} {i}" for i in range(4)]
+        return datasets.Dataset.from_dict({"source": texts, "target": texts, "en": texts, "de": texts})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    found = load_dataset(name)
+    assert seen == [(data.KNOWN[name].hub, split, asked) for split in ("train", "validation", "test")]
+    assert found.validation.texts[1] == "validation 1" and found.test.labels[2] == ["test 2"]
+
+
+def test_labels_that_a_model_knows_may_be_names_or_numbers_and_keep_their_order(tmp_path):
+    names = ["positive", "negative"]
+    by_name = load_dataset(write_csv(tmp_path / "a.csv"), label_names=names)
+    assert by_name.label_names == names and set(by_name.train.labels) == {0, 1}
+    assert all((label == 0) == ("good" in text) for text, label in pairs(by_name.train))
+    by_number = load_dataset(write_csv(tmp_path / "b.csv", [(text, 0 if label == "positive" else 1)
+                                                            for text, label in rows()]), label_names=names)
+    assert by_number.train == by_name.train
+    with pytest.raises(DataError, match="label 'negative' is none of good, bad"):
+        load_dataset(str(tmp_path / "a.csv"), label_names=["good", "bad"])
 
 
 def test_whatever_the_hubs_client_raises_becomes_a_data_error(hub, monkeypatch):

@@ -41,4 +41,11 @@ def find_task(name: str) -> type[Task]:
     if len(defined) != 1:
         raise ConfigError(f"{path} defines {len(defined)} complete tasks; it should define one, a subclass of "
                           "minipeft.tasks.task.Task with all of its methods")
-    return defined[0]
+    task = defined[0]
+    for base in task.__mro__:
+        for field, kind in inspect.get_annotations(base).items():
+            if str(kind).startswith("ClassVar") and not hasattr(task, field):
+                raise ConfigError(f"{path}: {task.__name__} does not say its {field}")
+    if task.name in TASKS:
+        raise ConfigError(f"{path}: {task.__name__} needs a name of its own, {task.name!r} is taken")
+    return task

@@ -53,18 +53,20 @@ class Classification(Task):
                 raise DataError(f"{where}, row {row}: the label is empty")
             if isinstance(label, (list, dict)):
                 raise DataError(f"{where}, row {row}: the label is {label!r}, not a single value")
-        values: list[Any] = list(range(len(label_names))) if label_names else sorted(
-            set(labels), key=lambda value: (isinstance(value, str), value))
-        if len(values) < 2:
-            raise DataError(f"{where}: there is one label only ({values[0]!r}); there is nothing to learn")
-        if label_names is None and len(values) > max(50, len(texts) // 10):
-            raise DataError(f"{where}: the labels are {len(values):,} different values in {len(texts):,} rows; that is "
-                            "not a set of classes")
-        number = {value: i for i, value in enumerate(values)}
-        if unknown := set(labels) - number.keys():
-            raise DataError(f"{where}: label {min(unknown, key=str)!r} is none of {', '.join(map(str, values))}")
-        return (Examples([clean(text) for text in texts], [number[label] for label in labels]),
-                label_names or [str(value) for value in values])
+        values = sorted(set(labels), key=lambda value: (isinstance(value, str), value))
+        if label_names is None:
+            if len(values) < 2:
+                raise DataError(f"{where}: there is one label only ({values[0]!r}); there is nothing to learn")
+            if len(values) > max(50, len(texts) // 10):
+                raise DataError(f"{where}: the labels are {len(values):,} different values in {len(texts):,} rows; "
+                                "that is not a set of classes")
+            label_names = [str(value) for value in values]
+        # Known labels may be given by name or by number; a name that looks like a number is a name.
+        number = {**{i: i for i in range(len(label_names))},
+                  **{value: label_names.index(str(value)) for value in values if str(value) in label_names}}
+        if unknown := [value for value in values if value not in number]:
+            raise DataError(f"{where}: label {unknown[0]!r} is none of {', '.join(label_names)}")
+        return Examples([clean(text) for text in texts], [number[label] for label in labels]), label_names
 
     def encode(self, examples: Examples) -> Encoded:
         return Encoded(examples, encode(examples.texts, self.tokenizer, self.max_length, self.truncation),
@@ -157,8 +159,8 @@ def head_logits(head: nn.Module, features: Tensor, device: torch.device) -> Tens
 
 
 def _rows(results: list[Tensor]) -> Tensor:
-    """One result (K,) a text as one tensor, (N, K); a copy, since what inference_mode makes knows no gradients."""
-    return torch.stack(results).clone()
+    """One result (K,) a text as one tensor, (N, K), made outside of inference_mode so that a head can train on it."""
+    return torch.stack(results)
 
 
 def metrics(logits: Tensor, labels: Sequence[int]) -> dict[str, Any]:

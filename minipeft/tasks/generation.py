@@ -29,7 +29,7 @@ from minipeft.errors import ConfigError, DataError
 from minipeft.generate import generate, stream
 from minipeft.gpt2 import GPT2LMHeadModel
 from minipeft.hardware import computing_in
-from minipeft.tasks.task import Encoded, Examples, Task, bootstrap_interval, check_texts, for_each
+from minipeft.tasks.task import Encoded, Examples, Task, bootstrap_interval, check_text, check_texts, for_each
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,8 @@ class Generation(Task):
         for row, targets in enumerate(references, start=1):
             if not targets:
                 raise DataError(f"{where}, row {row}: there is no target")
-            check_texts(targets, f"{where}, row {row}, targets", "target")
+            for target in targets:
+                check_text(target, f"{where}, row {row}", "target")
         return Examples(texts, references), []
 
     def prompts(self, texts: Sequence[Any]) -> list[np.ndarray]:
@@ -99,14 +100,15 @@ class Generation(Task):
         model.eval()
 
         def of_each_row(batch: Batch) -> list[Tensor]:
-            tokens = (batch.labels != IGNORED_LABEL).sum(dim=1).tolist()
+            tokens = batch.positions.sum(dim=1).tolist()
             logits = model(**batch.arguments()).float()                                                # (N, vocab)
             losses = F.cross_entropy(logits, batch.targets, reduction="none")                          # (N,)
             hits = (logits.argmax(dim=1) == batch.targets).float()                                     # (N,)
             parts = torch.stack((losses, hits, torch.ones_like(hits)), dim=1).cpu().split(tokens)
             return [part.sum(dim=0) for part in parts]                                                 # (3,) each
 
-        rows = for_each(of_each_row, encoded.ids, encoded.labels, device, precision, progress=progress)
+        rows = for_each(of_each_row, encoded.ids, encoded.labels, device, precision,
+                        defaults.EVALUATION_BATCH_SIZE["cpu"], progress)  # few: a whole vocabulary a target token
         loss, hits, tokens = torch.stack(rows).double().sum(dim=0).tolist()
         return {"loss": round(loss / tokens, 6), "accuracy": round(hits / tokens, 6)}
 
@@ -124,7 +126,8 @@ class Generation(Task):
             input_ids, mask = padded_left(batch.input_ids, batch.attention_mask)
             new = generate(model, input_ids, mask.to(device), eos_token_id=eos,
                            **{"max_new_tokens": self.max_new_tokens, **how})[:, input_ids.shape[1]:].tolist()
-            return [self.tokenizer.decode(row[:row.index(eos)] if eos in row else row).strip() for row in new]
+            written = [self.tokenizer.decode(row[:row.index(eos)] if eos in row else row) for row in new]
+            return [" ".join(text.split()) for text in written]  # on one line
 
         prompts = self.prompts(texts)
         return for_each(answers, prompts, [0] * len(prompts), device, precision,
@@ -154,44 +157,47 @@ class Generation(Task):
         model.eval()
         how = {"max_new_tokens": self.max_new_tokens, **how}
         if how.pop("num_beams", 1) != 1 or "length_penalty" in how:
-            raise ConfigError("beam search knows its answer only at the end: give num_beams above 1 to `write`")
+            raise ConfigError("a length penalty is for beam search, with num_beams above 1; and what beams find is "
+                              "known only at the end, by `write`")
         for prompt in self.prompts(texts):
+            tokens = stream(model, torch.from_numpy(prompt).long()[None].to(device),
+                            eos_token_id=self.tokenizer.eos_token_id, **how)
             ids: list[int] = []
-            said = ""
-            with computing_in(precision, device):
-                for token in stream(model, torch.from_numpy(prompt).long()[None].to(device),
-                                    eos_token_id=self.tokenizer.eos_token_id, **how):
-                    if int(token) == self.tokenizer.eos_token_id:
-                        break
-                    ids.append(int(token))
-                    text = self.tokenizer.decode(ids).lstrip()
-                    if not text.endswith("\ufffd"):  # part of a character that has further bytes to come
-                        yield text[len(said):]
-                        said = text
-            yield "\n"
+            said = text = ""
+            while True:
+                with computing_in(precision, device):
+                    token = next(tokens, None)
+                if token is None or int(token) == self.tokenizer.eos_token_id:
+                    break
+                ids.append(int(token))
+                text = " ".join(self.tokenizer.decode(ids).split())
+                if not text.endswith("\ufffd"):  # part of a character that has further bytes to come
+                    yield text[len(said):]
+                    said = text
+            yield text[len(said):] + "\n"
 
 
 class Summarisation(Generation):
-    """A summary after "TL;DR:", judged by ROUGE (Lin 2004), of several references by the closest."""
+    """A summary after "TL;DR:", judged by ROUGE (Lin 2004), of several references by the closest.
+
+    The package rouge-score compares runs of the letters a to z and digits: it is made for English.
+    """
 
     name: ClassVar[str] = "summarisation"
     headline: ClassVar[str] = "rougeL"
+    metric_package: ClassVar[str | None] = "rouge_score"
     separator: ClassVar[str] = "\nTL;DR:"
 
     def metrics(self, written: list[str], references: list[list[str]]) -> dict[str, Any]:
-        try:
-            from rouge_score.rouge_scorer import RougeScorer
-        except ImportError as error:
-            raise ConfigError("summaries are judged by rouge-score: pip install 'minipeft[metrics]'") from error
+        from rouge_score.rouge_scorer import RougeScorer
         kinds = ("rouge1", "rouge2", "rougeL")
         scorer = RougeScorer(list(kinds), use_stemmer=False)
         scores = [scorer.score_multi(targets, text) for text, targets in zip(written, references)]
         found: dict[str, Any] = {"examples": len(written)}
         for kind in kinds:
             values = np.array([100 * score[kind].fmeasure for score in scores])                        # (N,)
-            half = 1.96 * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
             found[kind] = round(float(values.mean()), 4)
-            found[f"{kind}_95_interval"] = [round(float(values.mean() + sign * half), 4) for sign in (-1, 1)]
+            found[f"{kind}_95_interval"] = bootstrap_interval(lambda rows: values[rows].mean(), len(values))
         return found
 
     def baselines(self, train: Examples, test: Examples) -> dict[str, dict[str, Any]]:
@@ -204,13 +210,11 @@ class Translation(Generation):
 
     name: ClassVar[str] = "translation"
     headline: ClassVar[str] = "bleu"
+    metric_package: ClassVar[str | None] = "sacrebleu"
     separator: ClassVar[str] = " ="
 
     def metrics(self, written: list[str], references: list[list[str]]) -> dict[str, Any]:
-        try:
-            from sacrebleu.metrics import BLEU, CHRF
-        except ImportError as error:
-            raise ConfigError("translations are judged by sacrebleu: pip install 'minipeft[metrics]'") from error
+        from sacrebleu.metrics import BLEU, CHRF
         most = max(map(len, references))
         columns = [[targets[i] if i < len(targets) else None for targets in references] for i in range(most)]
         found: dict[str, Any] = {"examples": len(written)}

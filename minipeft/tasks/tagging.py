@@ -23,9 +23,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from minipeft.batches import IGNORED_LABEL, Batch
-from minipeft.errors import ConfigError, DataError
+from minipeft.errors import DataError
 from minipeft.gpt2 import GPT2ForTokenClassification
-from minipeft.tasks.task import Encoded, Examples, Task, bootstrap_interval, check_texts, for_each
+from minipeft.tasks.task import Encoded, Examples, Task, bootstrap_interval, check_text, for_each
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ class Tagging(Task):
     columns: ClassVar[tuple[str, str]] = ("tokens", "ner_tags")
     best_by: ClassVar[str] = "f1"
     headline: ClassVar[str] = "f1"
+    metric_package: ClassVar[str | None] = "seqeval"
 
     @classmethod
     def read(cls, texts: list[Any], labels: list[Any], where: str,
@@ -55,7 +56,8 @@ class Tagging(Task):
                 raise DataError(f"{where}, row {row}: there is no word")
             if len(words) != len(tags):
                 raise DataError(f"{where}, row {row}: {len(words)} words have {len(tags)} tags")
-            check_texts(words, f"{where}, row {row}, words", "word")
+            for word in words:
+                check_text(word, f"{where}, row {row}", "word")
         names = label_names or _tag_names(labels, where)
         number = {**{name: i for i, name in enumerate(names)}, **({i: i for i in range(len(names))})}
         for row, tags in enumerate(labels, start=1):
@@ -101,7 +103,7 @@ class Tagging(Task):
         model.eval()
 
         def of_each_row(batch: Batch) -> list[torch.Tensor]:
-            words = (batch.labels != IGNORED_LABEL).sum(dim=1).tolist()
+            words = batch.positions.sum(dim=1).tolist()
             return list(model(**batch.arguments()).float().cpu().split(words))          # (words of a row, K) each
 
         windows = for_each(of_each_row, encoded.ids, encoded.labels, device, precision, progress=progress)
@@ -122,11 +124,8 @@ class Tagging(Task):
 
         An entity counts as found if its type, its first and its last word are right.
         """
-        try:
-            from seqeval.metrics import classification_report
-            from seqeval.metrics.sequence_labeling import get_entities
-        except ImportError as error:
-            raise ConfigError("named entities are judged by seqeval: pip install 'minipeft[metrics]'") from error
+        from seqeval.metrics import classification_report
+        from seqeval.metrics.sequence_labeling import get_entities
         names = self.label_names
         sentences = [([names[tag] for tag in tags] for tags in column) for column in (true, predicted)]
         true_names, predicted_names = map(list, sentences)

@@ -7,6 +7,7 @@ The loop, the methods and the scripts know nothing else about a task. A new one 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -101,6 +102,7 @@ class Task(ABC):
     columns: ClassVar[tuple[str, str]] = ("text", "label")  # of a user's own file, unless others are named
     best_by: ClassVar[str] = "accuracy"                     # the figure of `evaluate` that training keeps the best by
     headline: ClassVar[str] = "accuracy"                    # the figure of `test` that is reported first
+    metric_package: ClassVar[str | None] = None             # what `test` imports beyond this library's own needs
 
     def __post_init__(self) -> None:
         """Refuse sizes that cannot be.
@@ -110,6 +112,17 @@ class Task(ABC):
         """
         if self.max_length < 1:
             raise ConfigError(f"max_length must be at least 1, got {self.max_length}")
+
+    @classmethod
+    def check_installed(cls) -> None:
+        """Find out before training whether the metric can be computed after it.
+
+        Raises:
+            ConfigError: its package is not installed.
+        """
+        if cls.metric_package is not None and importlib.util.find_spec(cls.metric_package) is None:
+            raise ConfigError(f"{cls.name} is judged by the package {cls.metric_package}, which is not installed: pip "
+                              "install 'minipeft[metrics]'")
 
     @classmethod
     @abstractmethod
@@ -154,7 +167,7 @@ class Task(ABC):
     @abstractmethod
     def answers(self, model: nn.Module, texts: Sequence[str], device: torch.device,
                 precision: torch.dtype) -> Iterator[str]:
-        """What `scripts/predict.py` prints for texts, in pieces, as they come."""
+        """What `scripts/predict.py` prints for texts: a line for each, in order, perhaps in pieces."""
 
     def baselines(self, train: Examples, test: Examples) -> dict[str, dict[str, Any]]:
         """Figures on the test split of guesses that need no model, by name."""
@@ -187,14 +200,27 @@ def check_texts(texts: Sequence[Any], where: str, what: str = "text") -> None:
     if not texts:
         raise DataError(f"{where}: there is no {what} at all")
     for row, text in enumerate(texts, start=1):
-        if text is not None and not isinstance(text, str):
-            raise DataError(f"{where}, row {row}: {str(text)[:40]!r} is {type(text).__name__}, not text"
-                            + ("; is the file encoded in UTF-8?" if isinstance(text, bytes) else ""))
-        if text is None or not text.strip():
-            raise DataError(f"{where}, row {row}: the {what} is empty")
-        if len(text) > MAX_CHARACTERS:
-            raise DataError(f"{where}, row {row}: the {what} has {len(text):,} characters, the limit is "
-                            f"{MAX_CHARACTERS:,}; cut it into parts")
+        check_text(text, f"{where}, row {row}", what)
+
+
+def check_text(text: Any, where: str, what: str = "text") -> None:
+    """Refuse what cannot be read: something else than text, nothing, or more than MAX_CHARACTERS characters.
+
+    Raises:
+        DataError: saying where, and what is wrong.
+    """
+    if text is not None and not isinstance(text, str):
+        raise DataError(f"{where}: {str(text)[:40]!r} is {type(text).__name__}, not text"
+                        + ("; is the file encoded in UTF-8?" if isinstance(text, bytes) else ""))
+    if text is None or not text.strip():
+        raise DataError(f"{where}: the {what} is empty")
+    if len(text) > MAX_CHARACTERS:
+        raise DataError(f"{where}: the {what} has {len(text):,} characters, the limit is {MAX_CHARACTERS:,}; cut it "
+                        "into parts")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half of a character, as a byte that is not UTF-8 becomes on its way in
+        raise DataError(f"{where}: the {what} is not valid UTF-8: {error.reason}") from error
 
 
 @torch.inference_mode()

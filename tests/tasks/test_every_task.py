@@ -104,6 +104,50 @@ def test_an_unknown_task_is_refused_with_those_there_are(options, tmp_path):
             find_task(str(tmp_path / "task.py"))
 
 
+OWN = """
+from minipeft.tasks.generation import Translation
+
+class Shouting(Translation):
+    name, separator, columns = "shouting", " !", ("source", "source")
+
+    @classmethod
+    def read(cls, texts, labels, where, label_names=None):
+        return super().read(texts, [text.upper() for text in labels], where, label_names)
+"""
+
+
+def test_a_task_of_ones_own_that_writes_trains_and_reloads(options, tmp_path):
+    (tmp_path / "task.py").write_text(OWN)
+    (tmp_path / "own.jsonl").write_text("".join(f'{{"source": "a dog {i}"}}\n' for i in range(40)))
+    results = finetune(options(str(tmp_path / "own.jsonl"), task=str(tmp_path / "task.py")))
+    assert results["task"] == "shouting" and results["dataset"]["sizes"]["train"] == 32
+    with pytest.raises(AdapterError, match="trained for the task 'shouting'"):
+        load_finetuned(tmp_path / "trained")
+    _, task = load_finetuned(tmp_path / "trained", task=str(tmp_path / "task.py"))
+    assert task.separator == " !" and type(task).__name__ == "Shouting"
+
+
+@pytest.mark.parametrize("line", ['name, separator = "translation", " !"', 'separator = " !"'])
+def test_a_task_of_ones_own_needs_a_name_of_its_own(tmp_path, line):
+    (tmp_path / "task.py").write_text(f"from minipeft.tasks.generation import Translation\n\n\n"
+                                      f"class Mine(Translation):\n    {line}\n")
+    with pytest.raises(ConfigError, match="'translation' is taken"):
+        find_task(str(tmp_path / "task.py"))
+
+
+def test_a_task_of_ones_own_must_say_what_every_task_says(tmp_path):
+    (tmp_path / "task.py").write_text("from minipeft.tasks.generation import Generation\n\n\nclass Mine(Generation):\n"
+                                      "    name = 'mine'\n\n    def metrics(self, written, references):\n"
+                                      "        return {}\n")
+    with pytest.raises(ConfigError, match="Mine does not say its separator"):
+        find_task(str(tmp_path / "task.py"))
+
+
+def test_a_sharded_model_cannot_write(options):
+    with pytest.raises(ConfigError, match="--shard is not for tasks that write"):
+        finetune(options("multi30k", "full", shard=True))
+
+
 def test_head_only_training_is_refused_where_there_is_no_head(options):
     from minipeft.errors import InjectionError
     with pytest.raises(InjectionError, match="GPT2LMHeadModel has no classification head"):

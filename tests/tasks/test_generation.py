@@ -59,8 +59,8 @@ def test_a_target_is_a_text_or_a_list_of_texts_and_a_source_may_be_a_list_of_sen
 
 @pytest.mark.parametrize(("sources", "targets", "message"), [
     ([], [], "there is no source at all"), (["a", " "], ["x", "y"], "row 2: the source is empty"),
-    (["a", []], ["x", "y"], "row 2: the source is empty"), (["a"], [""], "row 1, targets, row 1: the target is empty"),
-    (["a"], [[]], "row 1: there is no target"), (["a"], [["x", None]], "row 1, targets, row 2: the target is empty"),
+    (["a", []], ["x", "y"], "row 2: the source is empty"), (["a"], [""], "row 1: the target is empty"),
+    (["a"], [[]], "row 1: there is no target"), (["a"], [["x", None]], "row 1: the target is empty"),
     ([3], ["x"], "row 1: '3' is int, not text"), (["a"], [4], "'4' is int, not text"),
     ([["a", 1]], ["x"], "is list, not text"), (["x" * 200_000], ["y"], "200,000 characters")])
 def test_unusable_pairs_are_refused_by_row(sources, targets, message):
@@ -157,7 +157,7 @@ def test_an_answer_is_streamed_in_pieces_that_make_the_whole(translation, model)
     for source, written in zip(("ab", "good"), task.write(model, ["ab", "good"], CPU, torch.float32)):
         pieces = list(task.answers(model, [source], CPU, torch.float32))
         assert pieces[-1] == "\n" and "".join(pieces[:-1]).strip() == written.rstrip("\ufffd").strip()
-    with pytest.raises(ConfigError, match="beam search knows its answer only at the end"):
+    with pytest.raises(ConfigError, match="known only at the end"):
         list(task.answers(model, ["ab"], CPU, torch.float32, num_beams=2))
 
 
@@ -170,7 +170,7 @@ def test_rouge_worked_by_hand_and_best_over_references(tokenizer):
     assert found["rouge1"] == pytest.approx(80) and found["rougeL"] == pytest.approx(80)
     assert found["rouge2"] == pytest.approx(100 * 2 / 3, abs=1e-3)
     two = task.metrics(["the cat", "a"], [["the cat"], ["b"]])
-    assert two["rouge1"] == 50 and two["rouge1_95_interval"] == pytest.approx([50 - 98, 50 + 98], abs=0.1)
+    assert two["rouge1"] == 50 and two["rouge1_95_interval"] == [0, 100]  # either of the two drawn twice
 
 
 def test_bleu_and_chrf_are_sacrebleus_with_their_signatures(translation):

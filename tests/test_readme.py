@@ -39,8 +39,10 @@ def test_the_example_of_a_new_task_trains_and_answers_as_printed(tmp_path, monke
     assert outcome.out.lower() == "the film was shot in paris. i loved it.\n"
 
 
-def test_the_table_is_what_the_results_files_say():
-    assert replace_tables(README, ROOT / "results") == README
+@pytest.mark.parametrize("file", ["README.md", "results/README.md"])
+def test_tables_are_what_the_results_files_say(file):
+    text = (ROOT / file).read_text(encoding="utf-8")
+    assert replace_tables(text, ROOT / "results") == text
 
 
 def test_the_gain_from_cached_features_is_what_was_measured():

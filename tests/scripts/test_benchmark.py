@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from minipeft.report import benchmark_headline, benchmark_tables
+from minipeft.report import benchmark_headline, benchmark_tables, speed_table
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -75,6 +75,27 @@ def test_the_headline_takes_the_worse_of_two_lengths_and_tables_name_what_was_no
                                            "memory_ratio_vs_peft": 0.4, "memory_ratio_vs_peft_matched": 0.5}
     text = benchmark_tables(results)
     assert "**2.50**" in text and text.rstrip().endswith("### GPU\n\nnot measured")
+
+
+def test_the_speed_table_sets_ours_beside_theirs_and_says_what_no_gpu_has_measured():
+    def pair(theirs, rate, **more):
+        return {"ours": cells(1, 7, **{rate: 30.0}), theirs: cells(2, 9, **{rate: 15.0}), "speedup": 2.0,
+                "memory_ratio": 0.5, **more}
+
+    column = {"training": {"matched 256": pair("peft", "samples_per_second")},
+              "methods": {"fp32": {"full": cells(3, 9), "lora": cells(2, 6) | {"speedup_vs_full": 1.5,
+                                                                               "memory_ratio_vs_full": 0.667}}},
+              "inference": {"classification default": pair("transformers", "texts_per_second"),
+                            "generation of 8": pair("transformers", "tokens_per_second")}}
+    lines = speed_table({"cpu": column}).splitlines()[2:]
+    assert lines == [
+        "| LoRA, 256 tokens, float32, the same batches; peft | 30.00 reviews/s | 15.00 reviews/s | 2.00 | 0.50 "
+        "| not measured |",
+        "| a step of lora, float32; of full | 2.00 s | 3.00 s | 1.50 | 0.67 | not measured |",
+        "| classification, each as used by default; transformers | 30.00 reviews/s | 15.00 reviews/s | 2.00 | 0.50 "
+        "| not measured |",
+        "| generation, 8 at a time; transformers | 30.00 tokens/s | 15.00 tokens/s | 2.00 | 0.50 | not measured |"]
+    assert "2.00 times as fast |" in speed_table({"cpu": column, "cuda": column}).splitlines()[2]
 
 
 def run_benchmark(*options):

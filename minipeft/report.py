@@ -299,7 +299,7 @@ def draw_benchmark(results: dict[str, Any], path: str | Path) -> None:
                 bars = axis.bar([i + offset for i in range(len(names))], heights, 0.38, color=colour,
                                 label={"ours": "minipeft", "peft": "transformers + peft"}[side])
                 axis.bar_label(bars, fmt="%.1f", fontsize=9)
-            axis.set_xticks(range(len(names)), names)
+            axis.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names])
             axis.set_title(title)
             axis.spines[["top", "right"]].set_visible(False)
             axis.legend(frameon=False)

@@ -29,7 +29,7 @@ from minipeft import GPT2Config, GPT2ForSequenceClassification, LoraConfig, inje
 from minipeft.batches import BucketedBatches
 from minipeft.data import load_dataset
 from minipeft.errors import ConfigError
-from minipeft.files import check_writable, write_json_file
+from minipeft.files import check_writable, write_json_file, write_text_file
 from minipeft.hardware import choose_device, machine, versions
 from minipeft.ledger import training_operations
 from minipeft.methods.surgery import trainable_parameters
@@ -330,9 +330,9 @@ def main() -> None:
             column[part] = getattr(benchmark, part)()
             results |= benchmark_headline(results)
             write_json_file(path, results)
-    if not options.quick:
-        draw_benchmark(results, options.results_dir / "benchmark.png")
-        (options.results_dir / "benchmark.md").write_text(benchmark_tables(results), encoding="utf-8")
+            if not options.quick:
+                draw_benchmark(results, options.results_dir / "benchmark.png")
+                write_text_file(options.results_dir / "benchmark.md", benchmark_tables(results))
     print(f"wrote {path}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -31,12 +32,12 @@ class Batch:
 
         return Batch(there(self.input_ids), self.attention_mask, there(self.labels))
 
-    @property
+    @cached_property
     def positions(self) -> Tensor | None:
         """Where a token has a label, boolean (B, T); None where the labels are one a text."""
         return None if self.labels.dim() == 1 else self.labels != IGNORED_LABEL
 
-    @property
+    @cached_property
     def targets(self) -> Tensor:
         """The labels that count, (N,): all of one a text; of one a token, those at `positions`."""
         return self.labels if self.positions is None else self.labels[self.positions]

@@ -86,8 +86,8 @@ def set_up(options: Options, say: Say) -> Setup:
     """Choose model, dataset, sizes and device; print each choice and its reason; read the data."""
     device = choose_device(options.device)
     precision = choose_precision(options.precision, device)
-    classification.check_length(defaults.MAX_LENGTH if options.max_length is None else options.max_length,
-                                options.truncation or defaults.TRUNCATION)
+    max_length = defaults.MAX_LENGTH if options.max_length is None else options.max_length
+    classification.check_length(max_length, options.truncation or defaults.TRUNCATION)
     choices = {"device": f"{device.type} ({'asked for' if options.device else 'what this machine has'})",
                "precision": f"{_name(precision)} ({'asked for' if options.precision != 'auto' else 'best here'})"}
     model_name = options.model
@@ -127,7 +127,6 @@ def set_up(options: Options, say: Say) -> Setup:
                         + (" (a subset, as this is a CPU; --full takes everything)" if cut else ""))
     say(f"{'sizes':10} {choices['sizes']}")
     tokenizer = get_tokenizer(folder if (folder / VOCABULARY_FILE).is_file() else "gpt2")
-    max_length = defaults.MAX_LENGTH if options.max_length is None else options.max_length
     return Setup(model_name, device, precision, data, tokenizer, max_length, choices, sizes)
 
 
@@ -162,8 +161,7 @@ def fit(options: Options, setup: Setup, say: Say, folder: Path | None = None) ->
         setup.choices["epochs"] = str(config.epochs)
         say(f"{'epochs':10} {config.epochs}")
     torch.manual_seed(config.seed)
-    model = setup.data.task.model_class.from_pretrained(setup.model_name, **_labels(setup),
-                                                        **_dropouts(options.dropout))
+    model = setup.data.task.load_model(setup.model_name, setup.data.label_names, **_dropouts(options.dropout))
     base_fingerprint = fingerprint(model)
     inject(model, method_config)
     model.to(setup.device)
@@ -285,7 +283,7 @@ def baseline(options: Options, say: Say = lambda line: None) -> dict[str, Any]:
     setup = set_up(options, say)
     check_writable(options.results_dir)
     torch.manual_seed(options.training_values.get("seed", 0))
-    model = setup.data.task.model_class.from_pretrained(setup.model_name, **_labels(setup))
+    model = setup.data.task.load_model(setup.model_name, setup.data.label_names)
     task = _task(setup, options, model)
     base_fingerprint = fingerprint(model)
     model.to(setup.device)
@@ -332,10 +330,6 @@ def _task(setup: Setup, options: Options, model: nn.Module) -> Task:
                 raise ConfigError(f"{name} means nothing to {setup.data.task.name}")
             values[name] = value
     return setup.data.task(setup.tokenizer, setup.data.label_names, **values)
-
-
-def _labels(setup: Setup) -> dict[str, int]:
-    return {"num_labels": len(setup.data.label_names)} if setup.data.label_names else {}
 
 
 def _max_length(setup: Setup, options: Options, model: nn.Module) -> int:

@@ -82,9 +82,7 @@ def load_finetuned(folder: str | Path, model_name: str | None = None, device: to
         name = model_name or details.get("base_model")
         if name is None:
             raise AdapterError(f"{folder} does not say which base model it belongs to: name it with --model")
-        labels = details.get("label_names")
-        model = load_adapter(task_class.model_class.from_pretrained(
-            name, **({"num_labels": len(labels)} if labels else {})), folder)
+        model = load_adapter(task_class.load_model(name, details.get("label_names", [])), folder)
         tokenizer = get_tokenizer(find(name))
     check_vocabulary(tokenizer, model)
     model.to(device or torch.device("cpu"))

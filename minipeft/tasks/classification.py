@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -136,8 +136,8 @@ def predict_logits(model: nn.Module, ids: Sequence[np.ndarray], device: torch.de
         progress: title of a progress bar; None shows none.
     """
     model.eval()
-    return _rows(for_each(lambda batch: model(**batch.arguments()).float().cpu(),                        # (B, K)
-                          ids, [0] * len(ids), device, precision, batch_size, progress))
+    return _row_for_each(lambda batch: model(**batch.arguments()),                                       # (B, K)
+                         ids, device, precision, batch_size, progress)
 
 
 def pooled_features(model: nn.Module, ids: Sequence[np.ndarray], device: torch.device, precision: torch.dtype,
@@ -147,9 +147,9 @@ def pooled_features(model: nn.Module, ids: Sequence[np.ndarray], device: torch.d
 
     def last_hidden_state(batch: Batch) -> Tensor:
         hidden = model.transformer(batch.input_ids, attention_mask=batch.attention_mask)                 # (B, T, C)
-        return last_real_token(hidden, batch.attention_mask).float().cpu()                               # (B, C)
+        return last_real_token(hidden, batch.attention_mask)                                             # (B, C)
 
-    return _rows(for_each(last_hidden_state, ids, [0] * len(ids), device, precision, batch_size, progress))
+    return _row_for_each(last_hidden_state, ids, device, precision, batch_size, progress)
 
 
 @torch.inference_mode()
@@ -158,9 +158,11 @@ def head_logits(head: nn.Module, features: Tensor, device: torch.device) -> Tens
     return head(features.to(device)).float().cpu()
 
 
-def _rows(results: list[Tensor]) -> Tensor:
-    """One result (K,) a text as one tensor, (N, K), made outside of inference_mode so that a head can train on it."""
-    return torch.stack(results)
+def _row_for_each(compute: Callable[[Batch], Tensor], ids: Sequence[np.ndarray], device: torch.device,
+                  precision: torch.dtype, batch_size: int | None, progress: str | None) -> Tensor:
+    """One float32 row for each text, (N, K), of a batch's (B, K); stacked where a head can still train on it."""
+    return torch.stack(for_each(lambda batch: compute(batch).float().cpu(), ids, [0] * len(ids), device, precision,
+                                batch_size, progress))
 
 
 def metrics(logits: Tensor, labels: Sequence[int]) -> dict[str, Any]:
@@ -222,6 +224,6 @@ def zero_shot_logits(model: GPT2LMHeadModel, tokenizer: Tokenizer, texts: Sequen
         hidden = model.transformer(batch.input_ids, attention_mask=batch.attention_mask)             # (B, T, C)
         last = last_real_token(hidden, batch.attention_mask)                                         # (B, C)
         scores = model.lm_head(last).float().log_softmax(dim=-1)                                     # (B, vocab)
-        return torch.stack([scores[:, tokens].logsumexp(dim=1) for tokens in first_tokens], dim=1).cpu()   # (B, K)
+        return torch.stack([scores[:, tokens].logsumexp(dim=1) for tokens in first_tokens], dim=1)   # (B, K)
 
-    return _rows(for_each(label_scores, ids, [0] * len(ids), device, precision, batch_size, progress))
+    return _row_for_each(label_scores, ids, device, precision, batch_size, progress)

@@ -11,6 +11,7 @@ import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -112,6 +113,12 @@ class Task(ABC):
         """
         if self.max_length < 1:
             raise ConfigError(f"max_length must be at least 1, got {self.max_length}")
+
+    @classmethod
+    def load_model(cls, name_or_folder: str | Path, label_names: list[str], **config: Any) -> nn.Module:
+        """A base model with this task's head, as wide as there are labels; arguments as `from_pretrained`."""
+        labels = {"num_labels": len(label_names)} if label_names else {}
+        return cls.model_class.from_pretrained(name_or_folder, **labels, **config)
 
     @classmethod
     def check_installed(cls) -> None:

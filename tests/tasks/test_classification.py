@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import write_vocabulary
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
@@ -24,16 +23,8 @@ from minipeft.tasks.classification import (
     wilson_interval,
     zero_shot_logits,
 )
-from minipeft.tokenizer import get_tokenizer
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vocabulary")
-    write_vocabulary(folder)
-    return get_tokenizer(folder)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from helpers import VOCAB_SIZE, write_vocabulary
+from helpers import VOCAB_SIZE
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,17 +25,9 @@ from minipeft.tasks.generation import (
     word_dictionary,
 )
 from minipeft.tasks.task import Examples
-from minipeft.tokenizer import get_tokenizer
 
 CPU = torch.device("cpu")
 EOS = VOCAB_SIZE - 1
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vocabulary")
-    write_vocabulary(folder)
-    return get_tokenizer(folder)
 
 
 @pytest.fixture

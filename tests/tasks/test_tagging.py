@@ -7,7 +7,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from helpers import VOCAB_SIZE, write_vocabulary
+from helpers import VOCAB_SIZE
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,17 +16,9 @@ from minipeft.batches import IGNORED_LABEL
 from minipeft.errors import ConfigError, DataError
 from minipeft.tasks.tagging import Tagging
 from minipeft.tasks.task import Examples
-from minipeft.tokenizer import get_tokenizer
 
 CPU = torch.device("cpu")
 NAMES = ["O", "B-person", "I-person", "B-place", "I-place"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vocabulary")
-    write_vocabulary(folder)
-    return get_tokenizer(folder)
 
 
 @pytest.fixture

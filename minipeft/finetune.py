@@ -22,7 +22,7 @@ from minipeft.data import Dataset, choose_dataset, load_dataset
 from minipeft.errors import ConfigError
 from minipeft.files import check_writable, write_json_file
 from minipeft.gpt2 import GPT2LMHeadModel
-from minipeft.hardware import choose_device, choose_precision, machine, peak_memory_bytes, versions
+from minipeft.hardware import cast_frozen, choose_device, choose_precision, machine, peak_memory_bytes, versions
 from minipeft.methods import METHODS, inject
 from minipeft.methods.head import HeadOnFeatures
 from minipeft.methods.surgery import ParameterCount, fingerprint, positions_left, trainable_parameters
@@ -164,14 +164,14 @@ def fit(options: Options, setup: Setup, say: Say, folder: Path | None = None) ->
     model = setup.data.task.load_model(setup.model_name, setup.data.label_names, **_dropouts(options.dropout))
     base_fingerprint = fingerprint(model)
     inject(model, method_config)
-    model.to(setup.device)
+    cast_frozen(model.to(setup.device), setup.precision)
     model.transformer.gradient_checkpointing = options.gradient_checkpointing
     counts = trainable_parameters(model)
     say(f"{'method':10} {options.method}: {counts}")
     if options.shard:
         parallel.shard(model)
     task = _task(setup, options, model)
-    if folder is not None:
+    if folder is not None and parallel.rank() == 0:  # several at once would clear away each other's folders
         for place in (folder, options.results_dir):
             check_writable(place)  # known before training, not after
     details = {**task.details(), "dataset": setup.data.name}
@@ -281,7 +281,8 @@ def baseline(options: Options, say: Say = lambda line: None) -> dict[str, Any]:
     say = say if parallel.rank() == 0 else lambda line: None
     TrainingConfig(**options.training_values)
     setup = set_up(options, say)
-    check_writable(options.results_dir)
+    if parallel.rank() == 0:
+        check_writable(options.results_dir)
     torch.manual_seed(options.training_values.get("seed", 0))
     model = setup.data.task.load_model(setup.model_name, setup.data.label_names)
     task = _task(setup, options, model)

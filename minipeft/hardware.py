@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn as nn
 
 from minipeft.errors import HardwareError
 
@@ -54,6 +55,24 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 def computing_in(precision: torch.dtype, device: torch.device) -> torch.autocast:
     """A context in which matrix products run in `precision`; in float32 it changes nothing."""
     return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
+
+
+def cast_frozen(model: nn.Module, precision: torch.dtype) -> nn.Module:
+    """Keep the frozen weights and biases of linear layers in `precision` only, in place; in float32 nothing changes.
+
+    Autocast casts them anew at every call, to the very same values, and keeps both; half of the memory traffic of
+    generation, which reads all weights for each token, is that. What is trained, embeddings and LayerNorms stay as they
+    are, and an output head that was tied to the embeddings gets weights of its own.
+
+    Returns:
+        The model.
+    """
+    if precision != torch.float32:
+        for layer in [module for module in model.modules() if isinstance(module, nn.Linear)]:
+            for name, parameter in list(layer.named_parameters(recurse=False)):
+                if not parameter.requires_grad:
+                    setattr(layer, name, nn.Parameter(parameter.to(precision), requires_grad=False))
+    return model
 
 
 def machine() -> dict[str, Any]:

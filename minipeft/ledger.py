@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from minipeft.anatomy import injected
 from minipeft.config import GPT2Config
-from minipeft.hardware import computing_in
+from minipeft.hardware import cast_frozen, computing_in
 from minipeft.methods import METHODS
 from minipeft.methods.surgery import trainable_parameters
 from minipeft.optimisation import adamw
@@ -97,7 +97,7 @@ def training_memory(config: GPT2Config, method: str, batch_size: int, length: in
     """
     model = injected(config, method, **values)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = model.to_empty(device="cpu").train()
+        model = cast_frozen(model.to_empty(device="cpu"), precision).train()
         model.transformer.gradient_checkpointing = gradient_checkpointing
         if device == "cuda":
             for block in model.transformer.h:  # a GPU's flash kernel drops out without storing; a CPU's cannot

@@ -167,8 +167,9 @@ def benchmark_headline(results: dict[str, Any]) -> dict[str, Any]:
     if "limit" in column:
         found["mfu"] = column["limit"]["fp32"]["mfu"]
     if "inference" in column:
-        found["generation_speedup"] = min(cells["speedup"] for name, cells in column["inference"].items()
-                                          if name.startswith("generation"))
+        for key, row in (("generation_speedup", "default"), ("generation_speedup_matched", "matched")):
+            found[key] = min(cells["speedup"] for name, cells in column["inference"].items()
+                             if name.startswith(f"generation {row}"))
     if "start_up" in column:
         found["start_up_seconds"] = column["start_up"]["seconds"]
     return found
@@ -200,11 +201,10 @@ def speed_table(results: dict[str, Any]) -> str:
         add(f"a step of {name}, float32; of full", "s", methods[name]["seconds"], methods["full"]["seconds"],
             methods[name], "methods", "fp32", name)
     for name, cells in column["inference"].items():
-        kind, number = name.split()[0], name.split()[-1]
-        if kind == "classification":
-            what, rate, unit = f"classification, {conditions[number]}; transformers", "texts_per_second", "reviews/s"
-        else:
-            what, rate, unit = f"generation, {number} at a time; transformers", "tokens_per_second", "tokens/s"
+        kind, row, *number = name.split()
+        rate, unit = {"classification": ("texts_per_second", "reviews/s"),
+                      "generation": ("tokens_per_second", "tokens/s")}[kind]
+        what = f"{kind}{''.join(f', {size} at a time' for size in number)}, {conditions[row]}; transformers"
         add(what, unit, cells["ours"][rate], cells["transformers"][rate], cells, "inference", name)
     return markdown_table(["ours; theirs", "ours", "theirs", "times as fast", "of the memory", "on a GPU"], rows,
                           figures=True)

@@ -170,6 +170,8 @@ class Benchmark:
                     ("matched", 2, {}, {}), ("default", 4, {"precision": "auto", "grouped": True, "rounded": True}, {}),
                     ("best", 4, {"precision": "bf16", "compile": True, "grouped": True, "rounded": True},
                      {"precision": "bf16", "compile": True, "grouped": True, "rounded": True})):
+                if not row.startswith(self.options.only):
+                    continue
                 count = steps * (self.rounds + 1)
                 sides = {}
                 for name, side, values in (("ours", "train_ours", ours), ("peft", "train_peft", theirs)):
@@ -189,7 +191,7 @@ class Benchmark:
         rows: dict[str, Any] = {}
         for precision in ("fp32", "auto"):
             for method, values in METHOD_VALUES.items():
-                if method == "full":
+                if method == "full" or not precision.startswith(self.options.only):
                     continue
                 common = {"steps": 1, "batches": self.batches(self.rounds + 1, 1, self.lengths[0], False, full=True),
                           "precision": precision}
@@ -229,26 +231,29 @@ class Benchmark:
         return rows
 
     def inference(self) -> dict[str, Any]:
-        """Classification and greedy generation against transformers."""
-        rows = {}
-        for row, ours in (("matched", {"matched": True}), ("default", {"matched": False, "precision": "auto"})):
-            batches = self.batches(4, 4, self.lengths[0], False)
-            found = take_turns({
-                "ours": Side(**self.job("classify_ours", batches=batches, **ours)),
-                "transformers": Side(**self.job("classify_transformers", batches=batches))}, self.rounds)
+        """Classification and greedy generation against transformers: in float32, and each as used by default."""
+        rows: dict[str, Any] = {}
+
+        def compare(name: str, what: str, ours: Side, theirs: Side) -> None:
+            found = take_turns({"ours": ours, "transformers": theirs}, self.rounds)
             for side in found.values():
-                side["texts_per_second"] = round(side["texts"] / side["seconds"], 2)
-            rows[f"classification {row}"] = found | against(found["ours"], found["transformers"])
-            report(f"classification {row}", rows[f"classification {row}"])
-        for batch_size in (1, 8):
-            size = {"batch_size": batch_size, "prompt_tokens": self.lengths[0] // 4,
-                    "new_tokens": self.lengths[0] // 4}
-            found = take_turns({"ours": Side(**self.job("generate_ours", **size)),
-                                "transformers": Side(**self.job("generate_transformers", **size))}, self.rounds)
-            for side in found.values():
-                side["tokens_per_second"] = round(side["tokens"] / side["seconds"], 2)
-            rows[f"generation of {batch_size}"] = found | against(found["ours"], found["transformers"])
-            report(f"generation of {batch_size}", rows[f"generation of {batch_size}"])
+                side[f"{what}_per_second"] = round(side[what] / side["seconds"], 2)
+            rows[name] = found | against(found["ours"], found["transformers"])
+            report(name, rows[name])
+
+        batches = self.batches(4, 4, self.lengths[0], False)
+        for row, precision in (("matched", "fp32"), ("default", "auto")):
+            if not row.startswith(self.options.only):
+                continue
+            ours = {"matched": row == "matched", "precision": precision}
+            compare(f"classification {row}", "texts", Side(**self.job("classify_ours", batches=batches, **ours)),
+                    Side(**self.job("classify_transformers", batches=batches)))
+            for batch_size in (1, 8):
+                size = {"batch_size": batch_size, "prompt_tokens": self.lengths[0] // 4,
+                        "new_tokens": self.lengths[0] // 4}
+                compare(f"generation {row} {batch_size}", "tokens",
+                        Side(**self.job("generate_ours", precision=precision, **size)),
+                        Side(**self.job("generate_transformers", **size)))
         return rows
 
     def growth(self) -> dict[str, Any]:
@@ -304,6 +309,8 @@ class Benchmark:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default=",".join(PARTS), help=f"which of {', '.join(PARTS)}; default all")
+    parser.add_argument("--only", default="", help="measure only rows of training, methods and inference that begin "
+                                                   "so: matched, default, best, fp32, auto")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side that count; default 5")
     parser.add_argument("--quick", action="store_true", help="a small model and two rounds; writes nothing to keep")
     parser.add_argument("--dataset", default="imdb", help="imdb, or sample where IMDb cannot be had")
@@ -327,7 +334,8 @@ def main() -> None:
             "dataset": benchmark.dataset, "batch_size": benchmark.batch_size}
         for part in parts:
             print(f"--- {part}", flush=True)
-            column[part] = getattr(benchmark, part)()
+            found = getattr(benchmark, part)()
+            column[part] = {**column.get(part, {}), **found} if options.only else found
             results |= benchmark_headline(results)
             write_json_file(path, results)
             if not options.quick:

@@ -91,7 +91,7 @@ def train_ours(job: Job, turn: Turn) -> None:
     """minipeft's own loop on the job's batches, a turn being `steps` optimiser steps."""
     from minipeft import GPT2ForSequenceClassification, inject, load_adapter
     from minipeft.batches import collate
-    from minipeft.hardware import choose_precision
+    from minipeft.hardware import cast_frozen, choose_precision
     from minipeft.methods import METHODS
     from minipeft.methods.surgery import trainable_parameters
     from minipeft.tasks.task import Task
@@ -106,6 +106,7 @@ def train_ours(job: Job, turn: Turn) -> None:
     model.to(turn.device)
     model.transformer.gradient_checkpointing = job.get("gradient_checkpointing", False)
     precision = choose_precision(job["precision"], turn.device)
+    cast_frozen(model, precision)
     trained = trainable_parameters(model).trainable
 
     class TakingTurns:
@@ -268,12 +269,13 @@ def classify_ours(job: Job, turn: Turn) -> None:
     """Classify the job's texts; ours sorts them by length unless the batches are to be the reference's."""
     from minipeft import GPT2ForSequenceClassification
     from minipeft.batches import collate
-    from minipeft.hardware import choose_precision, computing_in
+    from minipeft.hardware import cast_frozen, choose_precision, computing_in
     from minipeft.tasks import classification
 
     ids, _, plan = read_batches(job)
-    model = GPT2ForSequenceClassification.from_pretrained(job["base"]).to(turn.device)
     precision = choose_precision(job["precision"], turn.device)
+    model = GPT2ForSequenceClassification.from_pretrained(job["base"]).to(turn.device).requires_grad_(False)
+    cast_frozen(model, precision)
     while True:
         turn.wait()
         if job["matched"]:
@@ -317,15 +319,19 @@ def _prompts(job: Job, device: torch.device) -> Tensor:
 
 
 def generate_ours(job: Job, turn: Turn) -> None:
-    """Greedy generation with the key-value cache."""
+    """Greedy generation with the key-value cache, as predict.py does it."""
     from minipeft import GPT2LMHeadModel
     from minipeft.generate import generate
+    from minipeft.hardware import cast_frozen, choose_precision, computing_in
 
-    model = GPT2LMHeadModel.from_pretrained(job["base"]).to(turn.device)
+    precision = choose_precision(job["precision"], turn.device)
+    model = GPT2LMHeadModel.from_pretrained(job["base"]).to(turn.device).requires_grad_(False)
+    cast_frozen(model, precision)
     prompts = _prompts(job, turn.device)
     while True:
         turn.wait()
-        ids = generate(model, prompts, max_new_tokens=job["new_tokens"])
+        with computing_in(precision, turn.device):
+            ids = generate(model, prompts, max_new_tokens=job["new_tokens"])
         turn.report(tokens=len(prompts) * job["new_tokens"], checksum=int(ids.sum()))
 
 

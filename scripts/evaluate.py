@@ -16,7 +16,7 @@ from minipeft.data import KNOWN, choose_dataset, load_dataset
 from minipeft.errors import ConfigError, DataError
 from minipeft.files import check_writable, write_json_file
 from minipeft.finetune import headline
-from minipeft.hardware import choose_device, choose_precision
+from minipeft.hardware import cast_frozen, choose_device, choose_precision
 from minipeft.saved import load_finetuned
 
 
@@ -38,6 +38,7 @@ def main() -> None:
     device = choose_device(options.device)
     precision = choose_precision(options.precision, device)
     model, task = load_finetuned(options.adapter, options.model, device, options.task)
+    cast_frozen(model.requires_grad_(False), precision)
     trained_on = read_details(options.adapter).get("dataset")
     if options.dataset is not None:
         name, why = options.dataset, "asked for"

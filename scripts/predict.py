@@ -17,7 +17,7 @@ import torch
 from common import add_machine_options, run
 
 from minipeft.errors import ConfigError, DataError
-from minipeft.hardware import choose_device, choose_precision
+from minipeft.hardware import cast_frozen, choose_device, choose_precision
 from minipeft.saved import load_finetuned
 from minipeft.tasks.generation import Generation
 from minipeft.tasks.task import check_texts
@@ -55,6 +55,7 @@ def main() -> None:
     device = choose_device(options.device)
     precision = choose_precision(options.precision, device)
     model, task = load_finetuned(options.adapter, options.model, device, options.task)
+    cast_frozen(model.requires_grad_(False), precision)
     how: dict[str, Any] = {name: value for name in ("max_new_tokens", "num_beams", "length_penalty", "temperature",
                                                     "top_k", "top_p")
                            if (value := getattr(options, name)) is not None}

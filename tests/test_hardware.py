@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from minipeft import GPT2Config, GPT2LMHeadModel, inject
 from minipeft.errors import HardwareError
-from minipeft.hardware import choose_device, choose_precision, computing_in, machine, versions
+from minipeft.hardware import cast_frozen, choose_device, choose_precision, computing_in, machine, versions
+from minipeft.methods import METHODS
 
 CPU = torch.device("cpu")
 
@@ -67,3 +71,28 @@ def test_products_run_in_the_chosen_precision_inside_the_block_and_as_before_out
 def test_machine_and_versions_say_what_the_numbers_depend_on():
     assert machine()["cores"] >= 1 and machine()["memory_gib"] > 0 and machine()["processor"]
     assert {"python", "torch", "numpy", "minipeft"} <= set(versions())
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "bitfit", "adapter", "prefix", "ia3"])
+def test_frozen_layers_cast_once_compute_what_autocast_does(method):
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=50, n_positions=40)
+    model = inject(GPT2LMHeadModel(config), METHODS[method].config()).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    cast, ids = cast_frozen(copy.deepcopy(model), torch.bfloat16), torch.randint(50, (2, 9))
+    with computing_in(torch.bfloat16, CPU):
+        torch.testing.assert_close(cast(ids), model(ids), atol=0.03 if method == "dora" else 0, rtol=0)  # DoRA's norms
+    here, there = dict(cast.named_parameters()), dict(model.named_parameters())
+    kinds = {name: tensor.dtype for name, tensor in here.items()}
+    assert kinds["lm_head.weight"] == torch.bfloat16
+    assert kinds["transformer.wte.weight"] == kinds["transformer.h.0.ln_1.weight"] == torch.float32
+    assert all(kinds[name] == torch.float32 for name in kinds if name in there and there[name].requires_grad)
+    assert [n for n, p in here.items() if p.requires_grad] == [n for n, p in there.items() if p.requires_grad]
+
+
+def test_in_float32_nothing_is_cast():
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=20, n_positions=8))
+    cast_frozen(model.requires_grad_(False), torch.float32)
+    assert model.lm_head.weight is model.transformer.wte.weight

@@ -166,10 +166,10 @@ def benchmark_headline(results: dict[str, Any]) -> dict[str, Any]:
                   "lora_memory_ratio_vs_full": lora["memory_ratio_vs_full"]}
     if "limit" in column:
         found["mfu"] = column["limit"]["fp32"]["mfu"]
-    if "inference" in column:
-        for key, row in (("generation_speedup", "default"), ("generation_speedup_matched", "matched")):
-            found[key] = min(cells["speedup"] for name, cells in column["inference"].items()
-                             if name.startswith(f"generation {row}"))
+    for key, row in (("generation_speedup", "default"), ("generation_speedup_matched", "matched")):
+        if values := [cells["speedup"] for name, cells in column.get("inference", {}).items()
+                      if name.startswith(f"generation {row}")]:
+            found[key] = min(values)
     if "start_up" in column:
         found["start_up_seconds"] = column["start_up"]["seconds"]
     return found

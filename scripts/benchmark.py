@@ -83,10 +83,13 @@ def take_turns(sides: dict[str, Side], rounds: int, last: bool = False) -> dict[
             turns[name].append(side.turn())
     found = {}
     for name, side in sides.items():
-        seconds = [turn["seconds"] for turn in turns[name][1:]]
-        found[name] = {**turns[name][-1], "seconds": round(statistics.median(seconds), 4),
+        counted = turns[name][1:]
+        medians = {key: statistics.median(turn[key] for turn in counted)
+                   for key, value in counted[-1].items() if isinstance(value, float)}
+        seconds = [turn["seconds"] for turn in counted]
+        found[name] = {**counted[-1], **medians, "seconds": round(medians["seconds"], 4),
                        "seconds_low": round(min(seconds), 4), "seconds_high": round(max(seconds), 4),
-                       "turns": len(seconds)}
+                       "turns": len(counted)}
         if last:
             found[name] |= {key: value for key, value in side.turn().items() if key != "seconds"}
         side.end()
@@ -277,19 +280,18 @@ class Benchmark:
 
     def growth_in_reviews(self) -> dict[str, Any]:
         """Seconds a review against the number of training reviews (mini, one epoch), and what is not arithmetic."""
-        counts = [16, 32, 64] if self.options.quick else [128, 512, 1024, 2048, 4096]  # the first warms up
-        side = Side(**self.job("train_on_more", dataset=self.options.dataset, data_dir=self.options.data_dir,
-                               counts=counts, folder=str(self.folder / "trained")))
+        counts = [16, 32, 64] if self.options.quick else [256, 512, 1024, 2048]
+        sides = {count: Side(**self.job("train_on_more", dataset=self.options.dataset, data_dir=self.options.data_dir,
+                                        reviews=count, folder=str(self.folder / f"trained_{count}")))
+                 for count in counts}
         rows = {}
-        for found in [side.turn() for _ in counts][1:]:
-            aside = {key: found[key] for key in ("tokenising", "bucketing", "saving")}
-            rows[str(found["reviews"])] = {
-                **{key: round(value, 4) for key, value in aside.items()}, "seconds": round(found["seconds"], 3),
-                "seconds_per_review": round(found["seconds"] / found["reviews"], 5),
-                "share_aside": round(sum(aside.values()) / found["seconds"], 5),
-                "peak_memory_bytes": found["peak_memory_bytes"]}
-            print(f"{found['reviews']} reviews: {rows[str(found['reviews'])]}", flush=True)
-        side.end()
+        for count, found in take_turns(sides, self.rounds).items():
+            aside = {key: round(found[key], 4) for key in ("tokenising", "bucketing", "saving")}
+            rows[str(count)] = {
+                **aside, **{key: found[key] for key in ("seconds", "seconds_low", "seconds_high", "peak_memory_bytes")},
+                "seconds_per_review": round(found["seconds"] / count, 5),
+                "share_aside": round(sum(aside.values()) / found["seconds"], 5)}
+            print(f"{count} reviews: {rows[str(count)]}", flush=True)
         return rows
 
     def start_up(self) -> dict[str, Any]:

@@ -149,11 +149,11 @@ def _saved_bytes(model: nn.Module, job: Job) -> int:
 
 
 def train_on_more(job: Job, turn: Turn) -> None:
-    """LoRA on the bundled base, one epoch of ever more reviews, and how long all but the arithmetic takes in each."""
+    """LoRA on the bundled base, one epoch of so many reviews a turn, and how long all but the arithmetic takes."""
     from minipeft import GPT2ForSequenceClassification, LoraConfig, get_tokenizer, inject, training
     from minipeft.batches import Batch, BucketedBatches
     from minipeft.data import load_dataset
-    from minipeft.hardware import choose_precision
+    from minipeft.hardware import cast_frozen, choose_precision
     from minipeft.saved import save_finetuned
     from minipeft.tasks import classification
     from minipeft.tasks.task import Task
@@ -177,20 +177,21 @@ def train_on_more(job: Job, turn: Turn) -> None:
 
     training.save_training_state = timed("saving", training.save_training_state)
     data, tokenizer, folder = load_dataset(job["dataset"], job["data_dir"]).train, get_tokenizer("mini"), job["folder"]
-    for number, count in enumerate(job["counts"]):
-        examples = data.subset(count, seed=0)
+    examples = data.subset(job["reviews"], seed=0)
+    precision = choose_precision("auto", turn.device)
+    while True:
         model = GPT2ForSequenceClassification.from_pretrained("mini", num_labels=2)
         inject(model, LoraConfig(r=8, target_modules="all-linear")).to(turn.device)
+        cast_frozen(model, precision)
         details = {"label_names": ["negative", "positive"], "max_length": 384, "truncation": "head_tail"}
         save = timed("saving", lambda model=model: save_finetuned(model, folder, "mini", details))
         spent.clear()
         turn.wait()
         ids = timed("tokenising", classification.encode)(examples.texts, tokenizer, 384, "head_tail")
         training.train(model, TimedBatches(ids, examples.labels, job["batch_size"]), Task.loss_sum,
-                       lambda: {"accuracy": 0.0, "loss": 0.0}, training.TrainingConfig(epochs=1),
-                       choose_precision("auto", turn.device), save_best=save,
-                       state_folder=Path(folder) / f"state_{number}")
-        turn.report(reviews=len(examples), **spent)
+                       lambda: {"accuracy": 0.0, "loss": 0.0}, training.TrainingConfig(epochs=1), precision,
+                       save_best=save, state_folder=Path(folder) / "state")
+        turn.report(**spent)
 
 
 def train_peft(job: Job, turn: Turn) -> None:

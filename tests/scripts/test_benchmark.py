@@ -106,11 +106,13 @@ def run_benchmark(*options):
 
 @pytest.mark.slow
 def test_a_quick_run_measures_and_writes(tmp_path):
-    done = run_benchmark("--quick", "--dataset", "sample", "--parts", "limit", "--results-dir", str(tmp_path))
+    done = run_benchmark("--quick", "--dataset", "sample", "--parts", "limit,growth", "--results-dir", str(tmp_path))
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "benchmark_quick.json").read_text())
     assert 0 < results["mfu"] == results["cpu"]["limit"]["fp32"]["mfu"]
     assert results["cpu"]["limit"]["fp32"]["lora"]["turns"] == 2
+    reviews = results["cpu"]["growth"]["reviews"]
+    assert list(reviews) == ["16", "32", "64"] and all(0 < row["share_aside"] < 1 for row in reviews.values())
 
 
 @pytest.mark.parametrize(("options", "message"), [

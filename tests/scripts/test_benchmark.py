@@ -26,7 +26,7 @@ class Recorded:
 
     def turn(self):
         self.log.append(self.name)
-        return {"seconds": next(self.seconds), "peak_memory_bytes": 7}
+        return {"seconds": float(next(self.seconds)), "peak_memory_bytes": 7}
 
     def end(self):
         self.log.append(f"{self.name} ends")

@@ -42,10 +42,21 @@ class Batch:
         """The labels that count, (N,): all of one a text; of one a token, those at `positions`."""
         return self.labels if self.positions is None else self.labels[self.positions]
 
+    def passes(self, tokens: int | None) -> list[Batch]:
+        """The batch in pieces that are computed one after the other: see `number_of_passes`."""
+        number = number_of_passes(*self.attention_mask.shape, tokens)
+        pieces = (tensor.tensor_split(number) for tensor in (self.input_ids, self.attention_mask, self.labels))
+        return [Batch(*piece) for piece in zip(*pieces)]
+
     def arguments(self) -> dict[str, Tensor]:
         """What a model is called with. A head is asked only where there is a label: most of a text has none."""
         found = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
         return found if self.positions is None else {**found, "positions": self.positions}
+
+
+def number_of_passes(rows: int, length: int, tokens: int | None) -> int:
+    """How many forward passes a batch takes if each is to hold at most so many tokens, or one row; None: no limit."""
+    return 1 if tokens is None else -(-rows // max(1, tokens // length))
 
 
 def rounded(length: int, to: int = 32) -> int:

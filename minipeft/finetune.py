@@ -22,7 +22,15 @@ from minipeft.data import Dataset, choose_dataset, load_dataset
 from minipeft.errors import ConfigError
 from minipeft.files import check_writable, write_json_file
 from minipeft.gpt2 import GPT2LMHeadModel
-from minipeft.hardware import cast_frozen, choose_device, choose_precision, machine, peak_memory_bytes, versions
+from minipeft.hardware import (
+    cast_frozen,
+    choose_device,
+    choose_precision,
+    machine,
+    peak_memory_bytes,
+    tokens_per_pass,
+    versions,
+)
 from minipeft.methods import METHODS, inject
 from minipeft.methods.head import HeadOnFeatures
 from minipeft.methods.surgery import ParameterCount, fingerprint, positions_left, trainable_parameters
@@ -201,7 +209,9 @@ def fit(options: Options, setup: Setup, say: Say, folder: Path | None = None) ->
         state_folder=folder and folder / "training_state", resume=options.resume,
         request={"method": options.method, "method_config": dataclasses.asdict(method_config), "base": base_fingerprint,
                  "dataset": [setup.data.name, setup.data.source, setup.sizes], **task.details(),
-                 "dropout": options.dropout}, best_by=task.best_by)
+                 "dropout": options.dropout}, best_by=task.best_by,
+        # A sharded model computes in step, and processes may have a row more or less.
+        tokens_per_pass=None if options.shard else tokens_per_pass(setup.device, model.config.n_embd))
     model.eval()
     return Fitted(model, task, method_config, config, history, counts, base_fingerprint, tokenising_seconds,
                   feature_seconds, feature_core_seconds)

@@ -15,6 +15,8 @@ import torch.nn as nn
 
 from minipeft.errors import HardwareError
 
+# What a CPU trains on at a time, in numbers of the hidden states (B, T, C): about as much as its caches hold.
+NUMBERS_PER_PASS = 2**20
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -55,6 +57,19 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 def computing_in(precision: torch.dtype, device: torch.device) -> torch.autocast:
     """A context in which matrix products run in `precision`; in float32 it changes nothing."""
     return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
+
+
+def tokens_per_pass(device: torch.device, n_embd: int) -> int | None:
+    """How many tokens a forward pass of training had best hold; None: as many as there are.
+
+    A GPU wants all it can get. A CPU is done no sooner with more than its caches hold, and needs more memory: a LoRA
+    step of GPT-2 124M on 16 texts of 256 tokens, cut into four passes, takes 0.78 of the time and 0.47 of the memory in
+    float32 and, as each pass prepares the weights anew, 1.05 of the time and 0.45 of the memory in bfloat16.
+
+    Args:
+        n_embd: C, numbers a token.
+    """
+    return max(1, NUMBERS_PER_PASS // n_embd) if device.type == "cpu" else None
 
 
 def cast_frozen(model: nn.Module, precision: torch.dtype) -> nn.Module:

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minipeft.anatomy import injected
+from minipeft.batches import number_of_passes
 from minipeft.config import GPT2Config
 from minipeft.hardware import cast_frozen, computing_in
 from minipeft.methods import METHODS
@@ -37,7 +38,7 @@ class Memory:
         weights: the model's, frozen ones too.
         gradients: of the trained parameters.
         optimiser: AdamW's two running means of each.
-        activations: what the forward pass keeps for the backward pass, lower-precision copies of weights included.
+        activations: what a forward pass keeps for the backward pass, lower-precision copies of weights included.
         peak: the most that is alive at once, passing values included; not the sum, as gradients come while activations
             go. What Python, PyTorch and a GPU's driver take for themselves comes on top.
     """
@@ -82,7 +83,7 @@ class LiveBytes(TorchDispatchMode):
 
 def training_memory(config: GPT2Config, method: str, batch_size: int, length: int,
                     precision: torch.dtype = torch.float32, gradient_checkpointing: bool = False,
-                    device: str = "cpu", **values: Any) -> Memory:
+                    device: str = "cpu", tokens_per_pass: int | None = None, **values: Any) -> Memory:
     """The memory that one training step of a classifier takes, from the second step on.
 
     Args:
@@ -90,11 +91,13 @@ def training_memory(config: GPT2Config, method: str, batch_size: int, length: in
         length: T, with nothing padded: a batch of longest texts.
         precision: of the forward pass; trained parameters, gradients and optimiser are float32.
         device: "cpu" for what this library does there; "cuda" for flash attention throughout.
+        tokens_per_pass: as in training; None computes the batch at once.
         values: fields of the method's configuration.
 
     Raises:
         ConfigError: a bad value.
     """
+    passes = number_of_passes(batch_size, length, tokens_per_pass)
     model = injected(config, method, **values)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = cast_frozen(model.to_empty(device="cpu"), precision).train()
@@ -111,15 +114,17 @@ def training_memory(config: GPT2Config, method: str, batch_size: int, length: in
                 bytes_now.count(tensor)
             weights = bytes_now.live
             for _ in range(2):  # the first step makes the optimiser's state
-                before = bytes_now.peak = bytes_now.live
-                with computing_in(precision, torch.device("cpu")):
-                    logits = model(input_ids)                                    # (B, K)
-                loss = F.cross_entropy(logits.float(), labels)
-                activations = bytes_now.live - before
-                loss.backward()
+                bytes_now.peak, activations = bytes_now.live, 0
+                for ids, targets in zip(input_ids.tensor_split(passes), labels.tensor_split(passes)):
+                    before_pass = bytes_now.live
+                    with computing_in(precision, torch.device("cpu")):
+                        logits = model(ids)                                      # (B / passes, K)
+                    loss = F.cross_entropy(logits.float(), targets, reduction="sum") / batch_size
+                    activations = max(activations, bytes_now.live - before_pass)
+                    loss.backward()
+                    del logits, loss
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-                del logits, loss
         optimiser = sum(state.nbytes for p in optimizer.state.values() for state in p.values())
     return Memory(weights, sum(p.numel() * p.element_size() for _, p in trained), optimiser, activations,
                   bytes_now.peak)

@@ -135,7 +135,7 @@ def replace_tables(text: str, folder: Path) -> str:
         if not found or not end:
             raise OutputError(f"{start}{part.splitlines()[0]} is not followed by {TABLE_END}")
         if dataset == "speed":
-            table = speed_table(_read_json(folder / "benchmark.json"))
+            table = speed_section(_read_json(folder / "benchmark.json"))
         else:
             table = overview_table(folder) if dataset == "all" else results_table(folder, dataset)
         parts[number] = f"{dataset}{behind}\n{table}\n{end}{after}"
@@ -173,6 +173,32 @@ def benchmark_headline(results: dict[str, Any]) -> dict[str, Any]:
     if "start_up" in column:
         found["start_up_seconds"] = column["start_up"]["seconds"]
     return found
+
+
+def speed_section(results: dict[str, Any]) -> str:
+    """benchmark.json for readers: its comparisons in one Markdown table, and in words what has nothing beside it."""
+    column = results["cpu"]
+    where = f"{column['machine']['processor']}, {column['machine']['cores']} cores"
+    shares = {precision: f"{100 * cells['mfu']:.1f} %" for precision, cells in column["limit"].items()}
+    growth = column["growth"]
+    most_aside = max(cells["share_aside"] for cells in growth["reviews"].values())
+
+    def from_to(kind: str, figure: str, factor: float = 1) -> str:
+        (first, few), *_, (last, many) = growth[kind].items()
+        return f"from {first} to {last}: {factor * few[figure]:.2f} to {factor * many[figure]:.2f}"
+
+    return f"""{speed_table(results)}
+
+A LoRA step computes at {shares["fp32"]} of the rate of plain matrix products of its sizes in float32 (MFU), and at
+{shares["bf16"]} in bfloat16 ({where}).
+From starting Python to the end of the first training step with `mini`: {column["start_up"]["seconds"]:.2f} s.
+
+What a unit of work costs as there is more of it:
+
+- seconds for 10^12 floating-point operations, tokens a text {from_to("length", "seconds_per_tflop")};
+- the same, texts a batch {from_to("batch_size", "seconds_per_tflop")};
+- milliseconds a review (`mini`), training reviews {from_to("reviews", "seconds_per_review", 1000)}; tokenising, sorting
+  into batches and saving take {100 * most_aside:.2f} % of the time at most."""
 
 
 def speed_table(results: dict[str, Any]) -> str:

@@ -39,8 +39,8 @@ class TrainingConfig:
     """
 
     epochs: int = field(default=2, metadata={"help": "passes over the training split"})
-    batch_size: int = field(default=16, metadata={"help": "texts per forward pass"})
-    gradient_accumulation: int = field(default=1, metadata={"help": "forward passes per optimiser step"})
+    batch_size: int = field(default=16, metadata={"help": "texts per batch"})
+    gradient_accumulation: int = field(default=1, metadata={"help": "batches per optimiser step"})
     learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate"})
     weight_decay: float = field(default=0.01, metadata={"help": "on matrices; never on biases, LayerNorms, embeddings"})
     warmup_ratio: float = field(default=0.06, metadata={"help": "share of the steps on which the rate rises"})
@@ -103,7 +103,8 @@ def interrupt_between_steps() -> Iterator[Callable[[], bool]]:
 def train(model: nn.Module, batches: BucketedBatches, loss_sum: Callable[[Tensor, Batch], Tensor],
           validate: Callable[[], dict[str, Any]], config: TrainingConfig, precision: torch.dtype = torch.float32,
           compile_model: bool = False, save_best: Callable[[], None] = lambda: None, state_folder: Path | None = None,
-          resume: bool = False, request: dict[str, Any] | None = None, best_by: str = "accuracy") -> History:
+          resume: bool = False, request: dict[str, Any] | None = None, best_by: str = "accuracy",
+          tokens_per_pass: int | None = None) -> History:
     """Train the parameters that require a gradient, in place, and leave the model with its best validation's values.
 
     Args:
@@ -118,6 +119,8 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: Callable[[Tensor
         resume: go on from `state_folder`, if it holds anything.
         request: what else must be the same in a resumed run: data, base model, method.
         best_by: the figure that decides which validation is the best: the highest, or the lowest "loss".
+        tokens_per_pass: larger batches are computed in pieces of about so many tokens, whose gradients add up to the
+            batch's: the same step but for rounding, in less memory. None computes a batch at once.
 
     Returns:
         The history. After Ctrl-C `interrupted` is true, and `state_folder` can be resumed from.
@@ -180,9 +183,10 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: Callable[[Tensor
                 group["lr"] = rate * group["rate_factor"]
             group_of_batches = next(stream)
             size = sum(len(batch.targets) for batch in group_of_batches)
-            for number, batch in enumerate(group_of_batches, start=1):
-                batch = parallel.share(batch).to(device)
-                with parallel.without_sending(forward, more_to_come=number < len(group_of_batches)):
+            passes = [piece for batch in group_of_batches for piece in parallel.share(batch).passes(tokens_per_pass)]
+            for number, batch in enumerate(passes, start=1):
+                batch = batch.to(device)
+                with parallel.without_sending(forward, more_to_come=number < len(passes)):
                     with computing_in(precision, device):
                         logits = forward(**batch.arguments())
                     loss = loss_sum(logits, batch)

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from common import add_dataclass_options, given, run
 
 from minipeft.anatomy import counts_table, injected, render, shapes_only, tree
@@ -23,7 +24,7 @@ from minipeft.config import GPT2Config
 from minipeft.defaults import DEFAULTS, MAX_LENGTH
 from minipeft.errors import ConfigError
 from minipeft.files import check_writable, replacing_folder
-from minipeft.hardware import PRECISIONS
+from minipeft.hardware import PRECISIONS, tokens_per_pass
 from minipeft.ledger import traffic_table, training_memory
 from minipeft.methods import METHODS
 from minipeft.methods.surgery import positions_left, trainable_parameters
@@ -108,7 +109,8 @@ def memory_table(options: argparse.Namespace, config: GPT2Config, values: dict[s
                 continue
             for checkpointing in (False, True):
                 memory = training_memory(config, method, options.batch_size, length, precision, checkpointing,
-                                         options.device, **(values if method == options.method else {}))
+                                         options.device, tokens_per_pass(torch.device(options.device), config.n_embd),
+                                         **(values if method == options.method else {}))
                 gib = {key: value / 2**30 for key, value in vars(memory).items()}
                 what = f"{method}, {name}{', checkpointing' if checkpointing else ''}"
                 lines.append(f"{what:28}{gib['weights']:9.3f}{gib['gradients']:11.4f}{gib['optimiser']:11.4f}"

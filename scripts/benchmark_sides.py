@@ -91,7 +91,7 @@ def train_ours(job: Job, turn: Turn) -> None:
     """minipeft's own loop on the job's batches, a turn being `steps` optimiser steps."""
     from minipeft import GPT2ForSequenceClassification, inject, load_adapter
     from minipeft.batches import collate
-    from minipeft.hardware import cast_frozen, choose_precision
+    from minipeft.hardware import cast_frozen, choose_precision, tokens_per_pass
     from minipeft.methods import METHODS
     from minipeft.methods.surgery import trainable_parameters
     from minipeft.tasks.task import Task
@@ -130,7 +130,8 @@ def train_ours(job: Job, turn: Turn) -> None:
 
     config = TrainingConfig(epochs=1, batch_size=job["batch_size"], learning_rate=job["learning_rate"],
                             warmup_ratio=0.0, evaluations_per_epoch=1)
-    history = train(model, TakingTurns(), Task.loss_sum, last_turn_ends, config, precision, job["compile"])
+    history = train(model, TakingTurns(), Task.loss_sum, last_turn_ends, config, precision, job["compile"],
+                    tokens_per_pass=tokens_per_pass(turn.device, model.config.n_embd))
     optimiser_values = 2 * trained  # AdamW keeps two running means
     turn.wait()
     turn.report(mean_loss=history.curve[-1]["train_loss"], trained_parameters=trained,
@@ -153,7 +154,7 @@ def train_on_more(job: Job, turn: Turn) -> None:
     from minipeft import GPT2ForSequenceClassification, LoraConfig, get_tokenizer, inject, training
     from minipeft.batches import Batch, BucketedBatches
     from minipeft.data import load_dataset
-    from minipeft.hardware import cast_frozen, choose_precision
+    from minipeft.hardware import cast_frozen, choose_precision, tokens_per_pass
     from minipeft.saved import save_finetuned
     from minipeft.tasks import classification
     from minipeft.tasks.task import Task
@@ -190,7 +191,8 @@ def train_on_more(job: Job, turn: Turn) -> None:
         ids = timed("tokenising", classification.encode)(examples.texts, tokenizer, 384, "head_tail")
         training.train(model, TimedBatches(ids, examples.labels, job["batch_size"]), Task.loss_sum,
                        lambda: {"accuracy": 0.0, "loss": 0.0}, training.TrainingConfig(epochs=1), precision,
-                       save_best=save, state_folder=Path(folder) / "state")
+                       save_best=save, state_folder=Path(folder) / "state",
+                       tokens_per_pass=tokens_per_pass(turn.device, model.config.n_embd))
         turn.report(**spent)
 
 
@@ -377,7 +379,7 @@ def start_up(job: Job, turn: Turn) -> None:
     from minipeft import GPT2ForSequenceClassification, LoraConfig, get_tokenizer, inject
     from minipeft.batches import BucketedBatches
     from minipeft.data import load_dataset
-    from minipeft.hardware import choose_precision
+    from minipeft.hardware import choose_precision, tokens_per_pass
     from minipeft.tasks import classification
     from minipeft.tasks.task import Task
     from minipeft.training import TrainingConfig, train
@@ -388,7 +390,7 @@ def start_up(job: Job, turn: Turn) -> None:
     ids = classification.encode(data.texts[:16], tokenizer, 384, "head_tail")
     train(model, BucketedBatches(ids, data.labels[:16], 16), Task.loss_sum,
           lambda: {"accuracy": 0.0, "loss": 0.0}, TrainingConfig(epochs=1),
-          choose_precision("auto", turn.device))
+          choose_precision("auto", turn.device), tokens_per_pass=tokens_per_pass(turn.device, model.config.n_embd))
     turn.report()
 
 

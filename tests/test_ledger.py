@@ -85,6 +85,14 @@ def test_lora_keeps_what_its_formula_needs():
     assert memory.optimiser == pytest.approx(8 * trained, rel=0.01)
 
 
+def test_passes_keep_the_activations_of_one_at_a_time():
+    config = GPT2Config(**SMALL)
+    whole, in_four = (training_memory(config, "lora", BATCH, LENGTH, tokens_per_pass=tokens)
+                      for tokens in (None, BATCH // 4 * LENGTH))
+    assert in_four.activations == pytest.approx(whole.activations / 4, rel=0.01)
+    assert in_four.peak < whole.peak - 0.7 * whole.activations
+
+
 def test_full_fine_tuning_holds_three_more_copies_of_the_weights():
     memory = training_memory(GPT2Config(**SMALL), "full", 1, 8)
     assert memory.gradients == memory.weights

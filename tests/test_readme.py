@@ -58,6 +58,12 @@ def test_the_traffic_is_what_the_ledger_says():
         assert line in README.splitlines()
 
 
+def test_the_memory_is_what_the_ledger_says(monkeypatch, capsys):
+    (block,) = re.findall(r"^\$ python scripts/(anatomy.py) (--memory .*)\n((?:.+\n)+?)\.\.\.$", README, re.MULTILINE)
+    outcome = ScriptRunner(monkeypatch, capsys)(block[0], *shlex.split(block[1]))
+    assert outcome.code == 0 and outcome.out.startswith(block[2])
+
+
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README))))
 def test_a_linked_file_exists(path):
     assert (ROOT / path).exists()

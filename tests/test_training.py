@@ -175,6 +175,19 @@ class FixedBatches:
         return iter([collate(*batch) for batch in self.batches[first:]])
 
 
+def test_a_batch_computed_in_passes_takes_the_same_steps(toy):
+    curves, values = [], []
+    for tokens_per_pass in (None, 20, 1):
+        task = toy("lora", learning_rate=1e-3, epochs=2)
+        curves.append(run(task, tokens_per_pass=tokens_per_pass).curve)
+        values.append(trained_values(task.model))
+    for curve, value in zip(curves[1:], values[1:]):
+        assert [point["train_loss"] for point in curve] == pytest.approx([p["train_loss"] for p in curves[0]], abs=2e-4)
+        assert [point["train_accuracy"] for point in curve] == [point["train_accuracy"] for point in curves[0]]
+        for name in value:
+            torch.testing.assert_close(value[name], values[0][name], atol=1e-5, rtol=1e-4)
+
+
 def test_accumulating_over_small_batches_equals_one_large_batch(toy):
     ids, labels = toy_texts(64)
     large = [range(start, start + 16) for start in range(0, 64, 16)]

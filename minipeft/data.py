@@ -171,6 +171,14 @@ def _known(name: str, known: KnownDataset, data_dir: str | Path | None, seed: in
     return Dataset(name, source, task, label_names, **found)
 
 
+def name_of(dataset: str) -> str:
+    """What results call a dataset that a user asks for: its name or, of a file, the file's without its ending."""
+    known, path = (*KNOWN, "sample"), Path(dataset)
+    if dataset in known:
+        return dataset
+    return path.name if path.stem in known else path.stem  # results on another "imdb" are not IMDb's
+
+
 def _sample() -> Dataset:
     tables = {split: _read_table(SAMPLE_FOLDER / f"{split}.jsonl") for split in SPLITS}
     return Dataset("sample", "640 reviews written for minipeft (minipeft/sample)", TASKS["classification"],
@@ -214,8 +222,7 @@ def _own_file(path: Path, task: type[Task], text_column: str | None, label_colum
     rest, test = stratified_split(examples.classes(), VALIDATION_FRACTION, seed)
     rest_examples = examples.take(rest)
     train, validation = stratified_split(rest_examples.classes(), VALIDATION_FRACTION, seed + 1)
-    name = path.name if path.stem in (*KNOWN, "sample") else path.stem  # results on another "imdb" are not IMDb's
-    data = Dataset(name, str(path), task, label_names, rest_examples.take(train), rest_examples.take(validation),
+    data = Dataset(name_of(str(path)), str(path), task, label_names, rest_examples.take(train), rest_examples.take(validation),
                    examples.take(test))
     if not len(data.validation) or not len(data.test):
         raise DataError(f"{path}: {len(examples)} rows are too few to hold out a validation and a test split; there "

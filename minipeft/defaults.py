@@ -25,6 +25,17 @@ DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "lora": {"method": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
              "training": {"learning_rate": 1.5e-3, "epochs": 3}},
 }
+# What other tasks need otherwise, compared on their validation splits with the mini base (results/tuning_*.json).
+BY_TASK: dict[str, dict[str, dict[str, Any]]] = {
+}
+
+
+def table(method: str, task: str = "classification") -> dict[str, dict[str, Any]]:
+    """The defaults of a method on a task: what fills its configuration, and what the TrainingConfig."""
+    found = DEFAULTS[method]
+    return {"method": found["method"], "training": {**found["training"], **BY_TASK.get(task, {}).get(method, {})}}
+
+
 # Reading: how long a text may be, in tokens, and what is cut from a longer one.
 MAX_LENGTH, TRUNCATION = 384, "head_tail"
 # Sizes used on a CPU unless --full is given: enough to see a method work in minutes.

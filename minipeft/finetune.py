@@ -161,7 +161,7 @@ def fit(options: Options, setup: Setup, say: Say, folder: Path | None = None) ->
         setup: from `set_up`; its tables are read and its choices added to.
         folder: where the best model so far and the state to resume from are kept; None keeps nothing.
     """
-    method, table = METHODS[options.method], defaults.DEFAULTS[options.method]
+    method, table = METHODS[options.method], defaults.table(options.method, setup.data.task.name)
     method_config = method.config(**{**table["method"], **options.method_values})
     config = TrainingConfig(**{**table["training"], **options.training_values})
     if "epochs" not in options.training_values:
@@ -277,7 +277,7 @@ def check_method(options: Options) -> None:
         raise ConfigError("--shard is for full fine-tuning: what the other methods train is too small to be worth it")
     if options.method not in METHODS:
         raise ConfigError(f"unknown method {options.method!r}: use baseline, {', '.join(METHODS)}")
-    table = defaults.DEFAULTS[options.method]
+    table = defaults.table(options.method)
     METHODS[options.method].config(**{**table["method"], **options.method_values})
     TrainingConfig(**{**table["training"], **options.training_values})
 

@@ -395,3 +395,28 @@ def test_a_translation_is_the_same_twice_with_a_seed_and_by_beams_at_once(script
     sampled = [script("predict.py", "a dog", "--top-k", 9, "--seed", seed).out for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
     assert script("predict.py", "a dog", "a cat", "--num-beams", 2).code == 0
+
+
+# --- several methods --------------------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_compare_runs_what_has_no_results_yet_and_prints_the_table(script, tiny_model, folder, capfd):
+    shared = ("--dataset", "films.csv", "--model", tiny_model, "--epochs", 1, "--precision", "fp32")
+    first = script("compare.py", "--methods", "baseline,ia3", *shared)
+    assert first.code == 0
+    assert {path.name for path in (folder / "results").iterdir()} == {
+        "baseline_films_results.json", "fine_tuned_ia3_films_results.json"}
+    assert (folder / "checkpoints" / "films_ia3" / "adapter_model.safetensors").is_file()
+    before = (folder / "results" / "fine_tuned_ia3_films_results.json").stat().st_mtime_ns
+    second = script("compare.py", "--methods", "ia3,bitfit", *shared)
+    assert second.code == 0
+    assert (folder / "results" / "fine_tuned_ia3_films_results.json").stat().st_mtime_ns == before
+    for method in ("baseline: untrained head", "ia3", "bitfit"):
+        assert f"| {method} | " in second.out
+
+
+def test_compare_passes_a_failure_on_and_refuses_unknown_methods(script, tiny_model):
+    failed = script("compare.py", "--dataset", "films.csv", "--methods", "lora", "--model", tiny_model, "--r", -1)
+    assert failed.code == 2
+    unknown = script("compare.py", "--dataset", "films.csv", "--methods", "lora,lorra")
+    assert unknown.code == 2 and "unknown method lorra" in unknown.err

@@ -222,8 +222,8 @@ def _own_file(path: Path, task: type[Task], text_column: str | None, label_colum
     rest, test = stratified_split(examples.classes(), VALIDATION_FRACTION, seed)
     rest_examples = examples.take(rest)
     train, validation = stratified_split(rest_examples.classes(), VALIDATION_FRACTION, seed + 1)
-    data = Dataset(name_of(str(path)), str(path), task, label_names, rest_examples.take(train), rest_examples.take(validation),
-                   examples.take(test))
+    data = Dataset(name_of(str(path)), str(path), task, label_names, rest_examples.take(train),
+                   rest_examples.take(validation), examples.take(test))
     if not len(data.validation) or not len(data.test):
         raise DataError(f"{path}: {len(examples)} rows are too few to hold out a validation and a test split; there "
                         "should be at least ten, of each label where a text has one")

@@ -184,7 +184,7 @@ def speed_section(results: dict[str, Any]) -> str:
     most_aside = max(cells["share_aside"] for cells in growth["reviews"].values())
 
     def from_to(kind: str, figure: str, factor: float = 1) -> str:
-        (first, few), *_, (last, many) = growth[kind].items()
+        (first, few), *_, (last, many) = sorted(growth[kind].items(), key=lambda item: int(item[0]))
         return f"from {first} to {last}: {factor * few[figure]:.2f} to {factor * many[figure]:.2f}"
 
     return f"""{speed_table(results)}

@@ -184,7 +184,7 @@ def speed_section(results: dict[str, Any]) -> str:
     most_aside = max(cells["share_aside"] for cells in growth["reviews"].values())
 
     def from_to(kind: str, figure: str, factor: float = 1) -> str:
-        (first, few), *_, (last, many) = sorted(growth[kind].items(), key=lambda item: int(item[0]))
+        (first, few), *_, (last, many) = _by_number(growth[kind])
         return f"from {first} to {last}: {factor * few[figure]:.2f} to {factor * many[figure]:.2f}"
 
     return f"""{speed_table(results)}
@@ -199,6 +199,11 @@ What a unit of work costs as there is more of it:
 - the same, texts a batch {from_to("batch_size", "seconds_per_tflop")};
 - milliseconds a review (`mini`), training reviews {from_to("reviews", "seconds_per_review", 1000)}; tokenising, sorting
   into batches and saving take {100 * most_aside:.2f} % of the time at most."""
+
+
+def _by_number(rows: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The rows of a growth table in order: a JSON file's keys are sorted as words, 1024 before 128."""
+    return sorted(rows.items(), key=lambda row: int(row[0]))
 
 
 def speed_table(results: dict[str, Any]) -> str:
@@ -281,7 +286,7 @@ def _benchmark_column(column: dict[str, Any]) -> str:
         if rows := growth.get(kind):
             text.append(markdown_table((title, "seconds", "seconds per TFLOP", "GiB"),
                                        [(name, f"{cells['seconds']:.3f}", f"{cells['seconds_per_tflop']:.2f}",
-                                         _gib(cells)) for name, cells in rows.items()]))
+                                         _gib(cells)) for name, cells in _by_number(rows)]))
     if rows := growth.get("reviews"):
         aside = ("tokenising", "bucketing", "saving")
         text.append(markdown_table(
@@ -289,7 +294,7 @@ def _benchmark_column(column: dict[str, Any]) -> str:
              "share of the three", "GiB"),
             [(name, f"{cells['seconds']:.2f}", f"{1000 * cells['seconds_per_review']:.2f}",
               *(f"{cells[key]:.3f}" for key in aside), f"{100 * cells['share_aside']:.2f} %", _gib(cells))
-             for name, cells in rows.items()]))
+             for name, cells in _by_number(rows)]))
     if "start_up" in column:
         text.append(f"From starting Python to the end of the first training step (mini): "
                     f"{column['start_up']['seconds']:.2f} s.")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from minipeft.report import benchmark_headline, benchmark_tables, speed_table
+from minipeft.report import benchmark_headline, benchmark_tables, speed_section, speed_table
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -97,6 +97,17 @@ def test_the_speed_table_sets_ours_beside_theirs_and_says_what_no_gpu_has_measur
         "| generation, 8 at a time, each as used by default; transformers | 30.00 tokens/s | 15.00 tokens/s | 2.00 "
         "| 0.50 | not measured |"]
     assert "2.00 times as fast |" in speed_table({"cpu": column, "cuda": column}).splitlines()[2]
+
+
+def test_growth_is_told_from_the_least_to_the_most_though_json_sorts_numbers_as_words():
+    rows = {size: {"seconds_per_tflop": value, "seconds": 1.0, "peak_memory_bytes": 1}
+            for size, value in (("1024", 3.0), ("128", 1.0), ("256", 2.0))}
+    reviews = {size: {"seconds_per_review": 0.01, "share_aside": 0.005} for size in ("1024", "128")}
+    column = {"machine": {"processor": "CPU", "cores": 2}, "limit": {"fp32": {"mfu": 0.8}, "bf16": {"mfu": 0.7}},
+              "training": {}, "methods": {"fp32": {}}, "inference": {}, "start_up": {"seconds": 2.0},
+              "growth": {"length": rows, "batch_size": rows, "reviews": reviews}}
+    text = speed_section({"cpu": column})
+    assert "from 128 to 1024: 1.00 to 3.00" in text and "0.50 % of the time at most" in text
 
 
 def run_benchmark(*options):

@@ -20,6 +20,7 @@ import torch
 from common import add_dataclass_options, given, run
 
 from minipeft.anatomy import counts_table, injected, render, shapes_only, tree
+from minipeft.batches import number_of_passes
 from minipeft.config import GPT2Config
 from minipeft.defaults import DEFAULTS, MAX_LENGTH
 from minipeft.errors import ConfigError
@@ -101,16 +102,18 @@ def memory_table(options: argparse.Namespace, config: GPT2Config, values: dict[s
     if length > left:
         raise ConfigError(f"length={length} is more than the {left} tokens that fit {options.model} with "
                           f"{options.method}")
-    lines = [f"one training step of {options.model}, {options.batch_size} texts of {length} tokens, {options.device}; "
-             "GiB", f"{'':28}{'weights':>9}{'gradients':>11}{'optimiser':>11}{'activations':>13}{'peak':>9}"]
+    tokens = tokens_per_pass(torch.device(options.device), config.n_embd)
+    passes = number_of_passes(options.batch_size, length, tokens)
+    lines = [f"one training step of {options.model}, {options.batch_size} texts of {length} tokens"
+             f"{f' in {passes} passes' if passes > 1 else ''}, {options.device}; GiB",
+             f"{'':28}{'weights':>9}{'gradients':>11}{'optimiser':>11}{'activations':>13}{'peak':>9}"]
     for method in dict.fromkeys((options.method, "full")):
         for name, precision in PRECISIONS.items():
             if name == "fp16" and options.device == "cpu":
                 continue
             for checkpointing in (False, True):
                 memory = training_memory(config, method, options.batch_size, length, precision, checkpointing,
-                                         options.device, tokens_per_pass(torch.device(options.device), config.n_embd),
-                                         **(values if method == options.method else {}))
+                                         options.device, tokens, **(values if method == options.method else {}))
                 gib = {key: value / 2**30 for key, value in vars(memory).items()}
                 what = f"{method}, {name}{', checkpointing' if checkpointing else ''}"
                 lines.append(f"{what:28}{gib['weights']:9.3f}{gib['gradients']:11.4f}{gib['optimiser']:11.4f}"

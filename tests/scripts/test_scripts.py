@@ -400,7 +400,7 @@ def test_a_translation_is_the_same_twice_with_a_seed_and_by_beams_at_once(script
 # --- several methods --------------------------------------------------------------------------------------------------
 
 @pytest.mark.slow
-def test_compare_runs_what_has_no_results_yet_and_prints_the_table(script, tiny_model, folder, capfd):
+def test_compare_runs_what_has_no_results_yet_and_prints_the_table(script, tiny_model, folder):
     shared = ("--dataset", "films.csv", "--model", tiny_model, "--epochs", 1, "--precision", "fp32")
     first = script("compare.py", "--methods", "baseline,ia3", *shared)
     assert first.code == 0

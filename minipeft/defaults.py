@@ -27,6 +27,7 @@ DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 # What other tasks need otherwise, compared on their validation splits with the mini base (results/tuning_*.json).
 BY_TASK: dict[str, dict[str, dict[str, Any]]] = {
+    "tagging": {"bitfit": {"learning_rate": 6e-3}, "ia3": {"learning_rate": 1e-2}},
 }
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import read_json, write_datasets, write_tiny_model
 
+from minipeft import defaults
 from minipeft.data import KNOWN, load_dataset
 from minipeft.errors import AdapterError, ConfigError, DataError
 from minipeft.finetune import Options, baseline, finetune
@@ -162,3 +163,10 @@ def test_an_adapter_folder_names_its_task_and_runs_no_code_for_it(options, tmp_p
     (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
     with pytest.raises(AdapterError, match=r"name the \.py file that defines it with --task"):
         load_finetuned(tmp_path / "trained")
+
+
+def test_a_task_has_defaults_of_its_own_where_its_table_says_so(options, monkeypatch):
+    monkeypatch.setattr(defaults, "BY_TASK", {"tagging": {"lora": {"learning_rate": 0.5}}})
+    rates = [finetune(options(dataset, training_values={"epochs": 1}))["training_config"]["learning_rate"]
+             for dataset in ("wnut_17", "sst2")]
+    assert rates == [0.5, defaults.DEFAULTS["lora"]["training"]["learning_rate"]]

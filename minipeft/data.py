@@ -173,10 +173,8 @@ def _known(name: str, known: KnownDataset, data_dir: str | Path | None, seed: in
 
 def name_of(dataset: str) -> str:
     """What results call a dataset that a user asks for: its name or, of a file, the file's without its ending."""
-    known, path = (*KNOWN, "sample"), Path(dataset)
-    if dataset in known:
-        return dataset
-    return path.name if path.stem in known else path.stem  # results on another "imdb" are not IMDb's
+    path = Path(dataset)
+    return path.name if path.stem in (*KNOWN, "sample") else path.stem  # results on another "imdb" are not IMDb's
 
 
 def _sample() -> Dataset:

@@ -37,8 +37,12 @@ def table(method: str, task: str = "classification") -> dict[str, dict[str, Any]
     return {"method": found["method"], "training": {**found["training"], **BY_TASK.get(task, {}).get(method, {})}}
 
 
-# Reading: how long a text may be, in tokens, and what is cut from a longer one.
+# Reading: how long a text may be, in tokens, and what is cut from a longer one. A summary's source is longer than most
+# texts: mini's 512 positions are used but for those that virtual tokens may need.
 MAX_LENGTH, TRUNCATION = 384, "head_tail"
+MAX_SUMMARY_LENGTH = 480
+# The part of these tokens that is kept free for what is to be written; a summary is a small part of its source.
+TARGET_SHARE, SUMMARY_SHARE = 1 / 3, 1 / 6
 # Sizes used on a CPU unless --full is given: enough to see a method work in minutes.
 CPU_TRAIN_SIZE, CPU_VALIDATION_SIZE, CPU_TEST_SIZE = 4000, 500, 2000
 # Texts per forward pass in evaluation: on a CPU as many as fit its cache, on a GPU enough to keep it busy.

@@ -85,7 +85,6 @@ class Setup:
     precision: torch.dtype
     data: Dataset
     tokenizer: Tokenizer
-    max_length: int
     choices: dict[str, str]
     sizes: dict[str, int]
 
@@ -94,8 +93,8 @@ def set_up(options: Options, say: Say) -> Setup:
     """Choose model, dataset, sizes and device; print each choice and its reason; read the data."""
     device = choose_device(options.device)
     precision = choose_precision(options.precision, device)
-    max_length = defaults.MAX_LENGTH if options.max_length is None else options.max_length
-    classification.check_length(max_length, options.truncation or defaults.TRUNCATION)
+    classification.check_length(1 if options.max_length is None else options.max_length,
+                                options.truncation or defaults.TRUNCATION)
     choices = {"device": f"{device.type} ({'asked for' if options.device else 'what this machine has'})",
                "precision": f"{_name(precision)} ({'asked for' if options.precision != 'auto' else 'best here'})"}
     model_name = options.model
@@ -135,7 +134,7 @@ def set_up(options: Options, say: Say) -> Setup:
                         + (" (a subset, as this is a CPU; --full takes everything)" if cut else ""))
     say(f"{'sizes':10} {choices['sizes']}")
     tokenizer = get_tokenizer(folder if (folder / VOCABULARY_FILE).is_file() else "gpt2")
-    return Setup(model_name, device, precision, data, tokenizer, max_length, choices, sizes)
+    return Setup(model_name, device, precision, data, tokenizer, choices, sizes)
 
 
 @dataclass
@@ -350,7 +349,7 @@ def _max_length(setup: Setup, options: Options, model: nn.Module) -> int:
         taken = model.config.n_positions - left
         raise ConfigError(f"max_length={options.max_length} is more than the model's {model.config.n_positions} "
                           f"positions{f', of which {taken} hold virtual tokens: {left} tokens fit' if taken else ''}")
-    return min(setup.max_length, left)
+    return min(setup.data.task.max_length, left) if options.max_length is None else options.max_length
 
 
 def _test(model: nn.Module, task: Task, setup: Setup) -> tuple[dict[str, Any], float]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from minipeft import defaults, parallel
+from minipeft import parallel
 from minipeft.checkpoint import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from minipeft.checkpoint import DETAILS_FILE, load_adapter, read_details, save_adapter
 from minipeft.checkpoint import TENSORS_FILE as ADAPTER_TENSORS_FILE
@@ -88,7 +88,7 @@ def load_finetuned(folder: str | Path, model_name: str | None = None, device: to
     model.to(device or torch.device("cpu"))
     if not details.get("label_names"):
         details["label_names"] = [] if model.head == "lm_head" else [str(i) for i in range(model.config.num_labels)]
-    details.setdefault("max_length", min(defaults.MAX_LENGTH, model.config.n_positions))
+    details.setdefault("max_length", min(task_class.max_length, model.config.n_positions))
     return model, task_class.from_details(tokenizer, details)
 
 

@@ -9,9 +9,13 @@ import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from minipeft import defaults
 from minipeft.data import KNOWN
 from minipeft.errors import MinipeftError
 from minipeft.tasks import TASKS
+
+LENGTH_HELP = (f"tokens kept of a text; default {defaults.MAX_LENGTH}, of one to summarise "
+               f"{defaults.MAX_SUMMARY_LENGTH}")
 
 
 def run(main: Callable[[], int | None]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 
-from common import add_data_options, add_dataclass_options, add_machine_options, given, run
+from common import LENGTH_HELP, add_data_options, add_dataclass_options, add_machine_options, given, run
 
 from minipeft import defaults, parallel
 from minipeft.errors import ConfigError
@@ -41,11 +41,11 @@ def parse() -> argparse.Namespace:
                               defaults.DEFAULTS[chosen]["method"], leave_out=METHODS[chosen].fixed)
     add_data_options(parser)
     length = parser.add_argument_group("length and size")
-    length.add_argument("--max-length", type=int, help=f"tokens kept of a text; default {defaults.MAX_LENGTH}")
+    length.add_argument("--max-length", type=int, help=LENGTH_HELP)
     length.add_argument("--truncation", choices=TRUNCATIONS,
                         help=f"what to keep of a longer text; default {defaults.TRUNCATION}")
-    length.add_argument("--max-new-tokens", type=int, help="tokens of a summary or translation; default a third of "
-                                                           "max-length")
+    length.add_argument("--max-new-tokens", type=int, help="tokens of a translation, default a third of "
+                                                           "max-length, or of a summary, default a sixth")
     for split in ("train", "validation", "test"):
         length.add_argument(f"--{split}-size", type=int, help=f"use only so many {split} examples")
     add_dataclass_options(parser.add_argument_group("training"), TrainingConfig,

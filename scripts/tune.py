@@ -9,9 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 
-from common import add_data_options, add_machine_options, run
+from common import LENGTH_HELP, add_data_options, add_machine_options, run
 
-from minipeft import defaults
 from minipeft.errors import ConfigError
 from minipeft.finetune import Options
 from minipeft.methods import METHODS
@@ -28,7 +27,7 @@ def parse() -> argparse.Namespace:
     add_data_options(parser)
     parser.add_argument("--train-size", type=int, help="use only so many training examples")
     parser.add_argument("--validation-size", type=int, help="use only so many validation examples")
-    parser.add_argument("--max-length", type=int, help=f"tokens kept of a text; default {defaults.MAX_LENGTH}")
+    parser.add_argument("--max-length", type=int, help=LENGTH_HELP)
     parser.add_argument("--results-dir", default="results")
     add_machine_options(parser)
     return parser.parse_args()

@@ -39,7 +39,8 @@ class Generation(Task):
     """What summaries and translations share.
 
     Attributes:
-        max_new_tokens: room for a target, the end included; default a third of max_length. The source has the rest.
+        max_new_tokens: room for a target, the end included; default target_share of max_length. The source
+            has the rest.
     """
 
     max_new_tokens: int | None = None
@@ -48,11 +49,12 @@ class Generation(Task):
     columns: ClassVar[tuple[str, str]] = ("source", "target")
     best_by: ClassVar[str] = "loss"
     separator: ClassVar[str]
+    target_share: ClassVar[float] = defaults.TARGET_SHARE
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_new_tokens is None:
-            self.max_new_tokens = max(2, self.max_length // 3)
+            self.max_new_tokens = max(2, int(self.max_length * self.target_share))
         if self.max_new_tokens < 2:
             raise ConfigError(f"max_new_tokens must be at least 2, a token and the end, got {self.max_new_tokens}")
         self.separator_ids = self.tokenizer.encode(self.separator)
@@ -77,6 +79,7 @@ class Generation(Task):
     def prompts(self, texts: Sequence[Any]) -> list[np.ndarray]:
         """Token ids of each source, cut to its room, and of the separator."""
         sources = self.tokenizer.encode_batch([source_text(text) for text in texts])
+        _log_cut("sources", sources, self.source_length)
         return [np.asarray(ids[:self.source_length] + self.separator_ids, dtype=np.int32) for ids in sources]
 
     def encode(self, examples: Examples) -> Encoded:
@@ -84,9 +87,7 @@ class Generation(Task):
         prompts = self.prompts(examples.texts)
         targets = self.tokenizer.encode_batch([" " + references[0].strip() for references in examples.labels])
         longest = self.max_new_tokens - 1
-        if cut := sum(len(target) > longest for target in targets):
-            logger.warning("%d of %d targets have more than %d tokens; what comes after was cut", cut, len(targets),
-                           longest)
+        _log_cut("targets", targets, longest)
         ids, labels = [], []
         for prompt, target in zip(prompts, targets):
             target = np.asarray([*target[:longest], self.tokenizer.eos_token_id])
@@ -177,16 +178,20 @@ class Generation(Task):
             yield text[len(said):] + "\n"
 
 
+@dataclass
 class Summarisation(Generation):
     """A summary after "TL;DR:", judged by ROUGE (Lin 2004), of several references by the closest.
 
     The package rouge-score compares runs of the letters a to z and digits: it is made for English.
     """
 
+    max_length: int = defaults.MAX_SUMMARY_LENGTH
+
     name: ClassVar[str] = "summarisation"
     headline: ClassVar[str] = "rougeL"
     metric_package: ClassVar[str | None] = "rouge_score"
     separator: ClassVar[str] = "\nTL;DR:"
+    target_share: ClassVar[float] = defaults.SUMMARY_SHARE
 
     def metrics(self, written: list[str], references: list[list[str]]) -> dict[str, Any]:
         from rouge_score.rouge_scorer import RougeScorer
@@ -238,6 +243,11 @@ class Translation(Generation):
         translated = [_joined([dictionary.get(word, word) for word in _words(text)]) for text in copied]
         return {"copy_source": self.metrics(copied, test.labels),
                 "word_dictionary": self.metrics(translated, test.labels)}
+
+
+def _log_cut(what: str, texts: list[list[int]], longest: int) -> None:
+    if cut := sum(len(text) > longest for text in texts):
+        logger.warning("%d of %d %s have more than %d tokens; what comes after was cut", cut, len(texts), what, longest)
 
 
 def source_text(source: Any) -> Any:

@@ -90,15 +90,23 @@ def test_a_sequence_never_exceeds_its_length_nor_a_target_its_room(tokenizer, so
     assert prompt[-len(task.separator_ids):].tolist() == task.separator_ids  # whatever is cut, the separator is not
 
 
-def test_targets_that_are_cut_are_counted_in_the_log(translation, caplog):
+def test_what_is_cut_is_counted_in_the_log(translation, caplog):
     task = translation(max_new_tokens=4)
     with caplog.at_level(logging.WARNING):
         encoded = task.encode(Examples(["a", "b"], [["x"], ["too long"]]))
     assert encoded.labels[1][-4:].tolist() == [*b" to", EOS]
     assert "1 of 2 targets have more than 3 tokens" in caplog.text
     caplog.clear()
-    task.encode(Examples(["a" * 200], [["x"]]))
-    assert not caplog.text
+    task.encode(Examples(["a" * 200, "b"], [["x"], ["y"]]))
+    assert f"1 of 2 sources have more than {task.source_length} tokens" in caplog.text
+    assert "targets" not in caplog.text
+
+
+def test_a_summary_is_a_smaller_part_of_its_text_than_a_translation(tokenizer):
+    for kind, length, new in ((Translation, 384, 128), (Summarisation, 480, 80)):
+        task = kind(tokenizer, [])
+        assert (task.max_length, task.max_new_tokens) == (length, new)
+        assert task.source_length == length - new - len(task.separator_ids)
 
 
 @pytest.mark.parametrize(("values", "message"), [

@@ -125,6 +125,8 @@ def load_dataset(name: str, data_dir: str | Path | None = None, text_column: str
         own = TASKS[KNOWN[name].task if name in KNOWN else "classification"]
         if chosen not in (None, own):
             raise DataError(f"{name} is for {own.name}, not for {chosen.name}")
+        if text_column or label_column:
+            raise DataError(f"--text-column and --label-column name columns of a file of your own; {name}'s are known")
         return _known(name, KNOWN[name], data_dir, seed) if name in KNOWN else _sample()
     if name.endswith(FILE_TYPES):
         return _own_file(Path(name), chosen or TASKS["classification"], text_column, label_column, seed, label_names)
@@ -212,7 +214,8 @@ def _own_file(path: Path, task: type[Task], text_column: str | None, label_colum
     for column, default, option in zip((text_column, label_column), task.columns, ("--text-column", "--label-column")):
         column = column or default
         if column not in table.column_names:
-            raise DataError(f"{path} has no column {column!r}; {option} can be one of {', '.join(table.column_names)}")
+            raise DataError(f"{path} has no column {column!r}; {option} can be one of {', '.join(table.column_names)}, "
+                            f"and --task, now {task.name}, one of {', '.join(TASKS)}")
         if table.column_names.count(column) > 1:
             raise DataError(f"{path} has {table.column_names.count(column)} columns named {column!r}")
         columns.append(table[column].to_pylist())

@@ -45,11 +45,11 @@ def generate(model: GPT2LMHeadModel, input_ids: Tensor, attention_mask: Tensor |
         (B, T + n) token ids, n <= max_new_tokens.
 
     Raises:
-        ConfigError: a value out of range, beam search combined with sampling, prompts and new tokens that exceed the
-            model's positions, or padding on the right.
+        ConfigError: a value out of range, top_k or top_p where nothing is sampled, beam search combined with sampling,
+            an empty prompt, prompts and new tokens that exceed the model's positions, or padding on the right.
     """
-    if num_beams > 1 and temperature > 0:
-        raise ConfigError("beam search does not sample: use temperature=0, or num_beams=1")
+    if num_beams > 1 and (temperature > 0 or top_k is not None or top_p is not None):
+        raise ConfigError("beam search does not sample: leave out temperature, top_k and top_p, or num_beams")
     if num_beams != 1 and max_new_tokens != 0:
         return _beam_search(model, input_ids, attention_mask, max_new_tokens, num_beams, length_penalty, eos_token_id)
     steps = stream(model, input_ids, attention_mask, max_new_tokens, temperature, top_k, top_p, eos_token_id, generator)
@@ -62,18 +62,22 @@ def stream(model: GPT2LMHeadModel, input_ids: Tensor, attention_mask: Tensor | N
            eos_token_id: int | None = None, generator: torch.Generator | None = None) -> Iterator[Tensor]:
     """The new tokens of `generate`, (B,) at a time, as they come. Arguments and errors as there, without beams."""
     if not 0 <= temperature < math.inf:
-        raise ConfigError(f"temperature must not be negative, got {temperature}")
+        raise ConfigError(f"temperature must be a finite number, 0 or above, got {temperature}")
     if top_k is not None and top_k < 1:
         raise ConfigError(f"top_k must be at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ConfigError(f"top_p must lie in (0, 1], got {top_p}")
+    if temperature == 0 and (top_k is not None or top_p is not None):
+        raise ConfigError("top_k and top_p are for sampling: give a temperature above 0")
     reader = _Reader(model, input_ids, attention_mask, max_new_tokens)
     finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)             # (B,)
     token = None
     for _ in range(max_new_tokens):
         logits = reader.read(input_ids if token is None else token[:, None])                      # (B, vocab)
         if temperature > 0:
-            token = _sample(logits.float() / temperature, top_k, top_p, generator)                # (B,)
+            # From the highest logit down, in float64: however low the temperature, 0 / temperature stays 0.
+            below = logits.double() - logits.double().amax(dim=1, keepdim=True)                   # (B, vocab), <= 0
+            token = _sample(below / temperature, top_k, top_p, generator)                         # (B,)
         else:
             token = logits.argmax(dim=1)                                                          # (B,)
         if eos_token_id is not None:
@@ -92,11 +96,13 @@ class _Reader:
         if max_new_tokens < 0:
             raise ConfigError(f"max_new_tokens must not be negative, got {max_new_tokens}")
         T, left = input_ids.shape[1], positions_left(model)
+        if not T:
+            raise ConfigError("there is no prompt: generation goes on from one token at least")
         if T + max_new_tokens > left:
             raise ConfigError(f"{T} prompt tokens and {max_new_tokens} new ones exceed the {left} positions that the "
                               "model has for them")
-        self.mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask      # (B, S)
-        if not bool((self.mask[:, -1] != 0).all()):
+        self.mask = torch.ones_like(input_ids) if attention_mask is None else (attention_mask != 0).long()  # (B, S)
+        if not bool(self.mask[:, -1].all()):
             raise ConfigError("generation needs prompts padded on the left: each row must end with a real token")
         # The first real token stands at position 0, however many pads precede it.
         self.positions = (self.mask.cumsum(dim=1) - 1).clamp(min=0)                               # (B, T)

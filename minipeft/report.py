@@ -45,6 +45,7 @@ BASELINES = {
     "untrained_head": "untrained head", "zero_shot": "zero-shot by prompt", "untrained_base": "base, untrained",
     "most_frequent_tag": "each word's most frequent tag", "lead_1": "first sentence (lead-1)",
     "copy_source": "copy of the source", "word_dictionary": "word-by-word dictionary"}
+COUNTED_ON_TRAIN = ("most_frequent_tag", "word_dictionary")  # baselines that need the training examples
 
 
 def results_table(folder: Path, dataset: str = "imdb") -> str:
@@ -59,8 +60,8 @@ def results_table(folder: Path, dataset: str = "imdb") -> str:
     figures = _figures(found[0])
     rows = []
     for results in found:
-        for name, test in _tests(results):
-            parameters, sizes = results["parameters"], results["dataset"]["sizes"]
+        for name, test, examples in _tests(results):
+            parameters = results["parameters"]
             share = f"{parameters['trainable']:,} ({100 * parameters['trainable'] / parameters['total']:.2f} %)"
             train, on_cores = (results["seconds"].get(key) for key in ("train", "train_on_cores"))
             time = f"{on_cores / 60:.1f} core minutes" if on_cores else f"{train / 60:.1f} min" if train else "-"
@@ -69,11 +70,10 @@ def results_table(folder: Path, dataset: str = "imdb") -> str:
             interval = " to ".join(f"{bound * factor:.2f}" for bound in test.get(f"{key}_95_interval", []))
             rows.append((train is not None, test[key], [
                 name, results["base_model"]["name"], share if parameters["trainable"] else "0",
-                f"{sizes['train']:,}" if train else "0", str(results["training_config"]["epochs"]) if train else "-",
+                f"{examples:,}", str(results["training_config"]["epochs"]) if train else "-",
                 values[0], f"{interval}{unit}" if interval else "-", *values[1:], time]))
-    examples = "training reviews" if dataset == "imdb" else "training examples"
-    header = ["method", "base", "trained parameters", examples, "epochs", figures[0][1], "95 % interval",
-              *(heading for _, heading, *_ in figures[1:]), "training time"]
+    header = ["method", "base", "trained parameters", f"training {'reviews' if dataset == 'imdb' else 'examples'}",
+              "epochs", figures[0][1], "95 % interval", *(heading for _, heading, *_ in figures[1:]), "training time"]
     return markdown_table(header, [row for _, _, row in sorted(rows, key=lambda row: row[:2])])
 
 
@@ -94,10 +94,13 @@ def _figures(results: dict[str, Any]) -> tuple[tuple[str, str, float, str], ...]
     return FIGURES.get(results.get("task", "classification"), ((headline, headline, 1, ""),))
 
 
-def _tests(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+def _tests(results: dict[str, Any]) -> list[tuple[str, dict[str, Any], int]]:
+    """What a results file tested: names, figures, and from how many training examples."""
+    examples = results["dataset"]["sizes"]["train"]
     if results["method"] != "baseline":
-        return [(results["method"], results["metrics"]["test"])]
-    return [(f"baseline: {BASELINES.get(key, key)}", found) for key, found in results["metrics"].items()]
+        return [(results["method"], results["metrics"]["test"], examples)]
+    return [(f"baseline: {BASELINES.get(key, key)}", found, examples if key in COUNTED_ON_TRAIN else 0)
+            for key, found in results["metrics"].items()]
 
 
 def overview_table(folder: Path) -> str:
@@ -110,7 +113,7 @@ def overview_table(folder: Path) -> str:
         key, heading, factor, unit = _figures(results)[0]
         dataset = results["dataset"]["name"]
         columns[dataset] = f"{dataset}: {heading}"
-        for name, found in _tests(results):
+        for name, found, _ in _tests(results):
             cells.setdefault(name, {})[dataset] = f"{found[key] * factor:.2f}{unit}"
             order.append((results["method"] != "baseline", -results["parameters"]["trainable"], name))
     names = list(dict.fromkeys(name for *_, name in sorted(order)))

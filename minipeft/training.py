@@ -219,8 +219,7 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: Callable[[Tensor
                               f"{found['loss']:.3f}, validation accuracy {found['accuracy']:.4f}{others}")
                 seen = 0
                 totals.zero_()
-                better = -1 if best_by == "loss" else 1
-                if not best or better * found[best_by] > better * best[best_by]:
+                if not best or _rank(found, best_by) > _rank(best, best_by):
                     best = {"step": step, **{key: found[key] for key in ("accuracy", "loss", best_by)}}
                     best_values = {name: p.detach().clone() for name, p in trained.items()}
                     save_best()
@@ -237,6 +236,11 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: Callable[[Tensor
         save_best()
     model.eval()
     return History(curve, best, seconds(), core_seconds(), samples, stopped)
+
+
+def _rank(found: dict[str, Any], best_by: str) -> tuple[float, float]:
+    """How good a validation is; of two with the same figure, as 0 may be at first, the one of lower loss is better."""
+    return -found["loss"] if best_by == "loss" else found[best_by], -found["loss"]
 
 
 def _micro_batches(batches: BucketedBatches, step: int, steps_per_epoch: int,

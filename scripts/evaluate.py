@@ -44,6 +44,8 @@ def main() -> None:
         name, why = options.dataset, "asked for"
     elif trained_on in (*KNOWN, "sample"):
         name, why = trained_on, "which the model was trained on"
+    elif task.name != "classification":
+        raise DataError(f"{options.adapter} was trained on {trained_on}, a file of your own: name it with --dataset")
     else:
         name, why = choose_dataset(options.data_dir)
     print(f"dataset    {name} ({why})")

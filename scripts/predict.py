@@ -10,17 +10,22 @@ A label and its probability, words with their tags, or a summary or translation,
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn as nn
 from common import add_machine_options, run
 
 from minipeft.errors import ConfigError, DataError
 from minipeft.hardware import cast_frozen, choose_device, choose_precision
 from minipeft.saved import load_finetuned
 from minipeft.tasks.generation import Generation
-from minipeft.tasks.task import check_texts
+from minipeft.tasks.task import Task, check_texts
+
+WRITING = ("max_new_tokens", "num_beams", "length_penalty", "temperature", "top_k", "top_p", "seed")  # how to write
 
 
 def parse() -> argparse.Namespace:
@@ -56,27 +61,32 @@ def main() -> None:
     precision = choose_precision(options.precision, device)
     model, task = load_finetuned(options.adapter, options.model, device, options.task)
     cast_frozen(model.requires_grad_(False), precision)
-    how: dict[str, Any] = {name: value for name in ("max_new_tokens", "num_beams", "length_penalty", "temperature",
-                                                    "top_k", "top_p")
-                           if (value := getattr(options, name)) is not None}
-    if how.get("max_new_tokens", 1) < 1:
-        raise ConfigError(f"max_new_tokens must be at least 1, got {how['max_new_tokens']}")
-    if not 0 <= (options.seed or 0) < 2**63:
-        raise ConfigError(f"seed must be a number from 0 to 2**63 - 1, got {options.seed}")
+    for piece in predicted(options, model, task, texts, device, precision):
+        print(piece, end="", flush=True)
+
+
+def predicted(options: argparse.Namespace, model: nn.Module, task: Task, texts: list[str], device: torch.device,
+              precision: torch.dtype) -> Iterator[str]:
+    """What the task has to say of the texts, piece by piece."""
+    how: dict[str, Any] = {name: value for name in WRITING if (value := getattr(options, name)) is not None}
+    if not isinstance(task, Generation):
+        if how:
+            raise ConfigError(f"{options.adapter} was trained for {task.name}, which writes no text: "
+                              f"--{next(iter(how)).replace('_', '-')} means nothing to it")
+        return task.answers(model, texts, device, precision)
+    if "max_new_tokens" in how:
+        task = dataclasses.replace(task, max_new_tokens=how.pop("max_new_tokens"))  # the source has the other tokens
     if "top_k" in how or "top_p" in how:
         how.setdefault("temperature", 1.0)
-    if not isinstance(task, Generation):
-        if how or options.seed is not None:
-            raise ConfigError(f"{options.adapter} was trained for {task.name}, which writes no text: "
-                              f"--{next(iter(how), 'seed').replace('_', '-')} means nothing to it")
-        pieces = task.answers(model, texts, device, precision)
-    elif how.get("num_beams", 1) != 1:
-        pieces = (text + "\n" for text in task.write(model, texts, device, precision, **how))
-    else:
-        how["generator"] = torch.Generator(device).manual_seed(options.seed or 0)
-        pieces = task.answers(model, texts, device, precision, **how)
-    for piece in pieces:
-        print(piece, end="", flush=True)
+    seed, beams = how.pop("seed", None), how.get("num_beams", 1)
+    if seed is not None and (beams != 1 or not how.get("temperature")):
+        raise ConfigError("--seed is for sampling: add --temperature, --top-k or --top-p, and no --num-beams")
+    if not 0 <= (seed or 0) < 2**63:
+        raise ConfigError(f"seed must be a number from 0 to 2**63 - 1, got {seed}")
+    if beams != 1:
+        return (text + "\n" for text in task.write(model, texts, device, precision, **how))
+    return task.answers(model, texts, device, precision,
+                        generator=torch.Generator(device).manual_seed(seed or 0), **how)
 
 
 if __name__ == "__main__":

@@ -319,6 +319,15 @@ def test_a_missing_column_is_refused_with_those_there_are(tmp_path):
         load_dataset(path)
     with pytest.raises(DataError, match=r"no column 'label'; --label-column can be one of review, stars"):
         load_dataset(path, text_column="review")
+    with pytest.raises(DataError, match="and --task, now tagging, one of classification, tagging"):
+        load_dataset(path, task="tagging")
+
+
+@pytest.mark.parametrize("name", ["sample", "multi30k"])
+def test_columns_are_not_chosen_in_a_dataset_whose_columns_are_known(name):
+    for column in ("text_column", "label_column"):
+        with pytest.raises(DataError, match=f"{name}'s are known"):
+            load_dataset(name, **{column: "de"})
 
 
 def test_two_columns_of_one_name_are_refused(tmp_path):

@@ -105,11 +105,15 @@ def test_top_p_draws_from_the_fewest_tokens_that_have_so_much_probability(model,
     ids = make_ids(1, 5)
     probabilities, order = torch.softmax(model(ids)[0, -1], dim=0).sort(descending=True)
     before = probabilities.cumsum(0) - probabilities
-    for top_p in (0.001, 0.2, 0.5):
-        sampled = generate(model, ids.repeat(5_000, 1), max_new_tokens=1, temperature=1.0, top_p=top_p,
+    for top_p, fewest, draws in ((0.001, 1, 100), (0.2, 2, 5_000), (0.5, 5, 20_000)):
+        sampled = generate(model, ids.repeat(draws, 1), max_new_tokens=1, temperature=1.0, top_p=top_p,
                            generator=torch.Generator().manual_seed(0))[:, -1]
-        assert set(sampled.tolist()) <= set(order[before < top_p].tolist())
-    assert len(order[before < 0.001]) == 1                                        # the likeliest always stays
+        kept = order[before < top_p]
+        assert len(kept) >= fewest
+        assert set(sampled.tolist()) == set(kept.tolist())
+        expected = probabilities[:len(kept)] / probabilities[:len(kept)].sum()
+        found = sampled.bincount(minlength=97)[kept] / draws
+        assert ((found - expected).abs() < 5 * (expected / draws).sqrt()).all()
 
 
 def test_top_k_of_one_is_greedy(model, make_ids):
@@ -160,10 +164,30 @@ def test_a_stream_gives_the_tokens_of_generate_one_by_one(model, make_ids):
 @pytest.mark.parametrize(("values", "message"), [
     ({"temperature": -1.0}, "temperature"), ({"temperature": float("nan")}, "temperature"), ({"top_k": 0}, "top_k"),
     ({"top_p": 0.0}, "top_p"), ({"top_p": 1.5}, "top_p"), ({"num_beams": 0}, "num_beams"),
-    ({"num_beams": 2, "temperature": 1.0}, "does not sample")])
+    ({"temperature": float("inf")}, "finite"), ({"top_k": 3}, "temperature above 0"),
+    ({"top_p": 0.5}, "temperature above 0"), ({"num_beams": 2, "temperature": 1.0}, "does not sample"),
+    ({"num_beams": 2, "top_k": 3}, "does not sample"), ({"num_beams": 2, "length_penalty": 11.0}, "length_penalty")])
 def test_values_out_of_range_are_refused(model, make_ids, values, message):
     with pytest.raises(ConfigError, match=message):
         generate(model, make_ids(1, 3), **values)
+
+
+def test_no_prompt_is_refused(model):
+    with pytest.raises(ConfigError, match="no prompt"):
+        generate(model, torch.zeros(1, 0, dtype=torch.long))
+
+
+def test_the_lowest_temperatures_are_greedy(model, make_ids):
+    greedy = generate(model, make_ids(2, 5), max_new_tokens=9)
+    for temperature in (1e-4, 1e-39, 1e-300):
+        assert torch.equal(generate(model, make_ids(2, 5), max_new_tokens=9, temperature=temperature), greedy)
+
+
+def test_a_mask_may_be_of_any_type(model, make_ids):
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    expected = generate(model, make_ids(2, 5), mask, max_new_tokens=4)
+    for kind in (torch.bool, torch.float32):
+        assert torch.equal(generate(model, make_ids(2, 5), mask.to(kind), max_new_tokens=4), expected)
 
 
 def test_no_new_tokens_gives_the_prompts_back(model, make_ids):

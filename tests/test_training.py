@@ -147,9 +147,16 @@ def test_the_curve_has_the_validations_asked_for_and_what_each_found(toy):
     for point in history.curve:
         assert {"learning_rate", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy",
                 "seconds"} <= set(point)
-    assert history.best == {"step": history.best["step"], **{key: max(
-        history.curve, key=lambda point: point["validation_accuracy"])[f"validation_{key}"]
-        for key in ("accuracy", "loss")}}
+    best = max(history.curve, key=lambda point: (point["validation_accuracy"], -point["validation_loss"]))
+    assert history.best == {"step": best["step"], "accuracy": best["validation_accuracy"],
+                            "loss": best["validation_loss"]}
+
+
+def test_of_validations_with_the_same_figure_the_one_of_lower_loss_is_kept(toy, monkeypatch):
+    task, losses = toy(epochs=1, evaluations_per_epoch=4), iter([0.9, 0.5, 0.7, 0.6])
+    monkeypatch.setattr(task, "validate", lambda: {"accuracy": 0.0, "loss": next(losses)})
+    history = run(task)
+    assert history.best == {"step": history.curve[1]["step"], "accuracy": 0.0, "loss": 0.5}
 
 
 def test_the_rate_rises_to_its_peak_and_falls_to_nothing(toy):

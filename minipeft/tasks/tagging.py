@@ -12,6 +12,7 @@ A sentence of more than `max_length` tokens is read in several windows, cut betw
 from __future__ import annotations
 
 import logging
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -127,9 +128,11 @@ class Tagging(Task):
         from seqeval.metrics import classification_report
         from seqeval.metrics.sequence_labeling import get_entities
         names = self.label_names
-        sentences = [([names[tag] for tag in tags] for tags in column) for column in (true, predicted)]
-        true_names, predicted_names = map(list, sentences)
-        report = classification_report(true_names, predicted_names, output_dict=True, zero_division=0)
+        true_names = [[names[tag] for tag in tags] for tags in true]
+        predicted_names = [[names[tag] for tag in tags] for tags in predicted]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # seqeval's mean over types, where there is none
+            report = classification_report(true_names, predicted_names, output_dict=True, zero_division=0)
         entities = [[set(get_entities(tags)) for tags in column] for column in (true_names, predicted_names)]
         counts = np.array([[len(a & b), len(a), len(b)] for a, b in zip(*entities)])                     # (N, 3)
 
@@ -179,7 +182,8 @@ def _tag_names(labels: list[list[Any]], where: str) -> list[str]:
     for row, tags in enumerate(labels, start=1):
         for tag in tags:
             if not isinstance(tag, str) or (tag != "O" and tag[:2] not in ("B-", "I-")) or len(tag) == 2:
-                raise DataError(f"{where}, row {row}: tag {tag!r} is neither O nor of the form B-type or I-type")
+                raise DataError(f"{where}, row {row}: tag {tag!r} is neither O nor of the form B-type or I-type"
+                                + ("; tags are given by name" if isinstance(tag, int) else ""))
     names = {tag for tags in labels for tag in tags} | {"O"}
     if len(names) < 2:
         raise DataError(f"{where}: all words have the tag O; there is nothing to learn")

@@ -217,7 +217,7 @@ def check_text(text: Any, where: str, what: str = "text") -> None:
         DataError: saying where, and what is wrong.
     """
     if text is not None and not isinstance(text, str):
-        raise DataError(f"{where}: {str(text)[:40]!r} is {type(text).__name__}, not text"
+        raise DataError(f"{where}: the {what} {str(text)[:40]!r} is {type(text).__name__}, not text"
                         + ("; is the file encoded in UTF-8?" if isinstance(text, bytes) else ""))
     if text is None or not text.strip():
         raise DataError(f"{where}: the {what} is empty")

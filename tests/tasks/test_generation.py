@@ -53,7 +53,7 @@ def test_a_target_is_a_text_or_a_list_of_texts_and_a_source_may_be_a_list_of_sen
     ([], [], "there is no source at all"), (["a", " "], ["x", "y"], "row 2: the source is empty"),
     (["a", []], ["x", "y"], "row 2: the source is empty"), (["a"], [""], "row 1: the target is empty"),
     (["a"], [[]], "row 1: there is no target"), (["a"], [["x", None]], "row 1: the target is empty"),
-    ([3], ["x"], "row 1: '3' is int, not text"), (["a"], [4], "'4' is int, not text"),
+    ([3], ["x"], "row 1: the source '3' is int, not text"), (["a"], [4], "the target '4' is int, not text"),
     ([["a", 1]], ["x"], "is list, not text"), (["x" * 200_000], ["y"], "200,000 characters")])
 def test_unusable_pairs_are_refused_by_row(sources, targets, message):
     with pytest.raises(DataError, match=message) as refused:

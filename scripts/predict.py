@@ -79,10 +79,10 @@ def predicted(options: argparse.Namespace, model: nn.Module, task: Task, texts: 
     if "top_k" in how or "top_p" in how:
         how.setdefault("temperature", 1.0)
     seed, beams = how.pop("seed", None), how.get("num_beams", 1)
-    if seed is not None and (beams != 1 or not how.get("temperature")):
-        raise ConfigError("--seed is for sampling: add --temperature, --top-k or --top-p, and no --num-beams")
     if not 0 <= (seed or 0) < 2**63:
         raise ConfigError(f"seed must be a number from 0 to 2**63 - 1, got {seed}")
+    if seed is not None and (beams != 1 or not how.get("temperature")):
+        raise ConfigError("--seed is for sampling: add --temperature, --top-k or --top-p, and no --num-beams")
     if beams != 1:
         return (text + "\n" for text in task.write(model, texts, device, precision, **how))
     return task.answers(model, texts, device, precision,

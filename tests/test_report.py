@@ -58,6 +58,13 @@ def test_each_task_has_its_own_figures(tmp_path, task, figures, cells):
         f"| lora | mini | 500 (25.00 %) | 22,500 | 3 | {cells} | 1.0 min |")
 
 
+def test_a_baseline_that_counts_words_shows_how_many_examples_it_counted(tmp_path):
+    figures = {"bleu": 5, "bleu_95_interval": [4, 6], "chrf": 30}
+    write(tmp_path, "baseline_x", "baseline", "x", {"copy_source": figures, "word_dictionary": {**figures, "bleu": 6}},
+          0, {}, "translation")
+    assert [line.split(" | ")[3] for line in results_table(tmp_path, "x").splitlines()[2:]] == ["0", "22,500"]
+
+
 def test_without_results_there_is_no_table(tmp_path):
     with pytest.raises(OutputError, match="holds no results on imdb"):
         results_table(tmp_path)

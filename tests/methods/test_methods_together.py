@@ -31,6 +31,7 @@ from minipeft import (
     PromptTuningConfig,
     VeraConfig,
     disable_adapter,
+    generate,
     inject,
     load_adapter,
     merge,
@@ -41,6 +42,7 @@ from minipeft import (
     unmerge,
 )
 from minipeft.errors import AdapterError, ConfigError, InjectionError, MinipeftError, WeightsError
+from minipeft.gpt2 import KVCache
 from minipeft.methods import method_of
 from minipeft.methods.operations import adapter_names
 from minipeft.methods.surgery import AdapterLayer, all_injections, injections
@@ -143,6 +145,28 @@ def train(model, steps=4, lr=1e-2):
 
 def test_these_cases_cover_every_method_but_full_fine_tuning():
     assert {method_of(config) for config in CASES.values()} == set(METHODS) - {"full"}
+
+
+# --- generation -------------------------------------------------------------------------------------------------------
+
+@on([GPT2LMHeadModel])
+def test_with_a_cache_token_by_token_gives_what_the_whole_text_gives(make_model, model_class, config):
+    model = perturb(inject(make_model(model_class), config)).eval()
+    with torch.no_grad():
+        cache, whole = KVCache(), model(IDS)
+        steps = [model(IDS[:, t:t + 1], cache=cache) for t in range(IDS.shape[1])]
+    torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=0, atol=1e-5)
+
+
+@on([GPT2LMHeadModel])
+def test_beams_of_padded_prompts_are_those_of_each_prompt_alone(make_model, model_class, config):
+    model = perturb(inject(make_model(model_class), config)).eval()
+    mask = MASK.flip(1)  # padded on the left
+    together = generate(model, IDS, mask, max_new_tokens=9, num_beams=3, eos_token_id=4)
+    for row in range(len(IDS)):
+        alone = generate(model, IDS[row:row + 1, mask[row] != 0], max_new_tokens=9, num_beams=3, eos_token_id=4)
+        new = alone[0, mask[row].sum():]
+        assert torch.equal(together[row, IDS.shape[1]:][:len(new)], new)
 
 
 # --- the start --------------------------------------------------------------------------------------------------------

@@ -696,15 +696,24 @@ def translator(tmp_path_factory, tiny_model):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    (("--temperature", -1), "temperature must not be negative"), (("--top-k", 0), "top_k must be at least 1"),
+    (("--temperature", -1), "temperature must be a finite number, 0 or above"),
+    (("--top-k", 0), "top_k must be at least 1"),
     (("--top-p", 2), "top_p must lie in (0, 1]"), (("--num-beams", 0), "num_beams must be at least 1"),
     (("--num-beams", 2, "--temperature", 1), "beam search does not sample"),
-    (("--max-new-tokens", 100), "exceed the 64 positions"), (("--length-penalty", 2), "num_beams"),
-    (("--max-new-tokens", 0), "at least 1"), (("--num-beams", 2, "--length-penalty", 99), "must lie in [-10, 10]"),
+    (("--max-new-tokens", 100), "no room for a source"), (("--length-penalty", 2), "num_beams"),
+    (("--num-beams", 2, "--top-k", 3), "beam search does not sample"), (("--seed", 3), "--seed is for sampling"),
+    (("--num-beams", 2, "--seed", 3), "--seed is for sampling"),
+    (("--temperature", 0, "--top-k", 3), "give a temperature above 0"),
+    (("--max-new-tokens", 1), "at least 2"), (("--num-beams", 2, "--length-penalty", 99), "must lie in [-10, 10]"),
     (("--seed", -1), "seed must be a number from 0"), (("--seed", 10**30), "seed must be a number from 0"),
     (("--task", "summarisation"), "was trained for translation, not for summarisation")])
 def test_bad_ways_of_writing(refused, translator, options, message):
     assert message in refused("predict.py", "--adapter", translator, "a dog", *options)
+
+
+def test_testing_a_translator_of_ones_own_pairs_needs_the_pairs(refused, translator):
+    line = refused("evaluate.py", "--adapter", translator)
+    assert "was trained on pairs, a file of your own: name it with --dataset" in line
 
 
 def test_a_translator_is_not_tested_on_films(refused, translator):

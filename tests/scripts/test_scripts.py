@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from helpers import (
@@ -411,8 +412,11 @@ def test_compare_runs_what_has_no_results_yet_and_prints_the_table(script, tiny_
     second = script("compare.py", "--methods", "ia3,bitfit", *shared)
     assert second.code == 0
     assert (folder / "results" / "fine_tuned_ia3_films_results.json").stat().st_mtime_ns == before
+    assert f"ia3_films_results.json is there ({tiny_model}, 32 training examples)" in second.out
     for method in ("baseline: untrained head", "ia3", "bitfit"):
         assert f"| {method} | " in second.out
+    other = script("compare.py", "--dataset", "films.csv", "--model", "mini", "--methods", "ia3")
+    assert other.code == 2 and f"is about {tiny_model}, not about mini" in other.err
 
 
 def test_compare_passes_a_failure_on_and_refuses_unknown_methods(script, tiny_model):
@@ -420,3 +424,20 @@ def test_compare_passes_a_failure_on_and_refuses_unknown_methods(script, tiny_mo
     assert failed.code == 2
     unknown = script("compare.py", "--dataset", "films.csv", "--methods", "lora,lorra")
     assert unknown.code == 2 and "unknown method lorra" in unknown.err
+    singular = script("compare.py", "--dataset", "films.csv", "--method", "lora")
+    assert singular.code == 2 and "here it is --methods" in singular.err
+
+
+@pytest.mark.slow
+def test_ctrl_c_reaches_the_method_that_compare_is_training_which_saves_its_state(tiny_model, folder):
+    with subprocess.Popen(
+            [sys.executable, str(SCRIPTS / "compare.py"), "--dataset", "films.csv", "--methods", "lora", "--model",
+             str(tiny_model), "--epochs", "1000", "--precision", "fp32"], start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as running:
+        while not (folder / "checkpoints" / "films_lora" / "training_state").is_dir():
+            assert running.poll() is None
+            time.sleep(0.05)
+        os.killpg(running.pid, signal.SIGINT)  # as a terminal does
+        said = running.communicate(timeout=60)[0]
+    assert running.returncode == 130
+    assert "interrupted" in said and "--resume goes on from here" in said

@@ -187,6 +187,15 @@ def test_bleu_and_chrf_are_sacrebleus_with_their_signatures(translation):
     assert low < found["bleu"] < high
 
 
+def test_bleu_and_chrf_are_what_they_are_by_hand(translation):
+    # Of "a b c d e" four of five words are there, three of four pairs, two of three triples, one of two fours.
+    found = translation().metrics(["a b c d e"], [["a b c d f"]])
+    assert found["bleu"] == pytest.approx(100 * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** (1 / 4), abs=1e-4)
+    # Of "abc" two of three letters, one of two pairs, no triple: as precise as complete, so F is their mean.
+    found = translation().metrics(["abc"], [["abd"]])
+    assert found["chrf"] == pytest.approx(100 * (2 / 3 + 1 / 2 + 0) / 3, abs=1e-4)
+
+
 def test_the_interval_of_bleu_surrounds_that_of_the_whole(translation):
     rng = np.random.default_rng(0)
     references = [[" ".join(rng.choice(list("abcde"), 8))] for _ in range(50)]

@@ -46,7 +46,7 @@ def test_with_known_names_tags_may_be_numbers_or_names():
     ([["a"], []], [["B-x"], []], None, "row 2: there is no word"),
     ([["a"], None], [["B-x"], ["O"]], None, "row 2: words and tags should be lists"),
     ([["a", " "]], [["B-x", "O"]], None, "row 1: the word is empty"),
-    ([["a", 7]], [["B-x", "O"]], None, "'7' is int, not text"),
+    ([["a", 7]], [["B-x", "O"]], None, "the word '7' is int, not text"),
     ([["a"]], [["person"]], None, "row 1: tag 'person' is neither O nor of the form B-type or I-type"),
     ([["a"]], [["B-"]], None, "tag 'B-' is neither"), ([["a"]], [[None]], None, "tag None is neither"),
     ([["a"]], [["O"]], None, "all words have the tag O"),

@@ -12,7 +12,7 @@ Greedy and beam search return what transformers' generate returns, token by toke
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -153,42 +153,60 @@ def _beam_search(model: GPT2LMHeadModel, input_ids: Tensor, attention_mask: Tens
     # All beams start alike, so that at first only one of them counts.
     scores = torch.full((B, num_beams), -torch.inf, device=input_ids.device)                      # (B, beams)
     scores[:, 0] = 0
-    beams: list[list[list[int]]] = [[[] for _ in range(num_beams)] for _ in range(B)]
-    finished: list[list[tuple[float, list[int]]]] = [[] for _ in range(B)]
-    open_prompts = set(range(B))
+    prompts = [_Beams(num_beams, length_penalty, eos_token_id) for _ in range(B)]
     for length in range(1, max_new_tokens + 1):
         log_probabilities = logits.float().log_softmax(dim=1).view(B, num_beams, -1)              # (B, beams, vocab)
         vocab_size = log_probabilities.shape[2]
         # Twice as many as needed: even if half of them end here, enough are left to go on.
         best = (scores[:, :, None] + log_probabilities).flatten(1).topk(min(2 * num_beams, num_beams * vocab_size))
         sources, tokens = best.indices // vocab_size, best.indices % vocab_size                   # (B, 2 * beams)
-        chosen = []
-        for b, candidates in enumerate(zip(best.values.tolist(), sources.tolist(), tokens.tolist())):
-            kept = []
-            for rank, (score, source, token) in enumerate(zip(*candidates)):
-                sequence = beams[b][source] + [token]
-                if token == eos_token_id or length == max_new_tokens:
-                    if rank < num_beams and b in open_prompts and score > -math.inf:
-                        finished[b].append((score / length**length_penalty, sequence))
-                elif len(kept) < num_beams:
-                    kept.append((score, source, token, sequence))
-            finished[b] = sorted(finished[b], key=lambda item: item[0], reverse=True)[:num_beams]
-            # Once no open beam can beat the worst of enough finished ones, as it stands now, the prompt is done.
-            full = len(finished[b]) == num_beams
-            if full and (not kept or kept[0][0] / length**length_penalty <= finished[b][-1][0]):
-                open_prompts.discard(b)
-            while len(kept) < num_beams:  # a beam that can never win keeps the batch in shape
-                kept.append((-math.inf, 0, 0, []))
-            beams[b] = [sequence for *_, sequence in kept]
-            chosen.append(kept)
-        if not open_prompts or length == max_new_tokens:
+        rows = zip(prompts, best.values.tolist(), sources.tolist(), tokens.tolist())
+        chosen = [beams.extend(zip(*candidates), length, length == max_new_tokens) for beams, *candidates in rows]
+        if length == max_new_tokens or all(beams.are_done for beams in prompts):
             break
-        scores = torch.tensor([[score for score, *_ in kept] for kept in chosen], device=input_ids.device)
-        rows = torch.tensor([b * num_beams + source for b, kept in enumerate(chosen) for _, source, *_ in kept])
-        reader.reorder(rows.to(input_ids.device))
-        logits = reader.read(torch.tensor([[token] for kept in chosen for _, _, token, _ in kept],
+        scores = torch.tensor([[score for score, _, _ in row] for row in chosen], device=input_ids.device)
+        reader.reorder(torch.tensor([b * num_beams + source for b, row in enumerate(chosen) for _, source, _ in row],
+                                    device=input_ids.device))
+        logits = reader.read(torch.tensor([[token] for row in chosen for _, _, token in row],
                                           device=input_ids.device))
-    winners = [best_of[0][1] for best_of in finished]
+    winners = [beams.ended[0][1] for beams in prompts]
     longest = max(map(len, winners))
     padded = [winner + [eos_token_id or 0] * (longest - len(winner)) for winner in winners]
     return torch.cat((input_ids, torch.tensor(padded, device=input_ids.device)), dim=1)
+
+
+class _Beams:
+    """The continuations of one prompt: those that are followed, and the best of those that have ended."""
+
+    def __init__(self, size: int, length_penalty: float, eos_token_id: int | None) -> None:
+        self.size, self.length_penalty, self.eos_token_id = size, length_penalty, eos_token_id
+        self.followed: list[list[int]] = [[] for _ in range(size)]
+        self.ended: list[tuple[float, list[int]]] = []                     # (score, tokens), best first
+        self.are_done = False
+
+    def extend(self, candidates: Iterable[tuple[float, int, int]], length: int,
+               is_last: bool) -> list[tuple[float, int, int]]:
+        """One more token: `size` of the candidates are followed from now on, and those that end are kept if good.
+
+        Args:
+            candidates: (log p of the whole continuation, the beam it goes on from, its new token), likeliest first.
+            length: tokens that a continuation has now; is_last: no more are to come.
+
+        Returns:
+            The candidates that are followed.
+        """
+        chosen = []
+        for rank, (score, beam, token) in enumerate(candidates):
+            if token == self.eos_token_id or is_last:
+                if rank < self.size and not self.are_done and score > -math.inf:
+                    self.ended.append((score / length**self.length_penalty, self.followed[beam] + [token]))
+            elif len(chosen) < self.size:
+                chosen.append((score, beam, token))
+        self.ended = sorted(self.ended, key=lambda item: item[0], reverse=True)[:self.size]
+        # Once none that is followed can beat the worst of enough ended ones, as it stands now, the prompt is done.
+        if len(self.ended) == self.size and (
+                not chosen or chosen[0][0] / length**self.length_penalty <= self.ended[-1][0]):
+            self.are_done = True
+        chosen += [(-math.inf, 0, 0)] * (self.size - len(chosen))          # can never win, keeps the batch in shape
+        self.followed = [self.followed[beam] + [token] for _, beam, token in chosen]
+        return chosen

@@ -171,9 +171,9 @@ def fit(options: Options, setup: Setup, say: Say, folder: Path | None = None) ->
     model = setup.data.task.load_model(setup.model_name, setup.data.label_names, **_dropouts(options.dropout))
     base_fingerprint = fingerprint(model)
     inject(model, method_config)
+    counts = trainable_parameters(model)  # before a tied head gets weights of its own
     cast_frozen(model.to(setup.device), setup.precision)
     model.transformer.gradient_checkpointing = options.gradient_checkpointing
-    counts = trainable_parameters(model)
     say(f"{'method':10} {options.method}: {counts}")
     if options.shard:
         parallel.shard(model)

@@ -53,6 +53,13 @@ def test_every_dataset_trains_with_every_method_and_reloads_to_the_same_figures(
     assert loaded.test(model, test, CPU, torch.float32) == results["metrics"]["test"]
 
 
+def test_parameters_are_counted_alike_in_every_precision(options):
+    """In bfloat16 a frozen head that was tied to the embeddings becomes a matrix of its own."""
+    counts = [finetune(options("multi30k", "lora", precision=precision))["parameters"]
+              for precision in ("fp32", "bf16")]
+    assert counts[0] == counts[1]
+
+
 @pytest.mark.parametrize(("dataset", "names"), [
     ("sst2", {"untrained_head", "zero_shot"}), ("wnut_17", {"untrained_head", "most_frequent_tag"}),
     ("scitldr", {"untrained_base", "lead_1"}), ("multi30k", {"untrained_base", "copy_source", "word_dictionary"})])

@@ -28,7 +28,11 @@ DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
 # What other tasks need otherwise, compared on their validation splits with the mini base (results/tuning_*.json).
 BY_TASK: dict[str, dict[str, dict[str, Any]]] = {
     "tagging": {"bitfit": {"learning_rate": 6e-3}, "ia3": {"learning_rate": 1e-2}},
-    # German is new to the base: every method has to go far from where it starts.
+    # Summaries and German are far from what the base has read: every method has to go far from where it starts.
+    "summarisation": {"full": {"learning_rate": 1e-3}, "bitfit": {"learning_rate": 2e-2},
+                      "ia3": {"learning_rate": 1e-1}, "adapter": {"learning_rate": 1e-2},
+                      "prompt": {"learning_rate": 1e-1}, "prefix": {"learning_rate": 1e-1},
+                      "lora": {"learning_rate": 1e-2}},
     "translation": {"full": {"learning_rate": 2e-3}, "bitfit": {"learning_rate": 6e-2},
                     "ia3": {"learning_rate": 3e-1}, "adapter": {"learning_rate": 1e-2},
                     "prompt": {"learning_rate": 3e-1}, "prefix": {"learning_rate": 1e-1},

@@ -48,8 +48,9 @@ def parse() -> argparse.Namespace:
                                                            "max-length, or of a summary, default a sixth")
     for split in ("train", "validation", "test"):
         length.add_argument(f"--{split}-size", type=int, help=f"use only so many {split} examples")
-    add_dataclass_options(parser.add_argument_group("training"), TrainingConfig,
-                          defaults.DEFAULTS.get(chosen, {}).get("training", {}))
+    training = parser.add_argument_group("training", "learning rates are classification's; the other tasks' are in "
+                                                     "minipeft/defaults.py")
+    add_dataclass_options(training, TrainingConfig, defaults.DEFAULTS.get(chosen, {}).get("training", {}))
     machine = add_machine_options(parser)
     machine.add_argument("--compile", action="store_true", help="run through torch.compile; pays on long runs")
     machine.add_argument("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")

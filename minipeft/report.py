@@ -78,10 +78,15 @@ def results_table(folder: Path, dataset: str = "imdb") -> str:
 
 
 def _results_files(folder: Path) -> list[dict[str, Any]]:
-    return [_read_json(path) for path in sorted(folder.glob("*_results.json"))]
+    return [read_results(path) for path in sorted(folder.glob("*_results.json"))]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_results(path: Path) -> dict[str, Any]:
+    """The content of a results file.
+
+    Raises:
+        OutputError: it is not readable JSON.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -138,7 +143,7 @@ def replace_tables(text: str, folder: Path) -> str:
         if not found or not end:
             raise OutputError(f"{start}{part.splitlines()[0]} is not followed by {TABLE_END}")
         if dataset == "speed":
-            table = speed_section(_read_json(folder / "benchmark.json"))
+            table = speed_section(read_results(folder / "benchmark.json"))
         else:
             table = overview_table(folder) if dataset == "all" else results_table(folder, dataset)
         parts[number] = f"{dataset}{behind}\n{table}\n{end}{after}"

@@ -11,7 +11,6 @@ Another base model or other sizes make another comparison, with a --results-dir 
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +21,7 @@ from minipeft.data import name_of
 from minipeft.errors import ConfigError
 from minipeft.finetune import results_path
 from minipeft.methods import METHODS
-from minipeft.report import results_table
+from minipeft.report import read_results, results_table
 
 HERE = Path(__file__).resolve().parent
 COMPARED = ("baseline", "full", "lora", "prefix", "prompt", "adapter", "ia3", "bitfit")
@@ -56,7 +55,7 @@ def check_same_model(path: Path, model: str | None) -> str:
     Raises:
         ConfigError: another base model than the one that is asked for.
     """
-    results = json.loads(path.read_text(encoding="utf-8"))
+    results = read_results(path)
     base, examples = results["base_model"]["name"], results["dataset"]["sizes"]["train"]
     if model not in (None, base):
         raise ConfigError(f"{path} is about {base}, not about {model}: give this comparison its own --results-dir")

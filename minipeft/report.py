@@ -12,7 +12,7 @@ from minipeft.errors import ConfigError, OutputError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Where a table stands in a Markdown file: between a line that names its dataset, "all" of them or "speed", and an end.
+# Where a table stands in a Markdown file: between a line that names a dataset, several of them or "speed", and an end.
 TABLE_START, TABLE_END = "<!-- results on {}: written by scripts/report.py -->", "<!-- end of results -->"
 
 
@@ -108,19 +108,25 @@ def _tests(results: dict[str, Any]) -> list[tuple[str, dict[str, Any], int]]:
             for key, found in results["metrics"].items()]
 
 
-def overview_table(folder: Path) -> str:
-    """A Markdown table of each method's first figure on every dataset in `folder`, and of the baselines'."""
+def overview_table(folder: Path, datasets: Sequence[str]) -> str:
+    """A Markdown table of each method's first figure on each of `datasets`, a column each, and of the baselines'.
+
+    Raises:
+        OutputError: there are no results on one of them.
+    """
     columns: dict[str, str] = {}
     cells: dict[str, dict[str, str]] = {}
     order = []
-    files = sorted(_results_files(folder), key=lambda results: results["dataset"]["name"])
-    for results in sorted(files, key=lambda results: results["dataset"]["name"] != "imdb"):
+    files = _results_files(folder)
+    for results in (results for dataset in datasets for results in files if results["dataset"]["name"] == dataset):
         key, heading, factor, unit = _figures(results)[0]
         dataset = results["dataset"]["name"]
         columns[dataset] = f"{dataset}: {heading}"
         for name, found, _ in _tests(results):
             cells.setdefault(name, {})[dataset] = f"{found[key] * factor:.2f}{unit}"
             order.append((results["method"] != "baseline", -results["parameters"]["trainable"], name))
+    if missing := set(datasets) - set(columns):
+        raise OutputError(f"{folder} holds no results on {', '.join(sorted(missing))}")
     names = list(dict.fromkeys(name for *_, name in sorted(order)))
     return markdown_table(["method", *columns.values()],
                           [[name, *(cells[name].get(dataset, "-") for dataset in columns)] for name in names],
@@ -138,15 +144,16 @@ def replace_tables(text: str, folder: Path) -> str:
     if len(parts) == 1:
         raise OutputError(f"there is no {TABLE_START.format('DATASET')} ... {TABLE_END} to write between")
     for number, part in enumerate(parts[1:], start=1):
-        dataset, found, rest = part.partition(behind)
+        named, found, rest = part.partition(behind)
         _, end, after = rest.partition(TABLE_END)
         if not found or not end:
             raise OutputError(f"{start}{part.splitlines()[0]} is not followed by {TABLE_END}")
-        if dataset == "speed":
+        datasets = named.split(", ")
+        if named == "speed":
             table = speed_section(read_results(folder / "benchmark.json"))
         else:
-            table = overview_table(folder) if dataset == "all" else results_table(folder, dataset)
-        parts[number] = f"{dataset}{behind}\n{table}\n{end}{after}"
+            table = overview_table(folder, datasets) if len(datasets) > 1 else results_table(folder, named)
+        parts[number] = f"{named}{behind}\n{table}\n{end}{after}"
     return start.join(parts)
 
 

@@ -40,10 +40,13 @@ def test_an_overview_has_a_column_for_each_dataset_and_its_first_figure(tmp_path
     bleu = {"bleu": 12.5, "bleu_95_interval": [11, 13], "chrf": 30.0}
     write(tmp_path, "fine_tuned_lora_multi30k", "lora", "multi30k", {"test": bleu}, 500, {"train": 90}, "translation")
     write(tmp_path, "baseline_multi30k", "baseline", "multi30k", {"copy_source": bleu}, 0, {}, "translation")
-    assert overview_table(tmp_path).splitlines() == [
+    write(tmp_path, "fine_tuned_lora_sample", "lora", "sample", {"test": found(0.99)}, 500, {"train": 9})
+    assert overview_table(tmp_path, ["imdb", "multi30k"]).splitlines() == [
         "| method | imdb: test accuracy | multi30k: BLEU |", "| --- | ---: | ---: |",
         "| baseline: copy of the source | - | 12.50 |", "| baseline: untrained head | 50.00 % | - |",
         "| full | 80.00 % | - |", "| lora | 90.00 % | 12.50 |"]
+    with pytest.raises(OutputError, match="holds no results on sst2"):
+        overview_table(tmp_path, ["imdb", "sst2"])
 
 
 @pytest.mark.parametrize(("task", "figures", "cells"), [
@@ -72,11 +75,12 @@ def test_without_results_there_is_no_table(tmp_path):
 
 def test_tables_replace_what_is_between_their_markers_and_nothing_else(tmp_path):
     write(tmp_path, "fine_tuned_lora", "lora", "imdb", {"test": found(0.9)}, 500, {"train": 90})
-    one, all_of_them = TABLE_START.format("imdb"), TABLE_START.format("all")
-    text = f"before\n{one}\nold\n{TABLE_END}\nbetween\n{all_of_them}\n{TABLE_END}\nafter\n"
+    write(tmp_path, "fine_tuned_lora_x", "lora", "x", {"test": found(0.8)}, 500, {"train": 90})
+    one, both = TABLE_START.format("imdb"), TABLE_START.format("x, imdb")
+    text = f"before\n{one}\nold\n{TABLE_END}\nbetween\n{both}\n{TABLE_END}\nafter\n"
     assert replace_tables(text, tmp_path) == (
-        f"before\n{one}\n{results_table(tmp_path)}\n{TABLE_END}\nbetween\n{all_of_them}\n{overview_table(tmp_path)}\n"
-        f"{TABLE_END}\nafter\n")
+        f"before\n{one}\n{results_table(tmp_path)}\n{TABLE_END}\nbetween\n{both}\n"
+        f"{overview_table(tmp_path, ['x', 'imdb'])}\n{TABLE_END}\nafter\n")
     with pytest.raises(OutputError, match="there is no"):
         replace_tables("no markers", tmp_path)
     with pytest.raises(OutputError, match="is not followed by"):

@@ -50,6 +50,13 @@ def test_tables_are_what_the_results_files_say(file):
     assert replace_tables(text, ROOT / "results") == text
 
 
+def test_the_signatures_of_bleu_and_chrf_are_those_of_every_result():
+    text = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
+    for path in (ROOT / "results").glob("fine_tuned_*_multi30k_results.json"):
+        found = json.loads(path.read_text(encoding="utf-8"))["metrics"]["test"]
+        assert f"`{found['bleu_signature']}`" in text and f"`{found['chrf_signature']}`" in text
+
+
 def test_the_gain_from_cached_features_is_what_was_measured():
     once, each_epoch = (json.loads((ROOT / f"results/head_features/{run}/fine_tuned_head_results.json").read_text())
                         ["seconds"]["train_on_cores"] for run in ("once", "each_epoch"))

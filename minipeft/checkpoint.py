@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from minipeft import parallel
 from minipeft.errors import AdapterError, ConfigError, InjectionError, MinipeftError, OutputError, WeightsError
-from minipeft.files import replacing_folder, write_json
+from minipeft.files import read_json_file, replacing_folder, write_json
 from minipeft.methods import METHODS, inject
 from minipeft.methods.operations import adapter_names, put_in_force, put_out_of_force, remove
 from minipeft.methods.surgery import (
@@ -105,7 +105,7 @@ def _stored(model: nn.Module, injection: Injection) -> dict[str, torch.Tensor]:
 def read_details(folder: str | Path) -> dict[str, Any]:
     """The content of a folder's minipeft.json; empty for an adapter that peft wrote."""
     path = Path(folder) / DETAILS_FILE
-    return _read_json(path) if path.is_file() else {}
+    return read_json_file(path, AdapterError) if path.is_file() else {}
 
 
 def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> nn.Module:
@@ -154,7 +154,7 @@ def _prepare(model: nn.Module, folder: Path) -> tuple[Any, dict[str, torch.Tenso
     for file in (CONFIG_FILE, TENSORS_FILE):
         if not (folder / file).is_file():
             raise AdapterError(f"{folder} holds no {file}: it is not an adapter folder")
-    saved = _read_json(folder / CONFIG_FILE)
+    saved = read_json_file(folder / CONFIG_FILE, AdapterError)
     config = _parse_config(saved, folder, model)
     task = _TASK_TYPES[getattr(model, "head", None)]
     if saved.get("task_type") not in (None, task):
@@ -214,16 +214,6 @@ def _fill(model: nn.Module, injection: Injection, tensors: dict[str, torch.Tenso
     for name, parameter in wanted.items():
         if name not in layer_tensors:
             parameter.copy_(tensors[name])
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise AdapterError(f"{path} is not a JSON object")
-    return content
 
 
 # --- training state ---------------------------------------------------------------------------------------------------

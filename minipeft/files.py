@@ -1,4 +1,4 @@
-"""Writing files so that nothing is ever half-written: under a temporary name first, then renamed."""
+"""Writing files so that nothing is ever half-written: under a temporary name first, then renamed. And reading JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from minipeft.errors import OutputError
+from minipeft.errors import MinipeftError, OutputError
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -70,6 +70,21 @@ def _cannot_write(path: Path, error: Exception) -> str:
     full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
     reason = "the disk is full" if full else getattr(error, "strerror", None) or str(error)
     return f"cannot write to {path}: {reason}; choose another folder or free some space"
+
+
+def read_json_file(path: Path, error_class: type[MinipeftError] = OutputError) -> dict[str, Any]:
+    """The content of a JSON file that holds one object.
+
+    Raises:
+        error_class: it cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise error_class(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise error_class(f"{path} is not a JSON object")
+    return content
 
 
 def write_json_file(path: str | Path, content: dict[str, Any]) -> None:

@@ -93,7 +93,7 @@ def set_up(options: Options, say: Say) -> Setup:
     """Choose model, dataset, sizes and device; print each choice and its reason; read the data."""
     device = choose_device(options.device)
     precision = choose_precision(options.precision, device)
-    classification.check_length(1 if options.max_length is None else options.max_length,
+    classification.check_length(defaults.MAX_LENGTH if options.max_length is None else options.max_length,
                                 options.truncation or defaults.TRUNCATION)
     choices = {"device": f"{device.type} ({'asked for' if options.device else 'what this machine has'})",
                "precision": f"{_name(precision)} ({'asked for' if options.precision != 'auto' else 'best here'})"}

@@ -76,7 +76,8 @@ def stream(model: GPT2LMHeadModel, input_ids: Tensor, attention_mask: Tensor | N
         logits = reader.read(input_ids if token is None else token[:, None])                      # (B, vocab)
         if temperature > 0:
             # From the highest logit down, in float64: however low the temperature, 0 / temperature stays 0.
-            below = logits.double() - logits.double().amax(dim=1, keepdim=True)                   # (B, vocab), <= 0
+            logits = logits.double()                                                              # (B, vocab)
+            below = logits - logits.amax(dim=1, keepdim=True)                                     # (B, vocab), <= 0
             token = _sample(below / temperature, top_k, top_p, generator)                         # (B,)
         else:
             token = logits.argmax(dim=1)                                                          # (B,)

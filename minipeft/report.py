@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minipeft.errors import ConfigError, OutputError
+from minipeft.files import read_json_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,9 +54,7 @@ def results_table(folder: Path, dataset: str = "imdb") -> str:
     Raises:
         OutputError: there is none.
     """
-    found = [results for results in _results_files(folder) if results["dataset"]["name"] == dataset]
-    if not found:
-        raise OutputError(f"{folder} holds no results on {dataset}")
+    found = _results_on(folder, [dataset])
     figures = _figures(found[0])
     rows = []
     for results in found:
@@ -77,20 +75,17 @@ def results_table(folder: Path, dataset: str = "imdb") -> str:
     return markdown_table(header, [row for _, _, row in sorted(rows, key=lambda row: row[:2])])
 
 
-def _results_files(folder: Path) -> list[dict[str, Any]]:
-    return [read_results(path) for path in sorted(folder.glob("*_results.json"))]
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """The content of a results file.
+def _results_on(folder: Path, datasets: Sequence[str]) -> list[dict[str, Any]]:
+    """The content of every results file on these datasets, one dataset after the other.
 
     Raises:
-        OutputError: it is not readable JSON.
+        OutputError: there is none on one of them.
     """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{path} is not readable JSON: {error}") from error
+    files = [read_json_file(path) for path in sorted(folder.glob("*_results.json"))]
+    found = {dataset: [results for results in files if results["dataset"]["name"] == dataset] for dataset in datasets}
+    if missing := [dataset for dataset in datasets if not found[dataset]]:
+        raise OutputError(f"{folder} holds no results on {', '.join(missing)}")
+    return [results for dataset in datasets for results in found[dataset]]
 
 
 def _figures(results: dict[str, Any]) -> tuple[tuple[str, str, float, str], ...]:
@@ -117,16 +112,13 @@ def overview_table(folder: Path, datasets: Sequence[str]) -> str:
     columns: dict[str, str] = {}
     cells: dict[str, dict[str, str]] = {}
     order = []
-    files = _results_files(folder)
-    for results in (results for dataset in datasets for results in files if results["dataset"]["name"] == dataset):
+    for results in _results_on(folder, datasets):
         key, heading, factor, unit = _figures(results)[0]
         dataset = results["dataset"]["name"]
         columns[dataset] = f"{dataset}: {heading}"
         for name, found, _ in _tests(results):
             cells.setdefault(name, {})[dataset] = f"{found[key] * factor:.2f}{unit}"
             order.append((results["method"] != "baseline", -results["parameters"]["trainable"], name))
-    if missing := set(datasets) - set(columns):
-        raise OutputError(f"{folder} holds no results on {', '.join(sorted(missing))}")
     names = list(dict.fromkeys(name for *_, name in sorted(order)))
     return markdown_table(["method", *columns.values()],
                           [[name, *(cells[name].get(dataset, "-") for dataset in columns)] for name in names],
@@ -150,7 +142,7 @@ def replace_tables(text: str, folder: Path) -> str:
             raise OutputError(f"{start}{part.splitlines()[0]} is not followed by {TABLE_END}")
         datasets = named.split(", ")
         if named == "speed":
-            table = speed_section(read_results(folder / "benchmark.json"))
+            table = speed_section(read_json_file(folder / "benchmark.json"))
         else:
             table = overview_table(folder, datasets) if len(datasets) > 1 else results_table(folder, named)
         parts[number] = f"{named}{behind}\n{table}\n{end}{after}"

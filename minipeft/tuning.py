@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from minipeft.errors import ConfigError
-from minipeft.files import check_writable, write_json_file
+from minipeft.files import check_writable, read_json_file, write_json_file
 from minipeft.finetune import Options, Say, check_method, fit, set_up
 from minipeft.hardware import machine
 from minipeft.methods import METHODS
@@ -32,7 +31,7 @@ def tune(options: Options, trials: list[dict[str, Any]], say: Say = lambda line:
     requests = [_with(options, trial) for trial in trials]
     path = Path(options.results_dir) / f"tuning_{options.method}.json"
     check_writable(path.parent)
-    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"trials": []}
+    results = read_json_file(path) if path.is_file() else {"trials": []}
     for trial, request in zip(trials, requests):
         setup = set_up(request, lambda line: None)
         fitted = fit(request, setup, lambda line: None)

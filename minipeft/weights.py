@@ -10,7 +10,6 @@ This file knows tensors and files and no model class: it reads the names it must
 from __future__ import annotations
 
 import http.client
-import json
 import os
 import threading
 import urllib.error
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from minipeft import parallel
 from minipeft.errors import WeightsError
-from minipeft.files import replacing_folder, write_json
+from minipeft.files import read_json_file, replacing_folder, write_json
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 MINI_FOLDER = Path(__file__).resolve().parents[1] / "checkpoints" / "mini"
@@ -116,13 +115,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         WeightsError: not a JSON object.
     """
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{folder / CONFIG_FILE} is not readable JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise WeightsError(f"{folder / CONFIG_FILE} is not a JSON object")
-    return config
+    return read_json_file(folder / CONFIG_FILE, WeightsError)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from minipeft import GPT2Config, GPT2ForSequenceClassification, LoraConfig, inje
 from minipeft.batches import BucketedBatches
 from minipeft.data import load_dataset
 from minipeft.errors import ConfigError
-from minipeft.files import check_writable, write_json_file, write_text_file
+from minipeft.files import check_writable, read_json_file, write_json_file, write_text_file
 from minipeft.hardware import choose_device, machine, versions
 from minipeft.ledger import training_operations
 from minipeft.methods.surgery import trainable_parameters
@@ -326,7 +326,7 @@ def main() -> None:
         raise ConfigError(f"rounds must be at least 1, got {options.rounds}")
     check_writable(options.results_dir)
     path = options.results_dir / ("benchmark_quick.json" if options.quick else "benchmark.json")
-    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    results = read_json_file(path) if path.is_file() else {}
     with tempfile.TemporaryDirectory() as folder:
         benchmark = Benchmark(options, Path(folder))
         column = results.setdefault(benchmark.device.type, {})

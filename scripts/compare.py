@@ -19,9 +19,10 @@ from common import run
 
 from minipeft.data import name_of
 from minipeft.errors import ConfigError
+from minipeft.files import read_json_file
 from minipeft.finetune import results_path
 from minipeft.methods import METHODS
-from minipeft.report import read_results, results_table
+from minipeft.report import results_table
 
 HERE = Path(__file__).resolve().parent
 COMPARED = ("baseline", "full", "lora", "prefix", "prompt", "adapter", "ia3", "bitfit")
@@ -55,7 +56,7 @@ def check_same_model(path: Path, model: str | None) -> str:
     Raises:
         ConfigError: another base model than the one that is asked for.
     """
-    results = read_results(path)
+    results = read_json_file(path)
     base, examples = results["base_model"]["name"], results["dataset"]["sizes"]["train"]
     if model not in (None, base):
         raise ConfigError(f"{path} is about {base}, not about {model}: give this comparison its own --results-dir")

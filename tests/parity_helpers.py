@@ -218,3 +218,14 @@ def assert_same_function(ours, theirs, base, method, task):
         actual, expected = real_logits(ours, task, one), real_logits(theirs, task, one)
         assert (expected - real_logits(base, task, one)).abs().max() > 1e-2
         assert_close(actual, expected)
+
+
+# --- generation -------------------------------------------------------------------------------------------------------
+
+def generate_theirs(model, ids, mask, new, eos=None, **how):
+    """`new` tokens at most by transformers' generate, without sampling, in a model of theirs or of peft's."""
+    model.generation_config.eos_token_id = eos
+    with silent():
+        return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids) if mask is None else mask,
+                              max_new_tokens=new, do_sample=False, eos_token_id=eos,
+                              pad_token_id=PAD if eos is None else eos, **how)

@@ -84,9 +84,10 @@ def test_sampling_draws_from_softmax_of_logits_over_temperature(model, make_ids)
     assert ((sampled.bincount(minlength=97) / draws - expected).abs() < 5 * (expected / draws).sqrt() + 1e-4).all()
 
 
-def test_a_temperature_near_zero_is_greedy(model, make_ids):
+@pytest.mark.parametrize("temperature", [1e-4, 1e-6, 1e-39, 1e-300])
+def test_a_temperature_near_zero_is_greedy(model, make_ids, temperature):
     ids = make_ids(2, 5)
-    cold = generate(model, ids, max_new_tokens=15, temperature=1e-6, generator=torch.Generator().manual_seed(0))
+    cold = generate(model, ids, max_new_tokens=15, temperature=temperature, generator=torch.Generator().manual_seed(0))
     assert torch.equal(cold, generate(model, ids, max_new_tokens=15))
 
 
@@ -175,12 +176,6 @@ def test_values_out_of_range_are_refused(model, make_ids, values, message):
 def test_no_prompt_is_refused(model):
     with pytest.raises(ConfigError, match="no prompt"):
         generate(model, torch.zeros(1, 0, dtype=torch.long))
-
-
-def test_the_lowest_temperatures_are_greedy(model, make_ids):
-    greedy = generate(model, make_ids(2, 5), max_new_tokens=9)
-    for temperature in (1e-4, 1e-39, 1e-300):
-        assert torch.equal(generate(model, make_ids(2, 5), max_new_tokens=9, temperature=temperature), greedy)
 
 
 def test_a_mask_may_be_of_any_type(model, make_ids):

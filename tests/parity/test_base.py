@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from parity_helpers import generate_theirs
 from safetensors.torch import load_file, save_file
 
 from minipeft.config import OFFICIAL_SIZES, GPT2Config
@@ -164,12 +165,6 @@ def test_dropout_is_applied_at_the_same_places(tmp_path, tiny_config, make_model
 
 # --- generation -------------------------------------------------------------------------------------------------------
 
-def greedy_by_transformers(model, ids, mask, new, eos=None):
-    model.generation_config.eos_token_id = eos
-    return model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False,
-                          pad_token_id=PAD if eos is None else eos)
-
-
 @pytest.fixture
 def language_models(tmp_path, make_model):
     """Ours and theirs, with the same weights."""
@@ -185,7 +180,7 @@ def test_greedy_generation_is_token_identical(language_models, make_ids, make_ma
     mask = make_mask(LENGTHS, side="left") if padded else torch.ones_like(ids)
     ids = ids.masked_fill(mask == 0, PAD)
     generated = generate(ours, ids, attention_mask=mask, max_new_tokens=28)
-    assert torch.equal(generated, greedy_by_transformers(reference, ids, mask, new=28))
+    assert torch.equal(generated, generate_theirs(reference, ids, mask, new=28))
     assert len(generated[:, 12:].unique()) > 5                                    # not a constant: the test can fail
 
 
@@ -196,7 +191,7 @@ def test_greedy_generation_ends_alike(language_models, make_ids, make_mask):
     for eos in free[:, 16].unique().tolist():                                     # what some row says fifth
         generated = generate(ours, ids, attention_mask=mask, max_new_tokens=28, eos_token_id=eos)
         assert not torch.equal(generated, free[:, :generated.shape[1]])
-        assert torch.equal(generated, greedy_by_transformers(reference, ids, mask, new=28, eos=eos))
+        assert torch.equal(generated, generate_theirs(reference, ids, mask, new=28, eos=eos))
 
 
 @pytest.mark.parametrize("eos", [None, 5])
@@ -210,9 +205,7 @@ def test_beam_search_is_token_identical(language_models, make_ids, make_mask, nu
         reference.transformer.ln_f.bias += 0.5 * reference.lm_head.weight[5]
     for new in (1, 7, 20):
         generated = generate(ours, ids, mask, new, num_beams=num_beams, length_penalty=length_penalty, eos_token_id=eos)
-        expected = reference.generate(ids, attention_mask=mask, do_sample=False, num_beams=num_beams, eos_token_id=eos,
-                                      length_penalty=length_penalty, max_new_tokens=new,
-                                      pad_token_id=PAD if eos is None else eos)
+        expected = generate_theirs(reference, ids, mask, new, eos, num_beams=num_beams, length_penalty=length_penalty)
         assert torch.equal(generated, expected)
 
 
@@ -282,7 +275,7 @@ def test_an_official_size_gives_transformers_logits(tmp_path, make_ids, make_mas
         gc.collect()
         reference = load_theirs(GPT2LMHeadModel, folder)
         expected = output(reference, ids, mask)
-        expected_greedy = greedy_by_transformers(reference, ids[:1], mask[:1], new=3)
+        expected_greedy = generate_theirs(reference, ids[:1], mask[:1], new=3)
         del reference
         gc.collect()
     finally:

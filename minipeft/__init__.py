@@ -1,9 +1,21 @@
 """minipeft: parameter-efficient fine-tuning of GPT-2, written to be read."""
 
-from minipeft.checkpoint import load_adapter, save_adapter
 from minipeft.errors import MinipeftError
-from minipeft.generate import generate
-from minipeft.gpt2 import (
+from minipeft.methods import METHODS, inject
+from minipeft.methods.adapter import BottleneckConfig
+from minipeft.methods.bitfit import BitFitConfig
+from minipeft.methods.full import FullConfig
+from minipeft.methods.head import HeadConfig
+from minipeft.methods.ia3 import IA3Config
+from minipeft.methods.injection import trainable_parameters
+from minipeft.methods.lora import LoraConfig
+from minipeft.methods.prefix import PrefixTuningConfig
+from minipeft.methods.prompt import PromptTuningConfig
+from minipeft.methods.ptuning import PromptEncoderConfig
+from minipeft.methods.saving import load_adapter, save_adapter
+from minipeft.methods.switch import disable_adapter, merge, remove, set_adapter, unmerge
+from minipeft.methods.vera import VeraConfig
+from minipeft.model.gpt2 import (
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2ForTokenClassification,
@@ -11,20 +23,8 @@ from minipeft.gpt2 import (
     GPT2Model,
     KVCache,
 )
-from minipeft.methods import METHODS, inject
-from minipeft.methods.adapter import BottleneckConfig
-from minipeft.methods.bitfit import BitFitConfig
-from minipeft.methods.full import FullConfig
-from minipeft.methods.head import HeadConfig
-from minipeft.methods.ia3 import IA3Config
-from minipeft.methods.lora import LoraConfig
-from minipeft.methods.operations import disable_adapter, merge, remove, set_adapter, unmerge
-from minipeft.methods.prefix import PrefixTuningConfig
-from minipeft.methods.prompt import PromptTuningConfig
-from minipeft.methods.ptuning import PromptEncoderConfig
-from minipeft.methods.surgery import trainable_parameters
-from minipeft.methods.vera import VeraConfig
-from minipeft.tokenizer import get_tokenizer
+from minipeft.model.tokenizer import get_tokenizer
+from minipeft.tasks.decoding import generate
 
 __all__ = [
     "METHODS", "BitFitConfig", "BottleneckConfig", "FullConfig", "GPT2Config", "GPT2ForSequenceClassification",

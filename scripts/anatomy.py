@@ -17,20 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import add_dataclass_options, given, run
 
-from minipeft.anatomy import counts_table, injected, render, shapes_only, tree
-from minipeft.batches import number_of_passes
-from minipeft.config import GPT2Config
-from minipeft.defaults import DEFAULTS, MAX_LENGTH
+from minipeft.data.batches import number_of_passes
 from minipeft.errors import ConfigError
+from minipeft.explain.anatomy import counts_table, injected, render, shapes_only, tree
+from minipeft.explain.memory import traffic_table, training_memory
+from minipeft.explain.pictures import TITLES, draw
 from minipeft.files import check_writable, replacing_folder
-from minipeft.hardware import PRECISIONS, tokens_per_pass
-from minipeft.ledger import traffic_table, training_memory
 from minipeft.methods import METHODS
-from minipeft.methods.surgery import positions_left, trainable_parameters
-from minipeft.pictures import TITLES, draw
-from minipeft.weights import HUB_NAMES, find, read_config
+from minipeft.methods.injection import positions_left, trainable_parameters
+from minipeft.model.config import GPT2Config
+from minipeft.model.weights import HUB_NAMES, find, read_config
+from minipeft.runs.command_line import add_dataclass_options, given, run
+from minipeft.runs.defaults import DEFAULTS, MAX_LENGTH
+from minipeft.training.hardware import PRECISIONS, tokens_per_pass
 
 
 def parse() -> argparse.Namespace:

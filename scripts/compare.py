@@ -15,14 +15,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common import run
-
-from minipeft.data import name_of
+from minipeft.data.datasets import name_of
 from minipeft.errors import ConfigError
 from minipeft.files import read_json_file
-from minipeft.finetune import results_path
 from minipeft.methods import METHODS
-from minipeft.report import results_table
+from minipeft.runs.command_line import run
+from minipeft.runs.finetune import results_path
+from minipeft.runs.results import results_table
 
 HERE = Path(__file__).resolve().parent
 COMPARED = ("baseline", "full", "lora", "prefix", "prompt", "adapter", "ia3", "bitfit")

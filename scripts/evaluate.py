@@ -8,16 +8,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common import add_data_options, add_machine_options, run
-
-from minipeft import defaults
-from minipeft.checkpoint import read_details
-from minipeft.data import KNOWN, choose_dataset, load_dataset
+from minipeft.data.datasets import KNOWN, choose_dataset, load_dataset
 from minipeft.errors import ConfigError, DataError
 from minipeft.files import check_writable, write_json_file
-from minipeft.finetune import headline
-from minipeft.hardware import cast_frozen, choose_device, choose_precision
-from minipeft.saved import load_finetuned
+from minipeft.methods.saving import read_details
+from minipeft.runs import defaults
+from minipeft.runs.command_line import add_data_options, add_machine_options, run
+from minipeft.runs.finetune import headline
+from minipeft.runs.trained import load_finetuned
+from minipeft.training.hardware import cast_frozen, choose_device, choose_precision
 
 
 def parse() -> argparse.Namespace:

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from common import add_machine_options, run
 
 from minipeft.errors import ConfigError, DataError
-from minipeft.hardware import cast_frozen, choose_device, choose_precision
-from minipeft.saved import load_finetuned
+from minipeft.runs.command_line import add_machine_options, run
+from minipeft.runs.trained import load_finetuned
 from minipeft.tasks.generation import Generation
 from minipeft.tasks.task import Task, check_texts
+from minipeft.training.hardware import cast_frozen, choose_device, choose_precision
 
 WRITING = ("max_new_tokens", "num_beams", "length_penalty", "temperature", "top_k", "top_p", "seed")  # how to write
 

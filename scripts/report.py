@@ -9,11 +9,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common import run
-
 from minipeft.errors import OutputError
 from minipeft.files import write_text_file
-from minipeft.report import replace_tables, results_table
+from minipeft.runs.command_line import run
+from minipeft.runs.results import replace_tables, results_table
 
 
 def main() -> None:

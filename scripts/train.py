@@ -11,14 +11,21 @@ from __future__ import annotations
 
 import argparse
 
-from common import LENGTH_HELP, add_data_options, add_dataclass_options, add_machine_options, given, run
-
-from minipeft import defaults, parallel
 from minipeft.errors import ConfigError
-from minipeft.finetune import Options, baseline, finetune
 from minipeft.methods import METHODS
+from minipeft.runs import defaults
+from minipeft.runs.command_line import (
+    LENGTH_HELP,
+    add_data_options,
+    add_dataclass_options,
+    add_machine_options,
+    given,
+    run,
+)
+from minipeft.runs.finetune import Options, baseline, finetune
 from minipeft.tasks.classification import TRUNCATIONS
-from minipeft.training import TrainingConfig
+from minipeft.training import distributed as parallel
+from minipeft.training.loop import TrainingConfig
 
 
 def parse() -> argparse.Namespace:

@@ -9,12 +9,11 @@ from __future__ import annotations
 import argparse
 import json
 
-from common import LENGTH_HELP, add_data_options, add_machine_options, run
-
 from minipeft.errors import ConfigError
-from minipeft.finetune import Options
 from minipeft.methods import METHODS
-from minipeft.tuning import tune
+from minipeft.runs.command_line import LENGTH_HELP, add_data_options, add_machine_options, run
+from minipeft.runs.finetune import Options
+from minipeft.runs.sweep import tune
 
 
 def parse() -> argparse.Namespace:

@@ -33,7 +33,7 @@ def pytest_unconfigure(config):
 @pytest.fixture
 def tiny_config():
     """A GPT-2 of 17,000 parameters, without dropout."""
-    from minipeft.config import GPT2Config
+    from minipeft.model.config import GPT2Config
 
     return GPT2Config(vocab_size=97, n_positions=40, n_embd=24, n_layer=2, n_head=3, resid_pdrop=0.0, embd_pdrop=0.0,
                       attn_pdrop=0.0, classifier_dropout=0.0, bos_token_id=96, eos_token_id=96)

@@ -124,6 +124,7 @@ class ScriptRunner:
         monkeypatch.syspath_prepend(SCRIPTS)
 
     def __call__(self, script, *arguments):
+        self.monkeypatch.syspath_prepend((SCRIPTS / script).parent)
         self.monkeypatch.setattr(sys, "argv", [str(SCRIPTS / script), *map(str, arguments)])
         self.capsys.readouterr()
         with pytest.raises(SystemExit) as ended:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from minipeft import GPT2ForSequenceClassification, GPT2ForTokenClassification, GPT2LMHeadModel, inject
-from minipeft.methods.surgery import AdapterLayer, all_injections
+from minipeft.methods.injection import AdapterLayer, all_injections
 
 HEADED = [GPT2LMHeadModel, GPT2ForSequenceClassification, GPT2ForTokenClassification]
 IDS = torch.tensor([[5, 17, 80, 3, 41, 9, 60], [70, 2, 2, 33, 8, 95, 1]])

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from helpers import ScriptRunner, write_tiny_model
 
-from minipeft.config import GPT2Config
-from minipeft.ledger import traffic_table
-from minipeft.report import replace_tables
-from minipeft.weights import MINI_FOLDER
+from minipeft.explain.memory import traffic_table
+from minipeft.model.config import GPT2Config
+from minipeft.model.weights import MINI_FOLDER
+from minipeft.runs.results import replace_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -11,7 +11,7 @@ import torch.nn as nn
 
 from minipeft.errors import ConfigError, InjectionError
 from minipeft.methods import adapter, bitfit, dora, full, head, ia3, lora, prefix, prompt, ptuning, vera
-from minipeft.methods.surgery import injections
+from minipeft.methods.injection import injections
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from minipeft.errors import ConfigError
-from minipeft.methods.fields import SavedConfig, check_fields
-from minipeft.methods.surgery import (
+from minipeft.methods.config import SavedConfig, check_fields
+from minipeft.methods.injection import (
     AddedLayer,
     base_of,
     begin,

@@ -19,8 +19,8 @@ from typing import ClassVar
 
 import torch.nn as nn
 
-from minipeft.methods.fields import SavedConfig, check_fields
-from minipeft.methods.surgery import base_modules, begin, bias_names, record
+from minipeft.methods.config import SavedConfig, check_fields
+from minipeft.methods.injection import base_modules, begin, bias_names, record
 
 
 @dataclass

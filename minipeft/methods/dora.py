@@ -27,8 +27,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from minipeft.methods import lora
+from minipeft.methods.injection import ReplacementLayer, to_dtype_of
 from minipeft.methods.lora import LoraConfig, low_rank_pair, scaling
-from minipeft.methods.surgery import ReplacementLayer, to_dtype_of
 
 
 class DoRALinear(ReplacementLayer):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch.nn as nn
 
-from minipeft.methods.surgery import begin, record
+from minipeft.methods.injection import begin, record
 
 
 @dataclass

@@ -18,8 +18,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from minipeft.errors import InjectionError
-from minipeft.methods.fields import SavedConfig
-from minipeft.methods.surgery import begin, record
+from minipeft.methods.config import SavedConfig
+from minipeft.methods.injection import begin, record
 
 
 @dataclass

@@ -24,8 +24,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from minipeft.errors import ConfigError
-from minipeft.methods.fields import SavedConfig, check_fields, compiled
-from minipeft.methods.surgery import AdapterLayer, ReplacementLayer, begin, find_targets, insert, record
+from minipeft.methods.config import SavedConfig, check_fields, compiled
+from minipeft.methods.injection import AdapterLayer, ReplacementLayer, begin, find_targets, insert, record
 
 
 @dataclass

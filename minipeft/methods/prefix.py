@@ -24,10 +24,10 @@ import torch.nn as nn
 from torch import Tensor
 
 from minipeft.errors import ConfigError
-from minipeft.gpt2 import KVCache
-from minipeft.methods.fields import check_fields
-from minipeft.methods.surgery import base_of, begin, insert, record
+from minipeft.methods.config import check_fields
+from minipeft.methods.injection import base_of, begin, insert, record
 from minipeft.methods.virtual_tokens import SavedAsPrompt, Table, VirtualTokens, check_room, compute_dtype, place_of
+from minipeft.model.gpt2 import KVCache
 
 
 @dataclass

@@ -20,10 +20,10 @@ import torch.nn as nn
 from torch import Tensor
 
 from minipeft.errors import ConfigError
-from minipeft.methods.fields import check_fields
-from minipeft.methods.surgery import AdapterLayer, base_of, begin, insert, record
+from minipeft.methods.config import check_fields
+from minipeft.methods.injection import AdapterLayer, base_of, begin, insert, record
 from minipeft.methods.virtual_tokens import SavedAsPrompt, Table, VirtualTokens, check_room, place_of
-from minipeft.tokenizer import get_tokenizer
+from minipeft.model.tokenizer import get_tokenizer
 
 
 @dataclass

@@ -22,9 +22,9 @@ import torch.nn as nn
 from torch import Tensor
 
 from minipeft.errors import ConfigError
-from minipeft.methods.fields import check_fields
+from minipeft.methods.config import check_fields
+from minipeft.methods.injection import base_of, begin, insert, record
 from minipeft.methods.prompt import Prompt
-from minipeft.methods.surgery import base_of, begin, insert, record
 from minipeft.methods.virtual_tokens import SavedAsPrompt, check_room, place_of
 
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minipeft.errors import ConfigError
-from minipeft.methods.fields import SavedConfig
-from minipeft.methods.surgery import AdapterLayer, AddedLayer, base_of, positions_left
+from minipeft.methods.config import SavedConfig
+from minipeft.methods.injection import AdapterLayer, AddedLayer, base_of, positions_left
 
 _ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds")   # of GPT2Model.forward
 

@@ -17,12 +17,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from minipeft import defaults
-from minipeft.batches import Batch
+from minipeft.data.batches import Batch
 from minipeft.errors import ConfigError, DataError
-from minipeft.gpt2 import GPT2ForSequenceClassification, GPT2LMHeadModel, last_real_token
+from minipeft.model.gpt2 import GPT2ForSequenceClassification, GPT2LMHeadModel, last_real_token
+from minipeft.model.tokenizer import Tokenizer
+from minipeft.runs import defaults
 from minipeft.tasks.task import Encoded, Examples, Task, check_texts, for_each
-from minipeft.tokenizer import Tokenizer
 
 _LINE_BREAK = re.compile(r"<br\s*/?>")
 TRUNCATIONS = ("head", "head_tail")

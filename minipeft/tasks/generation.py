@@ -23,13 +23,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from minipeft import defaults
-from minipeft.batches import IGNORED_LABEL, Batch
+from minipeft.data.batches import IGNORED_LABEL, Batch
 from minipeft.errors import ConfigError, DataError
-from minipeft.generate import generate, stream
-from minipeft.gpt2 import GPT2LMHeadModel
-from minipeft.hardware import computing_in
+from minipeft.model.gpt2 import GPT2LMHeadModel
+from minipeft.runs import defaults
+from minipeft.tasks.decoding import generate, stream
 from minipeft.tasks.task import Encoded, Examples, Task, bootstrap_interval, check_text, check_texts, for_each
+from minipeft.training.hardware import computing_in
 
 logger = logging.getLogger(__name__)
 

@@ -23,9 +23,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from minipeft.batches import IGNORED_LABEL, Batch
+from minipeft.data.batches import IGNORED_LABEL, Batch
 from minipeft.errors import DataError
-from minipeft.gpt2 import GPT2ForTokenClassification
+from minipeft.model.gpt2 import GPT2ForTokenClassification
 from minipeft.tasks.task import Encoded, Examples, Task, bootstrap_interval, check_text, for_each
 
 logger = logging.getLogger(__name__)

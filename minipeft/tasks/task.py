@@ -21,11 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from minipeft import defaults, parallel
-from minipeft.batches import Batch, in_order_of_length
+from minipeft.data.batches import Batch, in_order_of_length
 from minipeft.errors import ConfigError, DataError
-from minipeft.hardware import computing_in
-from minipeft.tokenizer import Tokenizer
+from minipeft.model.tokenizer import Tokenizer
+from minipeft.runs import defaults
+from minipeft.training import distributed as parallel
+from minipeft.training.hardware import computing_in
 
 # A text this long is a book or a mistake: a model that reads a few hundred tokens of it would judge something else.
 MAX_CHARACTERS = 100_000

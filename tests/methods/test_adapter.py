@@ -11,7 +11,7 @@ from minipeft import BottleneckConfig, GPT2Config, GPT2LMHeadModel, GPT2Model, i
 from minipeft.errors import ConfigError
 from minipeft.methods import adapter as adapter_module
 from minipeft.methods.adapter import BottleneckAdapter
-from minipeft.methods.surgery import injections
+from minipeft.methods.injection import injections
 
 IDS = torch.tensor([[5, 17, 80, 3, 41, 9, 60], [70, 2, 2, 33, 8, 95, 1]])
 ACTIVATIONS = {  # written from their definitions

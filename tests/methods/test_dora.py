@@ -17,8 +17,8 @@ from minipeft import (
     trainable_parameters,
 )
 from minipeft.methods.dora import DoRALinear
-from minipeft.methods.surgery import injections
-from minipeft.optimisation import adamw
+from minipeft.methods.injection import injections
+from minipeft.training.optimizer import adamw
 
 IDS = torch.tensor([[5, 17, 80, 3, 41, 9, 60], [70, 2, 2, 33, 8, 95, 1]])
 

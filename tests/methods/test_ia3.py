@@ -7,7 +7,7 @@ import torch.nn as nn
 from minipeft import GPT2Config, GPT2LMHeadModel, GPT2Model, IA3Config, inject, trainable_parameters
 from minipeft.methods import ia3
 from minipeft.methods.ia3 import IA3Linear
-from minipeft.methods.surgery import injections
+from minipeft.methods.injection import injections
 
 IDS = torch.tensor([[5, 17, 80, 3, 41, 9, 60], [70, 2, 2, 33, 8, 95, 1]])
 

@@ -29,9 +29,9 @@ from minipeft import (
 )
 from minipeft.errors import ConfigError
 from minipeft.methods import lora
+from minipeft.methods.injection import injections
 from minipeft.methods.lora import LoRALinear
-from minipeft.methods.surgery import injections
-from minipeft.optimisation import adamw
+from minipeft.training.optimizer import adamw
 
 
 def layer(in_features=6, out_features=10, r=3, lora_alpha=6.0, dropout=0.0, rslora=False, init=True, bias=True,

@@ -42,10 +42,10 @@ from minipeft import (
     unmerge,
 )
 from minipeft.errors import AdapterError, ConfigError, InjectionError, MinipeftError, WeightsError
-from minipeft.gpt2 import KVCache
 from minipeft.methods import method_of
-from minipeft.methods.operations import adapter_names
-from minipeft.methods.surgery import AdapterLayer, all_injections, injections
+from minipeft.methods.injection import AdapterLayer, all_injections, injections
+from minipeft.methods.switch import adapter_names
+from minipeft.model.gpt2 import KVCache
 
 HEAD_TENSORS = {GPT2Model: [], GPT2LMHeadModel: [], GPT2ForSequenceClassification: ["score.weight"],
                 GPT2ForTokenClassification: ["classifier.weight", "classifier.bias"]}

@@ -21,8 +21,8 @@ from minipeft import (
     trainable_parameters,
 )
 from minipeft.methods import prefix
+from minipeft.methods.injection import injections
 from minipeft.methods.prefix import PrefixProjection
-from minipeft.methods.surgery import injections
 
 IDS = torch.tensor([[5, 17, 80, 3, 41, 9, 60], [70, 2, 2, 33, 8, 95, 1]])
 H, D = 3, 8

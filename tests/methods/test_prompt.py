@@ -17,7 +17,7 @@ from minipeft import (
     trainable_parameters,
 )
 from minipeft.methods import prompt
-from minipeft.methods.surgery import injections
+from minipeft.methods.injection import injections
 
 IDS = torch.tensor([[5, 17, 80, 3, 41, 9, 60], [70, 2, 2, 33, 8, 95, 1]])
 

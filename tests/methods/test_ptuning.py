@@ -15,8 +15,8 @@ from minipeft import (
     save_adapter,
     trainable_parameters,
 )
+from minipeft.methods.injection import injections
 from minipeft.methods.ptuning import PromptEncoder
-from minipeft.methods.surgery import injections
 from minipeft.methods.virtual_tokens import Table
 
 IDS = torch.tensor([[5, 17, 80, 3, 41, 9, 60], [70, 2, 2, 33, 8, 95, 1]])

@@ -20,7 +20,7 @@ from minipeft import (
     inject,
 )
 from minipeft.errors import ConfigError
-from minipeft.methods.surgery import positions_left
+from minipeft.methods.injection import positions_left
 
 HEADED = [GPT2LMHeadModel, GPT2ForSequenceClassification, GPT2ForTokenClassification]
 LENGTHS = [7, 3, 1, 5]

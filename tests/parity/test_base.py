@@ -12,14 +12,14 @@ import torch
 from parity_helpers import generate_theirs
 from safetensors.torch import load_file, save_file
 
-from minipeft.config import OFFICIAL_SIZES, GPT2Config
-from minipeft.generate import generate
-from minipeft.gpt2 import (
+from minipeft.model.config import OFFICIAL_SIZES, GPT2Config
+from minipeft.model.gpt2 import (
     GPT2ForSequenceClassification,
     GPT2ForTokenClassification,
     GPT2LMHeadModel,
     GPT2Model,
 )
+from minipeft.tasks.decoding import generate
 
 transformers = pytest.importorskip("transformers")
 

@@ -26,7 +26,7 @@ from minipeft import (
     save_adapter,
     trainable_parameters,
 )
-from minipeft.checkpoint import TENSORS_FILE
+from minipeft.methods.saving import TENSORS_FILE
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own, on its own attributes
 

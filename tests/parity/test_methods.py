@@ -28,9 +28,9 @@ from parity_helpers import (
 )
 
 from minipeft import MinipeftError, PromptTuningConfig, inject, load_adapter, merge, save_adapter
-from minipeft.checkpoint import CONFIG_FILE
 from minipeft.errors import AdapterError, ConfigError
-from minipeft.generate import generate
+from minipeft.methods.saving import CONFIG_FILE
+from minipeft.tasks.decoding import generate
 
 transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own, on its own attributes

@@ -16,8 +16,13 @@ from helpers import files_below, write_csv, write_imdb, write_parquet, write_tin
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from minipeft import checkpoint, data, files, finetune, saved, weights
-from minipeft.finetune import Options
+from minipeft import files
+from minipeft.data import datasets as data
+from minipeft.methods import saving as checkpoint
+from minipeft.model import weights
+from minipeft.runs import finetune
+from minipeft.runs import trained as saved
+from minipeft.runs.finetune import Options
 
 QUICK = ("--epochs", 1, "--batch-size", 4, "--precision", "fp32")
 FULL_DISK = [OSError(errno.ENOSPC, "No space left on device"),

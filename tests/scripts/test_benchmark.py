@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from minipeft.report import benchmark_headline, benchmark_tables, speed_section, speed_table
+from minipeft.runs.results import benchmark_headline, benchmark_tables, speed_section, speed_table
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -111,7 +111,7 @@ def test_growth_is_told_from_the_least_to_the_most_though_json_sorts_numbers_as_
 
 
 def run_benchmark(*options):
-    return subprocess.run([sys.executable, str(ROOT / "scripts/benchmark.py"), *options], capture_output=True,
+    return subprocess.run([sys.executable, str(ROOT / "scripts/benchmark/benchmark.py"), *options], capture_output=True,
                           text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 

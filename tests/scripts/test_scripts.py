@@ -21,8 +21,8 @@ from helpers import (
     write_imdb,
 )
 
-from minipeft import defaults, finetune
 from minipeft.methods import METHODS
+from minipeft.runs import defaults, finetune
 from minipeft.tasks.task import Task
 
 QUICK = ("--epochs", 3, "--batch-size", 4, "--learning-rate", 0.02, "--precision", "fp32")
@@ -263,7 +263,7 @@ def test_switches_reach_the_run(script, tiny_model, monkeypatch):
 @pytest.mark.parametrize(("name", "groups"), [
     ("train.py", ["what to train", "method lora", "data", "length and size", "training", "machine", "output"]),
     ("evaluate.py", ["what to test", "data", "machine"]), ("predict.py", ["what to predict", "machine"]),
-    ("pretrain.py", ["where", "size", "recipe", "machine"]), ("report.py", [])])
+    ("pretraining/pretrain.py", ["where", "size", "recipe", "machine"]), ("report.py", [])])
 def test_help_groups_the_options_and_shows_the_command(script, name, groups):
     outcome = script(name, "--help")
     assert outcome.code == 0 and not outcome.err
@@ -317,7 +317,7 @@ def test_the_library_never_imports_transformers_or_peft(folder):
             f"sys.path.insert(0, {str(SCRIPTS)!r})\n"
             f"try: runpy.run_path({str(SCRIPTS / 'train.py')!r}, run_name='__main__')\n"
             "except SystemExit: pass\n"
-            "import minipeft, minipeft.pretraining\n"
+            "import minipeft\n"
             "assert not {'transformers', 'peft'} & set(sys.modules), 'imported'")
     done = call("-c", code)
     assert done.returncode == 0, done.stderr

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from helpers import write_vocabulary
 
-from minipeft.tokenizer import get_tokenizer
+from minipeft.model.tokenizer import get_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
 
 from minipeft import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
-from minipeft.batches import Batch
+from minipeft.data.batches import Batch
 from minipeft.errors import ConfigError, DataError
 from minipeft.tasks.classification import (
     Classification,

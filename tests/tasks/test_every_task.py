@@ -6,11 +6,11 @@ import pytest
 import torch
 from helpers import read_json, write_datasets, write_tiny_model
 
-from minipeft import defaults
-from minipeft.data import KNOWN, load_dataset
+from minipeft.data.datasets import KNOWN, load_dataset
 from minipeft.errors import AdapterError, ConfigError, DataError
-from minipeft.finetune import Options, baseline, finetune
-from minipeft.saved import load_finetuned
+from minipeft.runs import defaults
+from minipeft.runs.finetune import Options, baseline, finetune
+from minipeft.runs.trained import load_finetuned
 from minipeft.tasks import TASKS, find_task
 
 CPU = torch.device("cpu")
@@ -74,7 +74,7 @@ def test_every_dataset_has_its_baselines(options, tmp_path, dataset, names):
 
 @pytest.mark.parametrize("dataset", ["wnut_17", "multi30k"])
 def test_an_interrupted_run_ends_as_one_that_was_not(options, tmp_path, dataset, monkeypatch):
-    from minipeft import training
+    from minipeft.training import loop as training
 
     expected = finetune(options(dataset, output=str(tmp_path / "whole")))
     steps = []

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minipeft import GPT2Config, GPT2LMHeadModel
-from minipeft.batches import IGNORED_LABEL, collate
+from minipeft.data.batches import IGNORED_LABEL, collate
 from minipeft.errors import ConfigError, DataError
-from minipeft.generate import generate
+from minipeft.tasks.decoding import generate
 from minipeft.tasks.generation import (
     Generation,
     Summarisation,

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minipeft import GPT2Config, GPT2ForTokenClassification
-from minipeft.batches import IGNORED_LABEL
+from minipeft.data.batches import IGNORED_LABEL
 from minipeft.errors import ConfigError, DataError
 from minipeft.tasks.tagging import Tagging
 from minipeft.tasks.task import Examples

@@ -1,0 +1,1 @@
+"""Datasets found and split; batches of similar length."""

@@ -1,0 +1,173 @@
+"""Operations on a model that carries methods: switch them off, switch between them, fold them in, take them out.
+
+All of them are surgery. A method that is out of force is not in the module tree at all, and the base model's own
+tensors hold the base's own values, bit for bit; nothing is asked in any forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn as nn
+
+from minipeft.errors import InjectionError
+from minipeft.methods.injection import Injection, all_injections, base_parameters, freeze, injections
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """Names of the adapters a model carries, in force or not."""
+    return list(dict.fromkeys(injection.name for injection in all_injections(model)))
+
+
+def set_adapter(model: nn.Module, name: str) -> nn.Module:
+    """Put the adapter `name` in force and every other one out of it, without touching the base model.
+
+    Raises:
+        InjectionError: no adapter of this name, one that is merged, or one that cannot be taken out.
+    """
+    _check_name(model, name)
+    put_out_of_force(model, [injection for injection in injections(model) if injection.name != name])
+    put_in_force(model, [injection for injection in all_injections(model)
+                         if injection.name == name and not injection.attached])
+    return model
+
+
+@contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the block the model is the base model: no adapter, untrained biases and head.
+
+    An adapter that is removed within the block stays removed; one that is put in force there gives way at its end.
+
+    Raises:
+        InjectionError: the base's weights are not at hand: the adapter is merged, or all of them were trained.
+    """
+    in_force = put_out_of_force(model, injections(model))
+    try:
+        yield model
+    finally:
+        returning = [injection for injection in in_force if injection in all_injections(model)]
+        if returning:
+            put_out_of_force(model, injections(model))
+        put_in_force(model, returning)
+
+
+def remove(model: nn.Module, name: str | None = None) -> nn.Module:
+    """Take the adapter `name`, or all of them, out for good: the base's own modules, values and requires_grad again.
+
+    Raises:
+        InjectionError: no adapter of this name, or full fine-tuning, which keeps no copy of the base.
+    """
+    if name is not None:
+        _check_name(model, name)
+    leaving = [injection for injection in all_injections(model) if name in (None, injection.name)]
+    in_force = [injection for injection in leaving if injection.attached]
+    _check_base_values(in_force)
+    if any(injection.merged for injection in in_force):
+        unmerge(model)
+    put_out_of_force(model, in_force)
+    all_injections(model)[:] = [injection for injection in all_injections(model) if injection not in leaving]
+    if leaving and not all_injections(model):
+        for parameter_name, parameter in model.named_parameters():
+            parameter.requires_grad_(leaving[0].required_grad[parameter_name])
+    return model
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> nn.Module:
+    """Fold every layer in force into the weights it adapts: no adapter module stays, and inference costs nothing extra.
+
+    The replaced weights are kept, so that `unmerge` restores them bit for bit.
+
+    Raises:
+        InjectionError: nothing to merge, already merged, or a method that is not a change of weights.
+    """
+    in_force = injections(model)
+    if any(injection.merged for injection in in_force):
+        raise InjectionError("the adapter is already merged")
+    if not any(injection.layers for injection in in_force):
+        trained = f": {in_force[0].method} trains the model's own tensors" if in_force else ": no method is injected"
+        raise InjectionError(f"there is nothing to merge{trained}")
+    plan = [(injection, name, layer, layer.merged()) for injection in in_force
+            for name, layer in injection.layers.items()]
+    for injection, name, layer, tensors in plan:
+        base = dict(layer.base_layer.named_parameters())
+        injection.merged[name] = {key: base[key].data for key in tensors}
+        for key, tensor in tensors.items():
+            base[key].data = tensor
+        layer.detach(model, name)
+    return model
+
+
+@torch.no_grad()
+def unmerge(model: nn.Module) -> nn.Module:
+    """Undo `merge`: the original weights, and the adapter layers in their places.
+
+    Raises:
+        InjectionError: nothing is merged.
+    """
+    if not any(injection.merged for injection in injections(model)):
+        raise InjectionError("nothing is merged into this model")
+    for injection in injections(model):
+        for name, tensors in injection.merged.items():
+            layer, base = injection.layers[name], dict(injection.layers[name].base_layer.named_parameters())
+            for key, tensor in tensors.items():
+                base[key].data = tensor.to(base[key])
+            _follow(model, layer)
+            layer.attach(model, name)
+        injection.merged.clear()
+    return model
+
+
+def put_out_of_force(model: nn.Module, leaving: list[Injection]) -> list[Injection]:
+    """Take injections out of the model, which keeps them for later.
+
+    Raises:
+        InjectionError: one is merged, or keeps no copy of the base.
+    """
+    if any(injection.merged for injection in leaving):
+        raise InjectionError("the adapter is merged into the weights: call unmerge first")
+    _check_base_values(leaving)
+    for injection in reversed(leaving):
+        parameters = base_parameters(model)
+        for name, value in injection.base_values.items():
+            injection.own_values[name] = parameters[name].data
+            parameters[name].data = value.to(parameters[name], copy=True)  # what is kept must stay as it is
+        for name, layer in reversed(injection.layers.items()):
+            layer.detach(model, name)
+        injection.attached = False
+    if leaving:
+        freeze(model)
+    return leaving
+
+
+def put_in_force(model: nn.Module, returning: list[Injection]) -> None:
+    """Put injections that are out of force back into the model."""
+    for injection in returning:
+        for name, layer in injection.layers.items():
+            _follow(model, layer)
+            layer.attach(model, name)
+        parameters = base_parameters(model)
+        for name, value in injection.own_values.items():
+            parameters[name].data = value.to(parameters[name])
+        injection.own_values.clear()
+        injection.attached = True
+    if returning:
+        freeze(model)
+
+
+def _check_name(model: nn.Module, name: str) -> None:
+    if name not in adapter_names(model):
+        raise InjectionError(f"there is no adapter {name!r}; there are {', '.join(adapter_names(model)) or 'none'}")
+
+
+def _check_base_values(leaving: list[Injection]) -> None:
+    for injection in leaving:
+        if None in injection.base_values.values():
+            raise InjectionError(f"{injection.method} keeps no copy of the base model's weights: load it anew")
+
+
+def _follow(model: nn.Module, layer: nn.Module) -> None:
+    """A layer that was out of the tree missed the model's moves between devices."""
+    layer.to(device=next(model.parameters()).device)

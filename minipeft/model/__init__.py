@@ -1,0 +1,1 @@
+"""The base: GPT-2, its files, its vocabulary."""

@@ -1,0 +1,408 @@
+"""GPT-2, written out by hand: the whole base model in one file.
+
+A decoder-only Transformer reads a sequence of token ids and gives, at every position, a vector that has seen that
+position and everything before it. Three heads turn these vectors into next-token scores, one label per text, or one
+label per token.
+
+    x   = wte[ids] + wpe[positions]
+    x   = x + attn.c_proj( softmax(q k^T / sqrt(D) + causal mask) v )     q, k, v = split(attn.c_attn(ln_1(x)))
+    x   = x + mlp.c_proj( gelu(mlp.c_fc(ln_2(x))) )                       once per block
+    out = ln_f(x)
+
+Paper: Radford, Wu, Child, Luan, Amodei, Sutskever (2019), "Language Models are Unsupervised Multitask Learners".
+LayerNorm stands before each sub-layer, gelu is the tanh approximation, input and output embeddings are one tensor.
+
+Modules carry the names of the official weights (`wte`, `h.0.attn.c_attn`, ...). The official matrices are stored
+(in, out); `weights.py` transposes them once while loading, so every projection here is a plain `nn.Linear`.
+
+The dimensions, in this file and in every other:
+
+    B batch    T tokens    S tokens seen by attention (cached + T)    C channels (n_embd)
+    H heads    D head size (C / H)    r rank    V virtual tokens    K labels
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from minipeft.errors import ConfigError
+from minipeft.model import weights
+from minipeft.model.config import GPT2Config
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class KVCache:
+    """Keys and values of tokens already seen, one pair per block: what attention can look back at.
+
+    Generation fills it as it goes, so each step computes one token. Each tensor is (B, H, S, D). Outside of training
+    they lie in larger ones with room for tokens to come, so that a step writes its own token and copies nothing else.
+    """
+
+    def __init__(self, layers: list[tuple[Tensor, Tensor]] | None = None) -> None:
+        self.layers = list(layers or [])
+        self.room: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def length(self) -> int:
+        """Number of cached tokens."""
+        return self.layers[0][0].shape[2] if self.layers else 0
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append this step's (B, H, T, D) keys and values; return all (B, H, S, D) of them."""
+        if layer == len(self.layers):
+            self.layers.append((key, value))
+        elif torch.is_grad_enabled():
+            past_key, past_value = self.layers[layer]
+            self.layers[layer] = (torch.cat((past_key, key), dim=2), torch.cat((past_value, value), dim=2))
+        else:
+            self.layers[layer] = self._append_in_place(layer, key, value)
+        return self.layers[layer]
+
+    def _append_in_place(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        past = self.layers[layer]
+        S, end = past[0].shape[2], past[0].shape[2] + key.shape[2]
+        if layer not in self.room or self.room[layer][0].shape[2] < end:
+            self.room[layer] = tuple(tensor.new_empty(*tensor.shape[:2], 2 * end, tensor.shape[3]) for tensor in past)
+            for room, tensor in zip(self.room[layer], past):
+                room[:, :, :S] = tensor
+        for room, tensor in zip(self.room[layer], (key, value)):
+            room[:, :, S:end] = tensor
+        return tuple(room[:, :, :end] for room in self.room[layer])
+
+    def reorder(self, rows: Tensor) -> None:
+        """Let row i go on from what row rows[i] has seen: beam search drops some continuations and forks others."""
+        self.layers = [(key[rows], value[rows]) for key, value in self.layers]
+        self.room = {}
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention: softmax(q k^T / sqrt(D)) v, heads side by side."""
+
+    longest_by_formula = 384  # tokens; measured: beyond, a fused kernel is about as fast and needs less memory
+
+    def __init__(self, config: GPT2Config, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.n_head = config.n_head
+        self.attn_pdrop = config.attn_pdrop
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k and v in one product
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        B, T, C = x.shape
+        query, key, value = self.c_attn(x).split(C, dim=2)                   # each (B, T, C)
+        query = query.view(B, T, self.n_head, -1).transpose(1, 2)            # (B, H, T, D)
+        key = key.view(B, T, self.n_head, -1).transpose(1, 2)                # (B, H, T, D)
+        value = value.view(B, T, self.n_head, -1).transpose(1, 2)            # (B, H, T, D)
+        if cache is not None:
+            key, value = cache.update(self.layer, key, value)                # (B, H, S, D)
+        x = self.attend(query, key, value, mask)                             # (B, H, T, D)
+        x = x.transpose(1, 2).reshape(B, T, C)                               # (B, T, C)
+        return self.resid_dropout(self.c_proj(x))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """softmax(q k^T / sqrt(D)) v, each query looking where `mask` is True; without one, at itself and before.
+
+        PyTorch's fused kernels give the same and never store the T x S scores. Only when training on short texts in
+        bfloat16 on a CPU does the formula itself take less time, about half.
+
+        Args:
+            query: (B, H, T, D); key and value are (B, H, S, D).
+            mask: boolean, broadcastable to (B, H, T, S).
+
+        Returns:
+            (B, H, T, D).
+        """
+        T, S, D = query.shape[2], key.shape[2], query.shape[3]
+        dropout = self.attn_pdrop if self.training else 0.0
+        if (self.longest_by_formula < S or query.device.type != "cpu" or query.dtype != torch.bfloat16
+                or not query.requires_grad):
+            causal = mask is None
+            if T == 1:  # one token after cached ones may look at all of them
+                causal = False
+            return F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=causal)
+        if mask is None:
+            mask = torch.ones(T, S, dtype=torch.bool).tril(S - T)            # (T, S)
+        scores = (query * D**-0.5) @ key.transpose(2, 3)                     # (B, H, T, S)
+        scores += torch.zeros(mask.shape, dtype=scores.dtype).masked_fill(~mask, -torch.inf)
+        return F.dropout(scores.softmax(dim=3), dropout) @ value             # (B, H, T, D)
+
+
+class MLP(nn.Module):
+    """The feed-forward layer: widen, gelu, narrow."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, config.inner_size)
+        self.c_proj = nn.Linear(config.inner_size, config.n_embd)
+        self.dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.c_fc(x), approximate="tanh")                         # (B, T, 4C)
+        return self.dropout(self.c_proj(x))                                  # (B, T, C)
+
+
+class Block(nn.Module):
+    """One Transformer block: attention, then feed-forward, each added to what came in."""
+
+    def __init__(self, config: GPT2Config, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), mask, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+@torch.compiler.disable  # what it returns depends on values; the blocks after it compile as one
+def attention_mask_for(attention_mask: Tensor | None, T: int, past: int, device: torch.device) -> Tensor | None:
+    """The mask `scaled_dot_product_attention` needs, or None where plain causal attention is already right.
+
+    Right padding needs no mask: a real token never looks to its right, so it never sees a pad, and the fast causal
+    kernel stays usable. A single new token may look at everything in the cache. All other cases get a boolean mask.
+
+    Args:
+        attention_mask: (B, past + T), nonzero at real tokens; None means all are real. It may stay on the CPU: then
+            looking at it, which this does, need not wait for the GPU.
+        T: tokens in this call.
+        past: tokens in the cache before it.
+
+    Returns:
+        A boolean tensor, True where query may look at key, broadcastable to (B, H, T, past + T); or None.
+    """
+    padded_left = attention_mask is not None and bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any())
+    padded_past = attention_mask is not None and past > 0 and not bool(attention_mask.all())
+    if not padded_left and not padded_past and (past == 0 or T == 1):
+        return None
+    # Query i stands at position past + i of the keys: the causal triangle is aligned to the lower right corner.
+    mask = torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past)             # (T, S)
+    if padded_left or padded_past:
+        itself = mask.triu(past)  # a pad still sees itself: a row that sees nothing is NaN in some kernels
+        mask = (mask & attention_mask[:, None, None, :].bool().to(device)) | itself        # (B, 1, T, S)
+    return mask
+
+
+class PretrainedModel(nn.Module):
+    """What the base model and its three heads share: reading and writing the official layout.
+
+    `prefix` is how a class's names for the base's tensors start, `head` the name of its head, if any.
+    """
+
+    prefix: ClassVar[str] = "transformer."
+    head: ClassVar[str | None] = None
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path, dtype: torch.dtype = torch.float32, **config: Any) -> Self:
+        """Load weights from "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "mini", or a folder.
+
+        A name is looked up on disk first and downloaded from the Hugging Face hub otherwise. Keyword arguments such
+        as `num_labels` replace fields of config.json. A head that the file lacks keeps its random initialisation.
+
+        Args:
+            name_or_folder: a model's name, or a folder with config.json and model.safetensors.
+            dtype: type of the loaded parameters, whatever the file stores. Default float32.
+
+        Returns:
+            The model, in eval mode.
+
+        Raises:
+            WeightsError: nothing found, no network, a damaged file, or tensors missing, left over or misshapen.
+            ConfigError: a config.json that is not a GPT-2 this library implements.
+        """
+        folder = weights.find(name_or_folder)
+        model_config = GPT2Config.from_dict({**weights.read_config(folder), **config})
+        with torch.device("meta"):  # no memory yet: each tensor is allocated as it is read
+            model = cls(model_config)
+        weights.load(model, folder, dtype=dtype, initialise=lambda module: initialise(module, model_config))
+        model.name_or_path = str(name_or_folder)
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write config.json and model.safetensors in the official layout; transformers loads the folder.
+
+        Args:
+            folder: created if absent.
+            dtype: stored type; None keeps each parameter's own.
+        """
+        config = {"architectures": [type(self).__name__], **self.config.to_dict()}
+        weights.save(self, config, folder, dtype=dtype)
+
+
+class GPT2Model(PretrainedModel):
+    """Embeddings, blocks and the final LayerNorm: token ids in, hidden states out.
+
+    `gradient_checkpointing` (default False) recomputes each block in the backward pass instead of keeping its
+    activations: about a third more arithmetic for memory that no longer grows with the depth.
+    """
+
+    prefix = ""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.drop = nn.Dropout(config.embd_pdrop)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        initialise(self, config)
+
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+                position_ids: Tensor | None = None, cache: KVCache | None = None,
+                inputs_embeds: Tensor | None = None) -> Tensor:
+        """Hidden states after the last block.
+
+        Args:
+            input_ids: (B, T) token ids; or give inputs_embeds instead.
+            attention_mask: (B, S), nonzero at real tokens, S counting cached tokens; None means all are real.
+            position_ids: (B, T) or (T,); default counts up from the cache's length.
+            cache: keys and values of earlier tokens; this call's are appended to it.
+            inputs_embeds: (B, T, C) vectors to use in place of wte[input_ids].
+
+        Returns:
+            (B, T, C).
+
+        Raises:
+            ConfigError: more tokens than n_positions.
+        """
+        x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds      # (B, T, C)
+        T, past = x.shape[1], cache.length if cache is not None else 0
+        if position_ids is None:
+            if past + T > self.config.n_positions:
+                raise ConfigError(f"{past + T} tokens do not fit this model: it has {self.config.n_positions} "
+                                  "positions; truncate the text")
+            position_ids = torch.arange(past, past + T, device=x.device)         # (T,)
+        x = self.drop(x + self.wpe(position_ids))                                # (B, T, C)
+        mask = attention_mask_for(attention_mask, T, past, x.device)
+        for block in self.h:
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(_recomputable, block, x, mask, cache, use_reentrant=False)       # (B, T, C)
+            else:
+                x = block(x, mask, cache)                                        # (B, T, C)
+        return self.ln_f(x)
+
+
+def _recomputable(block: Block, x: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    """A block that may run twice: what it appends goes to a copy of the cache, which training has no use for."""
+    return block(x, mask, None if cache is None else KVCache(cache.layers))
+
+
+class GPT2LMHeadModel(PretrainedModel):
+    """GPT-2 with its language-model head: next-token scores, by the transposed input embedding."""
+
+    head = "lm_head"
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = GPT2Model(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        initialise(self.lm_head, config)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make wte and lm_head one tensor (also after loading has replaced the embedding's)."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.transformer.wte.weight
+
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+                position_ids: Tensor | None = None, cache: KVCache | None = None,
+                inputs_embeds: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """Next-token logits (B, T, vocab_size) or, with boolean `positions` (B, T), (N, vocab_size) at those only.
+
+        Further arguments as `GPT2Model.forward`.
+        """
+        x = self.transformer(input_ids, attention_mask, position_ids, cache, inputs_embeds)           # (B, T, C)
+        return self.lm_head(x if positions is None else x[positions])
+
+
+class GPT2ForSequenceClassification(PretrainedModel):
+    """GPT-2 with one label per text: a linear layer on the last real token, which has seen the whole text."""
+
+    head = "score"
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = GPT2Model(config)
+        self.score = nn.Linear(config.n_embd, config.num_labels, bias=False)
+        initialise(self.score, config)
+
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+                position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None) -> Tensor:
+        """Label logits (B, K).
+
+        GPT-2 has no pad token, so the mask alone says which token is the last real one; without a mask it is the
+        last position.
+        """
+        x = self.transformer(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds)    # (B, T, C)
+        return self.score(last_real_token(x, attention_mask))                                         # (B, K)
+
+
+class GPT2ForTokenClassification(PretrainedModel):
+    """GPT-2 with one label per token: dropout and a linear layer at every position."""
+
+    head = "classifier"
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = GPT2Model(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = nn.Linear(config.n_embd, config.num_labels)
+        initialise(self.classifier, config)
+
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+                position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None,
+                positions: Tensor | None = None) -> Tensor:
+        """Label logits (B, T, K) or, with boolean `positions` (B, T), (N, K) at those only."""
+        x = self.transformer(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds)    # (B, T, C)
+        return self.classifier(self.dropout(x if positions is None else x[positions]))
+
+
+def last_real_token(x: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The hidden state of each text's last real token.
+
+    Args:
+        x: (B, T, C).
+        attention_mask: (B, T), nonzero at real tokens, padded on either side; None means all are real.
+
+    Returns:
+        (B, C).
+    """
+    if attention_mask is None:
+        return x[:, -1]
+    positions = torch.arange(x.shape[1], device=attention_mask.device)                                # (T,)
+    last = (positions * (attention_mask != 0)).argmax(dim=1)                                          # (B,)
+    return x[torch.arange(x.shape[0], device=x.device), last.to(x.device, non_blocking=True)]
+
+
+def initialise(module: nn.Module, config: GPT2Config) -> None:
+    """GPT-2's initialisation: N(0, 0.02) matrices, zero biases, unit LayerNorms.
+
+    The projections that write into the residual stream get a standard deviation smaller by sqrt(2 n_layer), so that
+    the stream's variance does not grow with the depth.
+    """
+    for name, child in module.named_modules():
+        if isinstance(child, (nn.Linear, nn.Embedding)):
+            residual = name.endswith("c_proj")
+            std = config.initializer_range / ((2 * config.n_layer) ** 0.5 if residual else 1.0)
+            nn.init.normal_(child.weight, std=std)
+        if isinstance(child, nn.LayerNorm):
+            nn.init.ones_(child.weight)
+        if getattr(child, "bias", None) is not None and isinstance(child.bias, Tensor):
+            nn.init.zeros_(child.bias)

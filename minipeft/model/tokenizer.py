@@ -1,0 +1,116 @@
+"""Text to token ids and back: byte-level BPE through tiktoken.
+
+Two vocabularies: "gpt2", OpenAI's own 50,257 entries, and the bundled "mini", 8,192 entries trained on film reviews. A
+byte-level vocabulary has a token for each of the 256 bytes, so any text can be encoded and nothing is ever unknown.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import tiktoken
+
+from minipeft.errors import WeightsError
+from minipeft.model.weights import MINI_FOLDER
+
+VOCABULARY_FILE = "vocab.tiktoken"
+END_OF_TEXT = "<|endoftext|>"
+# GPT-2's rule for cutting text into pieces before merging: contractions, words, numbers, punctuation, spaces.
+GPT2_SPLIT_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+
+
+class Tokenizer:
+    """A tiktoken encoding with the few calls this library needs.
+
+    Special tokens inside a text are plain text: "<|endoftext|>" in a review is encoded letter by letter, and never
+    raises. There is no pad token; padding is the business of the attention mask.
+    """
+
+    def __init__(self, encoding: tiktoken.Encoding) -> None:
+        self.encoding = encoding
+        self.vocab_size = encoding.n_vocab
+        self.eos_token_id = encoding.eot_token
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of one text."""
+        return self.encoding.encode_ordinary(text)
+
+    def encode_batch(self, texts: Sequence[str], num_threads: int | None = None) -> list[list[int]]:
+        """The token ids of many texts, encoded on `num_threads` threads (default: one per core)."""
+        return self.encoding.encode_ordinary_batch(list(texts), num_threads=num_threads or os.cpu_count() or 1)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of a list of token ids; bytes that are not valid UTF-8 become U+FFFD."""
+        return self.encoding.decode(list(ids))
+
+
+def get_tokenizer(folder: str | Path | None = None) -> Tokenizer:
+    """The tokenizer of a model.
+
+    Args:
+        folder: "mini", the name of an official GPT-2, or a model folder. A folder holding `vocab.tiktoken` uses it;
+            any other, and None, means GPT-2's own vocabulary.
+
+    Raises:
+        WeightsError: a damaged vocabulary file, or GPT-2's vocabulary neither cached nor downloadable.
+    """
+    path = (MINI_FOLDER if folder == "mini" else Path(folder or "gpt2")) / VOCABULARY_FILE
+    if path.is_file():
+        return Tokenizer(_read_vocabulary(path))
+    try:
+        return Tokenizer(tiktoken.get_encoding("gpt2"))
+    except Exception as error:  # whatever the HTTP client raises, or tiktoken's own hash check
+        raise WeightsError(f"GPT-2's vocabulary is not cached and cannot be downloaded ({type(error).__name__}): set "
+                           "TIKTOKEN_CACHE_DIR to a folder that holds tiktoken's gpt2 files") from error
+
+
+def _read_vocabulary(path: Path) -> tiktoken.Encoding:
+    """A rank file: one line per token, its bytes in base64 and its rank. The end-of-text token follows the last."""
+    try:
+        lines = [line.split() for line in path.read_bytes().splitlines() if line]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    except ValueError as error:
+        raise WeightsError(f"{path} is not a tiktoken rank file: {error}") from error
+    if sorted(ranks.values()) != list(range(len(lines))):
+        raise WeightsError(f"{path} is not a tiktoken rank file: its ranks do not count up from 0")
+    if not all(bytes([byte]) in ranks for byte in range(256)):
+        raise WeightsError(f"{path} is not a tiktoken rank file: it lacks some of the 256 bytes")
+    return tiktoken.Encoding(name=path.parent.name, pat_str=GPT2_SPLIT_PATTERN, mergeable_ranks=ranks,
+                             special_tokens={END_OF_TEXT: len(ranks)})
+
+
+def train_vocabulary(texts: Sequence[str], size: int, path: Path) -> None:
+    """Train a byte-level BPE on `texts` and write it as a rank file (needs the `tokenizers` package).
+
+    Args:
+        size: entries, without the end-of-text token, which takes the id after the last.
+        path: the file to write; its folder is created.
+    """
+    try:
+        from tokenizers import Tokenizer as Trainable
+        from tokenizers import models, pre_tokenizers, trainers
+    except ImportError as error:
+        raise WeightsError("training a vocabulary needs the tokenizers package: "
+                           "pip install minipeft[pretrain]") from error
+    trainable = Trainable(models.BPE())
+    trainable.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainable.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=size, initial_alphabet=alphabet, special_tokens=[], show_progress=False))
+    byte_of = {character: bytes([value]) for value, character in _byte_characters().items()}
+    entries = sorted(trainable.get_vocab().items(), key=lambda entry: entry[1])
+    lines = [base64.b64encode(b"".join(byte_of[c] for c in token)) + b" %d\n" % rank for token, rank in entries]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(b"".join(lines))
+    temporary.replace(path)
+
+
+def _byte_characters() -> dict[int, str]:
+    """GPT-2's printable stand-in for each byte: printable Latin-1 stands for itself, the rest for U+0100 upward."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {**{byte: chr(byte) for byte in printable}, **{byte: chr(256 + i) for i, byte in enumerate(others)}}

@@ -1,0 +1,1 @@
+"""One whole run, from what was asked for to a results file."""

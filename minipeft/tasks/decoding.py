@@ -1,0 +1,213 @@
+"""Text generation with a key-value cache: the prompt is read once, then each step computes one token.
+
+Three ways to choose the next token: the likeliest; one drawn from softmax(logits / temperature), perhaps from its top
+only (top-k: Fan, Lewis, Dauphin 2018, arXiv 1805.04833; top-p: Holtzman et al. 2019, arXiv 1904.09751); and beam
+search, which follows several continuations at once and returns the one of the highest
+
+    score(y) = log p(y | prompt) / |y|^length_penalty                         |y| counts new tokens, the end included
+
+Greedy and beam search return what transformers' generate returns, token by token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from minipeft.errors import ConfigError
+from minipeft.methods.injection import positions_left
+from minipeft.model.gpt2 import GPT2LMHeadModel, KVCache
+
+
+def generate(model: GPT2LMHeadModel, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int = 20,
+             temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None, num_beams: int = 1,
+             length_penalty: float = 1.0, eos_token_id: int | None = None,
+             generator: torch.Generator | None = None) -> Tensor:
+    """Continue each prompt.
+
+    Args:
+        model: a language model, in eval mode.
+        input_ids: (B, T) prompts; shorter ones padded on the left.
+        attention_mask: (B, T), nonzero at real tokens; None means all are real.
+        max_new_tokens: tokens to add.
+        temperature: 0 takes the likeliest token; above 0 samples from softmax(logits / temperature).
+        top_k: sample among the k likeliest tokens only; None: among all.
+        top_p: sample among the likeliest tokens that together have this probability; None: among all.
+        num_beams: continuations that beam search follows for each prompt; 1 is no beam search.
+        length_penalty: exponent of a continuation's length in its score; above 1 favours longer ones.
+        eos_token_id: a row that has produced it goes on with it. Generation ends when every row has.
+        generator: source of randomness for sampling.
+
+    Returns:
+        (B, T + n) token ids, n <= max_new_tokens.
+
+    Raises:
+        ConfigError: a value out of range, top_k or top_p where nothing is sampled, beam search combined with sampling,
+            an empty prompt, prompts and new tokens that exceed the model's positions, or padding on the right.
+    """
+    if num_beams > 1 and (temperature > 0 or top_k is not None or top_p is not None):
+        raise ConfigError("beam search does not sample: leave out temperature, top_k and top_p, or num_beams")
+    if num_beams != 1 and max_new_tokens != 0:
+        return _beam_search(model, input_ids, attention_mask, max_new_tokens, num_beams, length_penalty, eos_token_id)
+    steps = stream(model, input_ids, attention_mask, max_new_tokens, temperature, top_k, top_p, eos_token_id, generator)
+    return torch.cat((input_ids, *(token[:, None] for token in steps)), dim=1)
+
+
+@torch.inference_mode()
+def stream(model: GPT2LMHeadModel, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int = 20,
+           temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None,
+           eos_token_id: int | None = None, generator: torch.Generator | None = None) -> Iterator[Tensor]:
+    """The new tokens of `generate`, (B,) at a time, as they come. Arguments and errors as there, without beams."""
+    if not 0 <= temperature < math.inf:
+        raise ConfigError(f"temperature must be a finite number, 0 or above, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ConfigError(f"top_k must be at least 1, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ConfigError(f"top_p must lie in (0, 1], got {top_p}")
+    if temperature == 0 and (top_k is not None or top_p is not None):
+        raise ConfigError("top_k and top_p are for sampling: give a temperature above 0")
+    reader = _Reader(model, input_ids, attention_mask, max_new_tokens)
+    finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)             # (B,)
+    token = None
+    for _ in range(max_new_tokens):
+        logits = reader.read(input_ids if token is None else token[:, None])                      # (B, vocab)
+        if temperature > 0:
+            # From the highest logit down, in float64: however low the temperature, 0 / temperature stays 0.
+            logits = logits.double()                                                              # (B, vocab)
+            below = logits - logits.amax(dim=1, keepdim=True)                                     # (B, vocab), <= 0
+            token = _sample(below / temperature, top_k, top_p, generator)                         # (B,)
+        else:
+            token = logits.argmax(dim=1)                                                          # (B,)
+        if eos_token_id is not None:
+            token = token.masked_fill(finished, eos_token_id)
+            finished |= token == eos_token_id
+        yield token
+        if eos_token_id is not None and finished.all():
+            return
+
+
+class _Reader:
+    """Reads prompts, then one token a row and step, and gives the next token's logits."""
+
+    def __init__(self, model: GPT2LMHeadModel, input_ids: Tensor, attention_mask: Tensor | None,
+                 max_new_tokens: int) -> None:
+        if max_new_tokens < 0:
+            raise ConfigError(f"max_new_tokens must not be negative, got {max_new_tokens}")
+        T, left = input_ids.shape[1], positions_left(model)
+        if not T:
+            raise ConfigError("there is no prompt: generation goes on from one token at least")
+        if T + max_new_tokens > left:
+            raise ConfigError(f"{T} prompt tokens and {max_new_tokens} new ones exceed the {left} positions that the "
+                              "model has for them")
+        self.mask = torch.ones_like(input_ids) if attention_mask is None else (attention_mask != 0).long()  # (B, S)
+        if not bool(self.mask[:, -1].all()):
+            raise ConfigError("generation needs prompts padded on the left: each row must end with a real token")
+        # The first real token stands at position 0, however many pads precede it.
+        self.positions = (self.mask.cumsum(dim=1) - 1).clamp(min=0)                               # (B, T)
+        self.model, self.cache = model, KVCache()
+
+    def read(self, ids: Tensor) -> Tensor:
+        """Logits (B, vocab) after the prompts (B, T) or, later, after one more token (B, 1)."""
+        if self.cache.length:
+            self.positions = self.positions[:, -1:] + 1                                           # (B, 1)
+            self.mask = torch.cat((self.mask, torch.ones_like(ids)), dim=1)                       # (B, S)
+        hidden = self.model.transformer(ids, self.mask, self.positions, self.cache)               # (B, T or 1, C)
+        return self.model.lm_head(hidden[:, -1])                                                  # (B, vocab)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Let row i go on from what row rows[i] has read."""
+        self.cache.reorder(rows)
+        self.positions, self.mask = self.positions[rows], self.mask[rows]
+
+
+def _sample(logits: Tensor, top_k: int | None, top_p: float | None, generator: torch.Generator | None) -> Tensor:
+    """One token a row, (B,), drawn from softmax(logits), (B, vocab), cut to its top."""
+    if top_k is not None and top_k < logits.shape[1]:
+        lowest = logits.topk(top_k, dim=1).values[:, -1:]                                         # (B, 1)
+        logits = logits.masked_fill(logits < lowest, -torch.inf)
+    probabilities = logits.softmax(dim=1)                                                         # (B, vocab)
+    if top_p is not None and top_p < 1:
+        ordered, order = probabilities.sort(dim=1, descending=True)
+        # A token stays while those before it do not have top_p together: so the likeliest always stays.
+        ordered[ordered.cumsum(dim=1) - ordered >= top_p] = 0
+        probabilities = torch.zeros_like(probabilities).scatter(1, order, ordered)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+
+@torch.inference_mode()
+def _beam_search(model: GPT2LMHeadModel, input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int,
+                 num_beams: int, length_penalty: float, eos_token_id: int | None) -> Tensor:
+    """The best continuation of each prompt among those that `num_beams` beams meet."""
+    if num_beams < 1:
+        raise ConfigError(f"num_beams must be at least 1, got {num_beams}")
+    if not -10 <= length_penalty <= 10:
+        raise ConfigError(f"length_penalty must lie in [-10, 10], got {length_penalty}")
+    B = len(input_ids)
+    reader = _Reader(model, input_ids, attention_mask, max_new_tokens)
+    logits = reader.read(input_ids)                                                               # (B, vocab)
+    first_of = torch.arange(B).repeat_interleave(num_beams)                                       # (B * beams,)
+    reader.reorder(first_of)
+    logits = logits[first_of]                                                                     # (B * beams, vocab)
+    # All beams start alike, so that at first only one of them counts.
+    scores = torch.full((B, num_beams), -torch.inf, device=input_ids.device)                      # (B, beams)
+    scores[:, 0] = 0
+    prompts = [_Beams(num_beams, length_penalty, eos_token_id) for _ in range(B)]
+    for length in range(1, max_new_tokens + 1):
+        log_probabilities = logits.float().log_softmax(dim=1).view(B, num_beams, -1)              # (B, beams, vocab)
+        vocab_size = log_probabilities.shape[2]
+        # Twice as many as needed: even if half of them end here, enough are left to go on.
+        best = (scores[:, :, None] + log_probabilities).flatten(1).topk(min(2 * num_beams, num_beams * vocab_size))
+        sources, tokens = best.indices // vocab_size, best.indices % vocab_size                   # (B, 2 * beams)
+        rows = zip(prompts, best.values.tolist(), sources.tolist(), tokens.tolist())
+        chosen = [beams.extend(zip(*candidates), length, length == max_new_tokens) for beams, *candidates in rows]
+        if length == max_new_tokens or all(beams.are_done for beams in prompts):
+            break
+        scores = torch.tensor([[score for score, _, _ in row] for row in chosen], device=input_ids.device)
+        reader.reorder(torch.tensor([b * num_beams + source for b, row in enumerate(chosen) for _, source, _ in row],
+                                    device=input_ids.device))
+        logits = reader.read(torch.tensor([[token] for row in chosen for _, _, token in row],
+                                          device=input_ids.device))
+    winners = [beams.ended[0][1] for beams in prompts]
+    longest = max(map(len, winners))
+    padded = [winner + [eos_token_id or 0] * (longest - len(winner)) for winner in winners]
+    return torch.cat((input_ids, torch.tensor(padded, device=input_ids.device)), dim=1)
+
+
+class _Beams:
+    """The continuations of one prompt: those that are followed, and the best of those that have ended."""
+
+    def __init__(self, size: int, length_penalty: float, eos_token_id: int | None) -> None:
+        self.size, self.length_penalty, self.eos_token_id = size, length_penalty, eos_token_id
+        self.followed: list[list[int]] = [[] for _ in range(size)]
+        self.ended: list[tuple[float, list[int]]] = []                     # (score, tokens), best first
+        self.are_done = False
+
+    def extend(self, candidates: Iterable[tuple[float, int, int]], length: int,
+               is_last: bool) -> list[tuple[float, int, int]]:
+        """One more token: `size` of the candidates are followed from now on, and those that end are kept if good.
+
+        Args:
+            candidates: (log p of the whole continuation, the beam it goes on from, its new token), likeliest first.
+            length: tokens that a continuation has now; is_last: no more are to come.
+
+        Returns:
+            The candidates that are followed.
+        """
+        chosen = []
+        for rank, (score, beam, token) in enumerate(candidates):
+            if token == self.eos_token_id or is_last:
+                if rank < self.size and not self.are_done and score > -math.inf:
+                    self.ended.append((score / length**self.length_penalty, self.followed[beam] + [token]))
+            elif len(chosen) < self.size:
+                chosen.append((score, beam, token))
+        self.ended = sorted(self.ended, key=lambda item: item[0], reverse=True)[:self.size]
+        # Once none that is followed can beat the worst of enough ended ones, as it stands now, the prompt is done.
+        if len(self.ended) == self.size and (
+                not chosen or chosen[0][0] / length**self.length_penalty <= self.ended[-1][0]):
+            self.are_done = True
+        chosen += [(-math.inf, 0, 0)] * (self.size - len(chosen))          # can never win, keeps the batch in shape
+        self.followed = [self.followed[beam] + [token] for _, beam, token in chosen]
+        return chosen

@@ -1,0 +1,207 @@
+"""The tokenizers: any text comes back, special tokens are plain text, a damaged vocabulary is an error of one line."""
+
+from __future__ import annotations
+
+import base64
+
+import pytest
+import tiktoken
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minipeft.errors import WeightsError
+from minipeft.model.tokenizer import END_OF_TEXT, VOCABULARY_FILE, Tokenizer, get_tokenizer, train_vocabulary
+from minipeft.model.weights import HUB_NAMES, MINI_FOLDER
+
+BYTES = [bytes([value]) for value in range(256)]
+MERGES = [b"th", b"the", b"in", b"ing", b" a", b"<|"]                            # ranks 256 to 261
+CORPUS = ["the cat sat on the mat, and the cat thought about the other cat.", "Don't let it run: 1234 5678, 1234!",
+          "naïve café, naïve café — 猫は猫", "<|endoftext|> in a review"] * 20
+TRICKY = ["", " ", "\n\n  x\t", "it's the thing", "naïve café — 猫 🐈‍⬛", "\x00\x7f\ufffd", "a" * 3000, "<|endoftext|>",
+          "x<|endoftext|>y<|endoftext|>", "e\u0301", "\u202e\u200b"]
+
+
+def rank_file(entries):
+    """The bytes of a rank file from (token, rank) pairs."""
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in entries)
+
+
+ENTRIES = [(token, rank) for rank, token in enumerate(BYTES + MERGES)]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A tokenizer of the 256 bytes and six merges."""
+    folder = tmp_path_factory.mktemp("small")
+    (folder / VOCABULARY_FILE).write_bytes(rank_file(ENTRIES))
+    return get_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def mini():
+    """The bundled vocabulary."""
+    if not (MINI_FOLDER / VOCABULARY_FILE).is_file():
+        pytest.skip("checkpoints/mini is not built")
+    return get_tokenizer("mini")
+
+
+@pytest.fixture(scope="module")
+def gpt2(tiktoken_cache):
+    """GPT-2's own vocabulary."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_CACHE_DIR", str(tiktoken_cache))
+        return get_tokenizer("gpt2")
+
+
+@pytest.fixture(scope="module", params=["small", "mini", "gpt2"])
+def tokenizer(request):
+    return request.getfixturevalue(request.param)
+
+
+# --- every vocabulary -------------------------------------------------------------------------------------------------
+
+@given(text=st.text(max_size=200))
+def test_any_text_comes_back(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert all(0 <= token < tokenizer.vocab_size and token != tokenizer.eos_token_id for token in ids)
+
+
+@pytest.mark.parametrize("text", TRICKY)
+def test_tricky_texts_come_back(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@given(texts=st.lists(st.text(max_size=50), max_size=8))
+def test_a_batch_is_encoded_as_each_text_alone(tokenizer, texts):
+    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+
+
+@pytest.mark.parametrize("num_threads", [None, 1, 4])
+def test_the_number_of_threads_changes_nothing(tokenizer, num_threads):
+    assert tokenizer.encode_batch(CORPUS, num_threads) == [tokenizer.encode(text) for text in CORPUS]
+
+
+@given(data=st.data())
+def test_any_ids_decode_to_a_text(tokenizer, data):
+    """Also ids whose bytes are no valid UTF-8, as a model may generate."""
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=20))
+    assert len(tokenizer.decode(ids).encode()) >= len(ids)
+
+
+def test_special_tokens_inside_a_text_are_plain_text(tokenizer):
+    ids = tokenizer.encode(f"one {END_OF_TEXT} two")
+    assert tokenizer.eos_token_id not in ids and len(ids) > 6
+    assert tokenizer.encode_batch([END_OF_TEXT]) == [tokenizer.encode(END_OF_TEXT)]
+
+
+def test_the_end_of_text_is_the_last_id(tokenizer):
+    assert tokenizer.eos_token_id == tokenizer.vocab_size - 1
+    assert tokenizer.decode([tokenizer.eos_token_id]) == END_OF_TEXT
+
+
+# --- known ids --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, ids", [
+    ("the", [257]), ("thin", [256, 258]), ("the thing", [257, 32, 256, 259]), (" a\n", [260, 10]),
+    ("é", [0xC3, 0xA9]), (END_OF_TEXT, [261, *b"endoftext|>"])])
+def test_bytes_are_merged_in_the_order_of_their_ranks(small, text, ids):
+    assert small.encode(text) == ids
+
+
+def test_bytes_that_are_no_text_decode_to_the_replacement_character(small):
+    assert small.decode([0xC3]) == "\ufffd" and small.decode([0xFF, 65]) == "\ufffdA"
+
+
+@pytest.mark.parametrize("text, ids", [
+    ("Hello world", [15496, 995]), (" the", [262]), ("", []), (END_OF_TEXT, [27, 91, 437, 1659, 5239, 91, 29])])
+def test_gpt2s_vocabulary_gives_gpt2s_ids(gpt2, text, ids):
+    assert gpt2.encode(text) == ids
+    assert (gpt2.vocab_size, gpt2.eos_token_id) == (50257, 50256)
+
+
+def test_the_bundled_vocabulary_has_8192_entries(mini):
+    assert (mini.vocab_size, mini.eos_token_id) == (8192, 8191)
+    assert len(mini.encode("This film was a great surprise.")) < 12
+
+
+# --- which vocabulary -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", [None, *HUB_NAMES])
+def test_official_names_mean_gpt2s_vocabulary(gpt2, name):
+    assert get_tokenizer(name).encode("Hello world") == [15496, 995]
+
+
+def test_a_folder_without_a_vocabulary_of_its_own_means_gpt2s(gpt2, tmp_path):
+    assert get_tokenizer(tmp_path).vocab_size == 50257
+
+
+def test_gpt2s_vocabulary_neither_cached_nor_downloadable_says_what_to_set(monkeypatch):
+    def no_network(name):
+        raise ConnectionError("Max retries exceeded\nwith url: ...")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", no_network)
+    with pytest.raises(WeightsError, match="TIKTOKEN_CACHE_DIR") as caught:
+        get_tokenizer("gpt2")
+    assert "\n" not in str(caught.value)
+
+
+# --- damaged files ----------------------------------------------------------------------------------------------------
+
+DAMAGED = {
+    "empty": b"",
+    "garbage": bytes(range(256)) * 20,
+    "a web page": b"<!doctype html>\n<title>404</title>\n",
+    "not base64": rank_file(ENTRIES) + b"*** 262\n",
+    "no rank": rank_file(ENTRIES) + b"eHl6\n",
+    "a rank that is no number": rank_file(ENTRIES) + b"eHl6 many\n",
+    "a third column": rank_file(ENTRIES) + b"eHl6 262 1\n",
+    "a rank left out": rank_file([*ENTRIES, (b"xyz", 263)]),
+    "a rank twice": rank_file([*ENTRIES, (b"xyz", 261)]),
+    "a token twice": rank_file([*ENTRIES, (b"the", 262)]),
+    "a negative rank": rank_file([*ENTRIES, (b"xyz", -1)]),
+    "cut inside the last rank": rank_file(ENTRIES)[:-2],
+    "cut inside the last token": rank_file(ENTRIES)[:-6],
+    "too few for all bytes": rank_file(ENTRIES[:255]),
+    # As many entries as there should be, but one byte cannot be encoded: tiktoken panics when it meets it.
+    "a byte left out": rank_file([(token, rank) for rank, token in enumerate(BYTES[:97] + BYTES[98:] + MERGES)]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_rank_file_is_an_error_that_names_it(tmp_path, damage):
+    (tmp_path / VOCABULARY_FILE).write_bytes(DAMAGED[damage])
+    with pytest.raises(WeightsError, match="is not a tiktoken rank file") as caught:
+        get_tokenizer(tmp_path)
+    assert str(tmp_path / VOCABULARY_FILE) in str(caught.value) and "\n" not in str(caught.value)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A vocabulary trained on the corpus, in a folder that did not exist."""
+    pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("trained") / "new"
+    train_vocabulary(CORPUS, 320, folder / VOCABULARY_FILE)
+    return folder
+
+
+def test_a_trained_vocabulary_loads_and_shortens_its_corpus(trained):
+    tokenizer = get_tokenizer(trained)
+    assert isinstance(tokenizer, Tokenizer) and tokenizer.vocab_size == 320 + 1
+    for text in CORPUS:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert len(tokenizer.encode(text)) < len(text.encode())
+    assert len(tokenizer.encode("the cat")) <= 3
+
+
+def test_a_trained_vocabulary_encodes_what_its_corpus_never_had(trained):
+    for text in [*TRICKY, "".join(map(chr, range(0x250)))]:
+        assert get_tokenizer(trained).decode(get_tokenizer(trained).encode(text)) == text
+
+
+def test_training_is_reproducible_and_leaves_one_file(trained, tmp_path):
+    train_vocabulary(CORPUS, 320, tmp_path / VOCABULARY_FILE)
+    assert (tmp_path / VOCABULARY_FILE).read_bytes() == (trained / VOCABULARY_FILE).read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == [VOCABULARY_FILE]

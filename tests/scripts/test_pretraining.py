@@ -1,0 +1,366 @@
+"""pretraining.py and scripts/pretraining/pretrain.py: packing, the chunked loss against PyTorch's, resuming, and a whole run."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import ScriptRunner, files_below, read_json, write_imdb, write_tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+from recipe import (
+    PackedWindows,
+    PretrainingConfig,
+    bits_per_byte,
+    next_token_loss,
+    pretrain,
+    validation_loss,
+)
+from safetensors import safe_open
+
+from minipeft import GPT2ForSequenceClassification, GPT2LMHeadModel, get_tokenizer
+from minipeft.data.datasets import load_dataset
+from minipeft.errors import ConfigError
+
+EOS = 96
+
+
+@pytest.fixture
+def uncompiled():
+    """The compiler is slow and changes no number: run what is decorated with torch.compile as plain Python."""
+    torch.compiler.set_stance("force_eager")
+    yield
+    torch.compiler.set_stance("default")
+
+
+def texts_of(lengths, vocab_size=EOS, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, vocab_size, size=length).astype(np.uint16) for length in lengths]
+
+
+# --- packing ----------------------------------------------------------------------------------------------------------
+
+def test_one_text_packed_by_hand():
+    windows = PackedWindows([np.arange(1, 10)], eos_token_id=99, window=2, batch_size=2, seed=0)
+    assert (windows.tokens, windows.steps_per_epoch) == (10, 2)
+    assert windows.batch(0).tolist() == [[99, 1, 2], [2, 3, 4]]
+    assert windows.batch(1).tolist() == [[4, 5, 6], [6, 7, 8]]
+    assert windows.batch(2).tolist() == windows.batch(0).tolist()  # the next epoch, of one text, is the same
+    assert windows.batch(0).dtype == torch.int64
+
+
+def test_each_text_is_preceded_by_one_end_of_text():
+    texts = [np.full(3, 10 + i) for i in range(8)]
+    windows = PackedWindows(texts, eos_token_id=99, window=31, batch_size=1, seed=0)
+    stream = windows.batch(0)[0].tolist()
+    assert [token == 99 for token in stream] == [True, False, False, False] * 8
+    order = stream[1::4]
+    assert sorted(order) == list(range(10, 18)), "a text is missing or repeated"
+    assert order != sorted(order), "the texts were not shuffled"
+    assert order != windows.batch(1)[0].tolist()[1::4], "the next epoch has the same order"
+
+
+@given(lengths=st.lists(st.integers(0, 20), min_size=1, max_size=30), window=st.integers(1, 9),
+       batch_size=st.integers(1, 4), seed=st.integers(0, 9), epoch=st.integers(0, 3))
+def test_an_epoch_predicts_every_token_once_but_for_less_than_one_batch(lengths, window, batch_size, seed, epoch):
+    texts = [np.full(length, 1 + i) for i, length in enumerate(lengths)]
+    tokens = sum(lengths) + len(lengths)
+    if tokens - 1 < window * batch_size:
+        with pytest.raises(ConfigError, match="do not fill one batch"):
+            PackedWindows(texts, 0, window, batch_size, seed)
+        return
+    windows = PackedWindows(texts, 0, window, batch_size, seed)
+    steps = range(epoch * windows.steps_per_epoch, (epoch + 1) * windows.steps_per_epoch)
+    rows = torch.cat([windows.batch(step) for step in steps])
+    assert torch.equal(rows[1:, 0], rows[:-1, -1]), "a window does not begin where the last one ended"
+    inputs = rows[:, :-1].flatten()
+    assert 0 <= tokens - 1 - len(inputs) < window * batch_size
+    for number, length in enumerate(lengths, start=1):
+        assert (inputs == number).sum() <= length
+
+
+def test_a_batch_depends_on_the_seed_and_the_step_alone():
+    texts = texts_of(range(1, 30))
+
+    def windows(seed):
+        return PackedWindows(texts, EOS, 8, 2, seed)
+
+    straight = windows(0)
+    steps = 3 * straight.steps_per_epoch
+    expected = [straight.batch(step) for step in range(steps)]
+    fresh = windows(0)
+    for step in reversed(range(steps)):
+        assert torch.equal(fresh.batch(step), expected[step])
+    assert not all(torch.equal(windows(1).batch(step), expected[step]) for step in range(steps))
+
+
+def test_too_few_tokens_for_a_batch_are_refused():
+    with pytest.raises(ConfigError, match="10 tokens do not fill one batch of 4 windows of 8"):
+        PackedWindows([np.arange(9)], EOS, 8, 4, 0)
+
+
+# --- the loss ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("rows", [1, 7, 30, 1024])
+def test_the_chunked_loss_and_its_gradients_equal_cross_entropy(uncompiled, rows):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, 10, 16, generator=generator, requires_grad=True)
+    embedding = torch.randn(50, 16, generator=generator, requires_grad=True)
+    targets = torch.randint(50, (3, 10), generator=generator)
+    expected = F.cross_entropy((hidden @ embedding.t()).flatten(0, 1), targets.flatten())
+    expected_grads = torch.autograd.grad(3 * expected, (hidden, embedding))
+    found = next_token_loss(hidden, embedding, targets, rows)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    for grad, expected_grad in zip(torch.autograd.grad(3 * found, (hidden, embedding)), expected_grads):
+        torch.testing.assert_close(grad, expected_grad, atol=1e-5, rtol=1e-5)
+
+
+def test_the_chunked_loss_is_correct_for_scores_that_would_overflow_when_exponentiated(uncompiled):
+    hidden = torch.tensor([[[200.0, 0.0]]], requires_grad=True)
+    loss = next_token_loss(hidden, torch.eye(2), torch.tensor([[1]]))
+    loss.backward()
+    assert loss.item() == pytest.approx(200)
+    torch.testing.assert_close(hidden.grad, torch.tensor([[[1.0, -1.0]]]))
+
+
+def test_in_bfloat16_the_loss_is_summed_in_float32(uncompiled):
+    generator = torch.Generator().manual_seed(0)
+    hidden, embedding = torch.randn(4, 64, 16, generator=generator), torch.randn(50, 16, generator=generator)
+    targets = torch.randint(50, (4, 64), generator=generator)
+    exact = F.cross_entropy((hidden @ embedding.t()).flatten(0, 1), targets.flatten())
+    found = next_token_loss(hidden.bfloat16(), embedding, targets, rows=16)
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(exact.item(), rel=5e-3)
+
+
+@pytest.mark.slow
+def test_the_compiled_loss_equals_the_uncompiled_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    generator = torch.Generator().manual_seed(0)
+    hidden, embedding = torch.randn(2, 8, 16, generator=generator), torch.randn(50, 16, generator=generator)
+    targets = torch.randint(50, (2, 8), generator=generator)
+    expected = F.cross_entropy((hidden @ embedding.t()).flatten(0, 1), targets.flatten())
+    assert next_token_loss(hidden, embedding, targets).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_validation_loss_is_the_mean_over_windows_in_the_given_order(tiny_config, make_model):
+    model = make_model(GPT2LMHeadModel).train()
+    texts = texts_of([5, 30, 1, 12])
+    stream = torch.tensor([token for text in texts for token in (EOS, *text.tolist())])
+    count = (len(stream) - 1) // 8
+    losses = []
+    for start in range(0, count * 8, 8):
+        with torch.no_grad():
+            logits = model.eval()(stream[None, start:start + 8])[0]
+        losses.append(F.cross_entropy(logits, stream[start + 1:start + 9], reduction="sum").item())
+    model.train()
+    found = validation_loss(model, texts, EOS, 8, torch.float32, batch_size=2)
+    assert found == pytest.approx(sum(losses) / (count * 8), rel=1e-5)
+    assert model.training
+
+
+def test_bits_per_byte_worked_by_hand():
+    # ln 2 nats are one bit: 100 tokens of one bit each, over 400 bytes
+    assert bits_per_byte(math.log(2), 100, 400) == pytest.approx(0.25)
+    assert bits_per_byte(8 * math.log(2), 7, 7) == pytest.approx(8)
+
+
+@pytest.mark.parametrize(("tokens", "steps"), [(64, 1), (640, 10), (700, 10), (1, 1)])
+def test_a_recipes_steps_are_its_tokens_divided_by_those_of_a_step(tokens, steps):
+    assert PretrainingConfig(tokens=tokens, window=8, batch_size=8).steps == steps
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+RECIPE = PretrainingConfig(tokens=24 * 64, window=16, batch_size=4, learning_rate=1e-2, warmup_steps=3,
+                           evaluate_every=5)
+
+
+@pytest.fixture
+def start(tiny_config):
+    """start(interrupt_at=None): a run of 24 steps with dropout; it is cut off, as by Ctrl-C, before that step."""
+
+    def make(state_folder, interrupt_at=None, **changes):
+        tiny_config.resid_pdrop = tiny_config.embd_pdrop = tiny_config.attn_pdrop = 0.2
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(tiny_config)
+        windows = PackedWindows(texts_of([20] * 20, vocab_size=10), EOS, RECIPE.window, RECIPE.batch_size, seed=0)
+        if interrupt_at is not None:
+            batch = windows.batch
+
+            def cut_off(step):
+                if step == interrupt_at:
+                    raise KeyboardInterrupt
+                return batch(step)
+
+            windows.batch = cut_off
+        held_out = texts_of([30, 30], vocab_size=10, seed=1)
+        history = pretrain(model, windows, lambda: validation_loss(model, held_out, EOS, 16, torch.float32), RECIPE,
+                           state_folder, torch.float32, compile_model=False)
+        return model, history
+
+    return make
+
+
+def test_pretraining_learns(uncompiled, start, tmp_path):
+    _, history = start(tmp_path)
+    assert [point["step"] for point in history["curve"]] == [5, 10, 15, 20, 24]
+    assert history["curve"][-1]["tokens"] == 24 * 64
+    assert history["curve"][-1]["validation_loss"] < history["curve"][0]["validation_loss"] < math.log(97)
+    assert history["seconds"] > 0
+
+
+@pytest.mark.parametrize("interruptions", [(3,), (5,), (12,), (7, 18)])
+def test_an_interrupted_run_started_again_ends_bit_identical_to_the_uninterrupted_one(
+        uncompiled, start, tmp_path, interruptions):
+    whole, expected = start(tmp_path / "whole")
+    for number, step in enumerate(interruptions):
+        with pytest.raises(KeyboardInterrupt):
+            start(tmp_path / "cut", interrupt_at=step)
+        assert number or (tmp_path / "cut").exists() == (step >= 5)
+    resumed, history = start(tmp_path / "cut")
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(parameter, resumed.get_parameter(name)), name
+    states = []
+    for folder in ("whole", "cut"):
+        with safe_open(tmp_path / folder / "training_state.safetensors", framework="pt") as file:
+            states.append({name: file.get_tensor(name) for name in file.keys()})
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    losses = [[(point["step"], point["train_loss"], point["validation_loss"]) for point in run["curve"]]
+              for run in (history, expected)]
+    assert losses[0] == losses[1]
+
+
+def test_a_finished_run_started_again_has_nothing_left_to_do(uncompiled, start, tmp_path):
+    whole, expected = start(tmp_path)
+    again, history = start(tmp_path, interrupt_at=0)
+    assert history["curve"] == expected["curve"]
+    assert all(torch.equal(parameter, again.get_parameter(name)) for name, parameter in whole.named_parameters())
+
+
+# --- the script -------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def script(monkeypatch, capsys, tmp_path, uncompiled):
+    """script(*options): scripts/pretraining/pretrain.py on a hundred reviews, at a size that takes seconds."""
+    monkeypatch.delenv("MINIPEFT_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    write_imdb(tmp_path / "data", train=100, test=20, unsupervised=60)
+    runner = ScriptRunner(monkeypatch, capsys)
+
+    def run(*options):
+        return runner("pretraining/pretrain.py", "--data-dir", "data", "--output", "model", "--state", "state", "--results",
+                      "results/pretraining.json", "--n-layer", 1, "--n-embd", 16, "--n-head", 2, "--vocab-size", 300,
+                      "--tokens", 3000, "--window", 16, "--batch-size", 4, "--warmup-steps", 5, "--evaluate-every", 10,
+                      "--precision", "fp32", "--no-compile", *options)
+
+    return run
+
+
+def test_the_script_writes_a_model_that_loads_and_complete_results(script, tmp_path):
+    outcome = script()
+    assert outcome.code == 0, outcome.err
+    model, tokenizer = GPT2LMHeadModel.from_pretrained("model"), get_tokenizer("model")
+    assert (model.config.vocab_size, tokenizer.vocab_size, model.config.n_positions) == (300, 300, 16)
+    assert model.config.eos_token_id == tokenizer.eos_token_id == 299
+    assert GPT2ForSequenceClassification.from_pretrained("model").score.out_features == 2
+    with safe_open("model/model.safetensors", framework="pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}
+
+    results = read_json("results/pretraining.json")
+    assert results["data"]["train_reviews"] == 90 + 60 and results["data"]["held_out_reviews"] == 10
+    assert results["tokens_seen"] == 3000 // 64 * 64
+    assert results["recipe"]["learning_rate"] > 0 and results["initialisation"] == "random"
+    assert results["model"]["parameters"] == sum(p.numel() for p in model.parameters())
+    assert [point["step"] for point in results["curve"]] == [10, 20, 30, 40, 46]
+    assert results["curve"][-1]["train_loss"] < results["curve"][0]["train_loss"]
+    assert 0 < results["validation_loss"] < math.log(300)
+    assert {"seconds", "machine", "versions"} <= results.keys()
+    held_out = load_dataset("imdb", "data").validation.texts
+    tokens = sum(len(ids) + 1 for ids in tokenizer.encode_batch(held_out))
+    expected = bits_per_byte(results["validation_loss"], tokens, sum(len(text.encode()) for text in held_out))
+    assert results["bits_per_byte"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_script_learns_from_no_test_review_and_holds_out_the_validation_split(script, monkeypatch):
+    import recipe
+
+    learnt = []
+    packed = recipe.PackedWindows
+
+    def noting(texts, *arguments):
+        learnt.extend(bytes(0) + text.tobytes() for text in texts)
+        return packed(texts, *arguments)
+
+    monkeypatch.setattr(recipe, "PackedWindows", noting)
+    assert script("--tokens", 200).code == 0
+    tokenizer = get_tokenizer("model")
+    seen = {tokenizer.decode(np.frombuffer(text, dtype=np.uint16).tolist()) for text in learnt}
+    data = load_dataset("imdb", "data")
+    assert seen.isdisjoint(data.test.texts) and seen.isdisjoint(data.validation.texts)
+    assert set(data.train.texts) < seen
+    assert len(seen) == len(data.train) + 60
+
+
+def test_the_script_run_again_keeps_what_it_has_and_ends_at_once(script):
+    assert script().code == 0
+    first = read_json("results/pretraining.json")
+    outcome = script()
+    assert outcome.code == 0 and "training a vocabulary" not in outcome.out
+    again = read_json("results/pretraining.json")
+    for key in ("curve", "validation_loss", "bits_per_byte", "recipe", "seconds"):
+        assert again[key] == first[key]
+
+
+def test_the_script_starts_from_a_given_model_and_its_vocabulary(script, tmp_path):
+    write_tiny_model(tmp_path / "seed", n_positions=16)
+    outcome = script("--init-from", "seed")
+    assert outcome.code == 0, outcome.err
+    assert (tmp_path / "model" / "vocab.tiktoken").read_bytes() == (tmp_path / "seed" / "vocab.tiktoken").read_bytes()
+    results = read_json("results/pretraining.json")
+    assert results["initialisation"] == "seed" and results["model"]["n_layer"] == 2
+
+
+def test_the_scripts_model_has_a_card(script, tmp_path):
+    assert script().code == 0
+    card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    for word in ("IMDb", "Recipe", "Loss", "Limits", "bits a byte"):
+        assert word in card
+
+
+@pytest.mark.parametrize("options", [
+    ("--data-dir", "nowhere"), ("--device", "cuda"), ("--device", "tpu"), ("--tokens", 0), ("--window", 0),
+    ("--batch-size", 0), ("--evaluate-every", 0), ("--learning-rate", -1), ("--learning-rate", "nan"),
+    ("--n-head", 3), ("--vocab-size", 100), ("--vocab-size", 70_000), ("--dropout", 1.5),
+    ("--seed", -1), ("--init-from", "nowhere"), ("--batch-size", 1000), ("--window", 4000)],
+    ids=lambda options: "".join(map(str, options)))
+def test_an_impossible_request_ends_in_one_line_without_a_model_or_results(script, tmp_path, monkeypatch, options):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    outcome = script(*options)
+    assert outcome.code == 2
+    assert len(outcome.error_lines) == 1 and outcome.error_lines[0].startswith("error: ")
+    assert files_below(tmp_path / "model", tmp_path / "results") == []
+
+
+@pytest.mark.parametrize("place", ["--output", "--state", "--results"])
+def test_a_place_that_cannot_be_written_is_known_before_the_work(script, tmp_path, monkeypatch, place):
+    import recipe
+
+    monkeypatch.setattr(recipe, "pretrain", lambda *a, **k: pytest.fail("trained"))
+    (tmp_path / "file").write_text("not a folder")
+    outcome = script(place, "file/below")
+    assert outcome.code == 2
+    assert len(outcome.error_lines) == 1 and "cannot write" in outcome.error_lines[0]
+
+
+def test_without_data_the_script_says_where_to_put_it(script, monkeypatch, capsys):
+    outcome = ScriptRunner(monkeypatch, capsys)("pretraining/pretrain.py")
+    assert outcome.code == 2
+    for part in ("--data-dir", "MINIPEFT_DATA", "imdb/train-*.parquet", "imdb/unsupervised-*.parquet"):
+        assert part in outcome.err
+
+

@@ -198,11 +198,17 @@ def attention_mask_for(attention_mask: Tensor | None, T: int, past: int, device:
 class PretrainedModel(nn.Module):
     """What the base model and its three heads share: reading and writing the official layout.
 
-    `prefix` is how a class's names for the base's tensors start, `head` the name of its head, if any.
+    Attributes:
+        prefix: how the class's names for the base's tensors start.
+        head: the name of its head, or None.
+        has_new_head: whether pretraining leaves the head random, so that every method trains it.
+        task_type: what the model is for, in peft's word.
     """
 
     prefix: ClassVar[str] = "transformer."
     head: ClassVar[str | None] = None
+    has_new_head: ClassVar[bool] = False
+    task_type: ClassVar[str] = "FEATURE_EXTRACTION"
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path, dtype: torch.dtype = torch.float32, **config: Any) -> Self:
@@ -305,6 +311,7 @@ class GPT2LMHeadModel(PretrainedModel):
     """GPT-2 with its language-model head: next-token scores, by the transposed input embedding."""
 
     head = "lm_head"
+    task_type = "CAUSAL_LM"
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -334,6 +341,8 @@ class GPT2ForSequenceClassification(PretrainedModel):
     """GPT-2 with one label per text: a linear layer on the last real token, which has seen the whole text."""
 
     head = "score"
+    has_new_head = True
+    task_type = "SEQ_CLS"
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -357,6 +366,8 @@ class GPT2ForTokenClassification(PretrainedModel):
     """GPT-2 with one label per token: dropout and a linear layer at every position."""
 
     head = "classifier"
+    has_new_head = True
+    task_type = "TOKEN_CLS"
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()

@@ -15,14 +15,14 @@ from minipeft.methods.ptuning import PromptEncoderConfig
 from minipeft.methods.saving import load_adapter, save_adapter
 from minipeft.methods.switch import disable_adapter, merge, remove, set_adapter, unmerge
 from minipeft.methods.vera import VeraConfig
+from minipeft.model.config import GPT2Config
 from minipeft.model.gpt2 import (
-    GPT2Config,
     GPT2ForSequenceClassification,
     GPT2ForTokenClassification,
     GPT2LMHeadModel,
     GPT2Model,
-    KVCache,
 )
+from minipeft.model.kv_cache import KVCache
 from minipeft.model.tokenizer import get_tokenizer
 from minipeft.tasks.decoding import generate
 

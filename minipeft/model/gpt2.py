@@ -35,53 +35,10 @@ from torch.utils.checkpoint import checkpoint
 from minipeft.errors import ConfigError
 from minipeft.model import weights
 from minipeft.model.config import GPT2Config
+from minipeft.model.kv_cache import KVCache
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-
-class KVCache:
-    """Keys and values of tokens already seen, one pair per block: what attention can look back at.
-
-    Generation fills it as it goes, so each step computes one token. Each tensor is (B, H, S, D). Outside of training
-    they lie in larger ones with room for tokens to come, so that a step writes its own token and copies nothing else.
-    """
-
-    def __init__(self, layers: list[tuple[Tensor, Tensor]] | None = None) -> None:
-        self.layers = list(layers or [])
-        self.room: dict[int, tuple[Tensor, Tensor]] = {}
-
-    @property
-    def length(self) -> int:
-        """Number of cached tokens."""
-        return self.layers[0][0].shape[2] if self.layers else 0
-
-    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append this step's (B, H, T, D) keys and values; return all (B, H, S, D) of them."""
-        if layer == len(self.layers):
-            self.layers.append((key, value))
-        elif torch.is_grad_enabled():
-            past_key, past_value = self.layers[layer]
-            self.layers[layer] = (torch.cat((past_key, key), dim=2), torch.cat((past_value, value), dim=2))
-        else:
-            self.layers[layer] = self._append_in_place(layer, key, value)
-        return self.layers[layer]
-
-    def _append_in_place(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        past = self.layers[layer]
-        S, end = past[0].shape[2], past[0].shape[2] + key.shape[2]
-        if layer not in self.room or self.room[layer][0].shape[2] < end:
-            self.room[layer] = tuple(tensor.new_empty(*tensor.shape[:2], 2 * end, tensor.shape[3]) for tensor in past)
-            for room, tensor in zip(self.room[layer], past):
-                room[:, :, :S] = tensor
-        for room, tensor in zip(self.room[layer], (key, value)):
-            room[:, :, S:end] = tensor
-        return tuple(room[:, :, :end] for room in self.room[layer])
-
-    def reorder(self, rows: Tensor) -> None:
-        """Let row i go on from what row rows[i] has seen: beam search drops some continuations and forks others."""
-        self.layers = [(key[rows], value[rows]) for key, value in self.layers]
-        self.room = {}
 
 
 class Attention(nn.Module):

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from minipeft.errors import ConfigError
 from minipeft.methods.injection import positions_left
-from minipeft.model.gpt2 import GPT2LMHeadModel, KVCache
+from minipeft.model.gpt2 import GPT2LMHeadModel
+from minipeft.model.kv_cache import KVCache
 
 
 def generate(model: GPT2LMHeadModel, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int = 20,

@@ -45,7 +45,7 @@ from minipeft.errors import AdapterError, ConfigError, InjectionError, MinipeftE
 from minipeft.methods import method_of
 from minipeft.methods.injection import AdapterLayer, all_injections, injections
 from minipeft.methods.switch import adapter_names
-from minipeft.model.gpt2 import KVCache
+from minipeft.model.kv_cache import KVCache
 
 HEAD_TENSORS = {GPT2Model: [], GPT2LMHeadModel: [], GPT2ForSequenceClassification: ["score.weight"],
                 GPT2ForTokenClassification: ["classifier.weight", "classifier.bias"]}

@@ -15,10 +15,10 @@ from minipeft.model.gpt2 import (
     GPT2ForTokenClassification,
     GPT2LMHeadModel,
     GPT2Model,
-    KVCache,
     attention_mask_for,
     last_real_token,
 )
+from minipeft.model.kv_cache import KVCache
 from minipeft.training.hardware import computing_in
 
 CPU = torch.device("cpu")

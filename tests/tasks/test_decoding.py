@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from minipeft.errors import ConfigError
-from minipeft.model.gpt2 import GPT2LMHeadModel, KVCache
+from minipeft.model.gpt2 import GPT2LMHeadModel
+from minipeft.model.kv_cache import KVCache
 from minipeft.tasks.decoding import generate, stream
 
 LENGTHS = [7, 3, 1, 5]

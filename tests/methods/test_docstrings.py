@@ -1,0 +1,171 @@
+"""Each method's file explains its method in one block of fixed headings; what it says is held against the code.
+
+Conventions of the block, as lora.py has it: the equation is the first indented paragraph (what follows three spaces on
+its line is a remark), a picture comes after it, and the text under a heading is indented by four. Under "Saved" a line
+`NAME (shape)` is a tensor, under "At step 0" a line begins with a configuration, and under "Errors" a message is
+indented by four more than the call that raises it. Sizes are those of GPT-2 124M with a classifier of two labels.
+"""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from models import IDS, MASK, build
+
+import minipeft
+from minipeft import METHODS, GPT2Config, GPT2ForSequenceClassification, inject, merge, trainable_parameters
+from minipeft.errors import MinipeftError
+from minipeft.methods.dora import DoraConfig
+from minipeft.methods.injection import active_injections
+from minipeft.methods.saving import _stored
+
+PENDING = {"dora", "vera", "ia3", "bitfit", "head", "full", "adapter", "prompt", "ptuning", "prefix"}
+WRITTEN = [method for method in METHODS if method not in PENDING]
+HEADINGS = ["Symbols", "Trained", "Frozen", "At step 0", "Positions and mask", "Saved", "Merging", "Cost", "Errors",
+            "Differs from the paper"]
+NAMES = {**vars(minipeft), "DoraConfig": DoraConfig}
+TINY = GPT2Config(vocab_size=97, n_positions=40, n_embd=24, n_layer=2, n_head=3)
+
+each_method = pytest.mark.parametrize("method", WRITTEN)
+
+
+def docstring(method):
+    return importlib.import_module(f"minipeft.methods.{method}").__doc__
+
+
+def equation(method):
+    """The lines of the first indented paragraph, without their remarks."""
+    paragraph = next(part for part in docstring(method).split("\n\n") if part.startswith("    "))
+    return [line.strip().split("   ")[0] for line in paragraph.split("\n")]
+
+
+def lines_under(method, heading):
+    """The lines under a heading, four spaces of indentation taken off."""
+    lines = docstring(method).split("\n")
+    below = lines[lines.index(heading) + 1:]
+    end = next(number for number, line in enumerate(below) if not line.startswith("    "))
+    return [line[4:] for line in below[:end]]
+
+
+def text_under(method, heading):
+    """The text under a heading, in one line."""
+    return " ".join(" ".join(lines_under(method, heading)).split())
+
+
+def on_meta():
+    """GPT-2 124M's shape, with a classifier of two labels and no values."""
+    with torch.device("meta"):
+        return GPT2ForSequenceClassification(GPT2Config.official("gpt2"))
+
+
+def default_injection(method):
+    return inject(on_meta(), METHODS[method].config_class())
+
+
+# --- form -------------------------------------------------------------------------------------------------------------
+
+@each_method
+def test_the_headings_come_in_order_each_with_a_text_and_papers_last(method):
+    unindented = [line for line in docstring(method).split("\n") if line and not line.startswith(" ")]
+    start = unindented.index(HEADINGS[0])
+    assert unindented[start:start + len(HEADINGS)] == HEADINGS
+    assert all(text_under(method, heading) for heading in HEADINGS)
+    papers = unindented[start + len(HEADINGS):]
+    assert re.match("Papers?: ", papers[0])
+    assert re.search(r"\b\d{4}\.\d{5}\b", " ".join(papers))
+
+
+@each_method
+def test_the_equation_and_a_picture_come_first_and_lines_are_not_too_long(method):
+    before = docstring(method).split("\nSymbols\n")[0]
+    assert all("=" in line for line in equation(method))
+    assert re.search(r"^ {5,}.*\|", before, re.MULTILINE), "no picture"
+    assert max(map(len, docstring(method).split("\n"))) <= 120
+
+
+@each_method
+def test_a_docstring_with_backslashes_is_raw(method):
+    source = Path(importlib.import_module(f"minipeft.methods.{method}").__file__).read_text(encoding="utf-8")
+    if "\\" in docstring(method):
+        assert source.startswith('r"""')
+
+
+@each_method
+def test_every_symbol_of_the_equation_is_explained(method):
+    """A name directly before a parenthesis is a function's, and ^T is a transposition."""
+    symbols = set(re.findall(r"[A-Za-z_]\w*", text_under(method, "Symbols")))
+    for line in equation(method):
+        used = set(re.findall(r"[A-Za-z_]\w*\b(?!\()", line.replace("^T", "")))
+        assert used <= symbols, f"not explained: {used - symbols}"
+
+
+# --- facts ------------------------------------------------------------------------------------------------------------
+
+@each_method
+def test_at_step_0_the_model_is_the_base_or_not_as_it_says(method):
+    claims = ("the base model, bit for bit", "the base model, up to rounding", "not the base model")
+    found = re.findall(rf"^(\w+\(.*?\)) +is ({'|'.join(claims)})\b", "\n".join(lines_under(method, "At step 0")), re.M)
+    assert found[0][0] == f"{METHODS[method].config_class.__name__}()", "the default configuration comes first"
+    base = build(GPT2ForSequenceClassification, TINY)(IDS, MASK)
+    for call, claim in found:
+        logits = inject(build(GPT2ForSequenceClassification, TINY), eval(call, NAMES))(IDS, MASK)
+        equal, close = torch.equal(logits, base), torch.allclose(logits, base, atol=1e-5)
+        assert claim == claims[0 if equal else 1 if close else 2], call
+
+
+@each_method
+def test_the_tensors_on_disk_have_the_names_and_shapes_it_lists(method):
+    lines = re.findall(r"^(\S+) \((\d[\d, ]*)\)$", "\n".join(lines_under(method, "Saved")), re.M)
+    listed = {name: tuple(map(int, re.findall(r"\d+", shape))) for name, shape in lines}
+    config_class = METHODS[method].config_class
+    if not config_class.saves_adapter:
+        assert not listed and f"{method} has no adapter to save: use save_pretrained" in text_under(method, "Saved")
+        return
+    model = default_injection(method)
+    stored = {name: tuple(tensor.shape) for name, tensor in _stored(model, active_injections(model)[0]).items()}
+    assert listed.items() <= stored.items()
+    not_listed = stored.keys() - listed.keys()
+    assert all(re.search(r"\.h\.[1-9]\d*\.", name) for name in not_listed), "of block 0, and outside blocks, all"
+    assert f"peft_type {config_class.peft_type}" in text_under(method, "Saved")
+
+
+@each_method
+def test_it_says_whether_the_method_can_be_merged(method):
+    model = inject(build(GPT2ForSequenceClassification, TINY), METHODS[method].config_class())
+    text = text_under(method, "Merging")
+    try:
+        merge(model)
+    except MinipeftError:
+        assert text.startswith("Not possible")
+    else:
+        assert re.match(r"\w+ <- ", text)
+
+
+@each_method
+def test_the_costs_are_right(method):
+    """The trained parameters in all, with the sum that makes them; AdamW's bytes; and every sum that is printed."""
+    trained, text = trainable_parameters(default_injection(method)).trainable, text_under(method, "Cost")
+    assert f"{8 * trained:,} bytes" in text
+    number = r"\(*\d[\d,]*\)*"
+    sums = re.findall(rf"({number}(?: [-+*/] {number})+) = (\d[\d,]*\d|\d)", text)
+    for left, right in sums:
+        assert eval(left.replace(",", "")) == int(right.replace(",", "")), f"{left} = {right}"
+    assert f"{trained:,}" in {right for _, right in sums}, "the sum of the trained parameters"
+
+
+@each_method
+def test_the_errors_are_raised_with_these_words(method):
+    calls, messages = [], []
+    for line in lines_under(method, "Errors"):
+        if not line.startswith("    "):
+            calls.append(line)
+            messages.append([])
+        else:
+            messages[-1].append(line.strip())
+    assert len(calls) >= 3
+    for call, message in zip(calls, messages):
+        with pytest.raises(MinipeftError) as raised:
+            eval(call, {**NAMES, "model": on_meta()})
+        assert str(raised.value) == " ".join(message), call

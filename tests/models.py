@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from minipeft import GPT2ForSequenceClassification, GPT2ForTokenClassification, GPT2LMHeadModel, inject
-from minipeft.methods.injection import AdapterLayer, all_injections
+from minipeft.methods.injection import all_injections
+from minipeft.methods.layers import AdapterLayer
 
 HEADED = [GPT2LMHeadModel, GPT2ForSequenceClassification, GPT2ForTokenClassification]
 IDS = torch.tensor([[5, 17, 80, 3, 41, 9, 60], [70, 2, 2, 33, 8, 95, 1]])
@@ -60,7 +61,7 @@ def snapshot(model):
             "hooks": {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()},
             "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
             "training": {name: module.training for name, module in model.named_modules()},
-            "injections": [(i.name, i.method, i.attached, list(i.merged)) for i in all_injections(model)]}
+            "injections": [(i.name, i.method, i.active, list(i.merged)) for i in all_injections(model)]}
 
 
 def assert_same_tensors(actual, expected):

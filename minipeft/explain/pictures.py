@@ -18,7 +18,8 @@ from minipeft.methods import METHODS
 from minipeft.methods.adapter import BottleneckAdapter
 from minipeft.methods.dora import DoRALinear
 from minipeft.methods.ia3 import IA3Linear
-from minipeft.methods.injection import AdapterLayer, base_parameters, injections, trainable_parameters
+from minipeft.methods.injection import active_injections, base_parameters, trainable_parameters
+from minipeft.methods.layers import AdapterLayer
 from minipeft.methods.lora import LoRALinear
 from minipeft.methods.prefix import Prefix
 from minipeft.methods.prompt import Prompt
@@ -98,7 +99,7 @@ def draw(model: nn.Module, method: str, path: str | Path, subtitle: str = "") ->
         raise ConfigError(f"a picture is a .png or a .svg file, not {path.name!r}")
     canvas = Canvas()
     _backbone(canvas, model)
-    for injection in injections(model):
+    for injection in active_injections(model):
         for name, layer in injection.layers.items():
             place = name.removeprefix("transformer.")
             if place.startswith("h.0.") or not place.startswith("h."):
@@ -108,7 +109,7 @@ def draw(model: nn.Module, method: str, path: str | Path, subtitle: str = "") ->
     canvas.text(0.7, 14.3, subtitle or METHODS[method].summary, 12.5, left=True)
     canvas.axes.text(11.4, 15.0, f"{count.trainable:,} of {count.total:,}\nparameters trained "
                      f"({100 * count.trainable / count.total:.3g} %)", fontsize=12, ha="right", va="top", color=INK)
-    _legend(canvas, random=any(isinstance(layer, VeRALinear) for injection in injections(model)
+    _legend(canvas, random=any(isinstance(layer, VeRALinear) for injection in active_injections(model)
                                for layer in injection.layers.values()))
     with replacing_folder(path.parent) as temporary:
         canvas.figure.savefig(temporary / path.name, dpi=110, facecolor="white")

@@ -23,49 +23,43 @@ others. GPT-2, houlsby, m = 48: 1,789,056. Not a change of weights: it cannot be
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch.nn as nn
 from torch import Tensor
 
 from minipeft.errors import ConfigError
-from minipeft.methods.config import SavedConfig, check_fields
-from minipeft.methods.injection import (
-    AddedLayer,
-    base_of,
-    begin,
-    block_numbers,
-    insert,
-    record,
-    to_dtype_of,
-)
+from minipeft.methods.config import MethodConfig
+from minipeft.methods.injection import Plan, base_of
+from minipeft.methods.layers import AddedLayer, to_dtype_of
+from minipeft.methods.targets import base_modules, chosen_blocks
+from minipeft.settings import FINITE, POSITIVE, POSITIVE_INTEGER, PROBABILITY, setting
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "swish": nn.SiLU, "tanh": nn.Tanh, "none": nn.Identity}
 PLACES = {"houlsby": ("attn", "mlp"), "pfeiffer": ("mlp",), "parallel": ("mlp",)}
 
 
 @dataclass
-class BottleneckConfig(SavedConfig):
+class BottleneckConfig(MethodConfig):
     """Shape and place of the adapters. Their files are this library's own: peft has no such method.
 
     Raises:
         ConfigError: a value of the wrong type or out of range, when injected.
     """
 
+    method: ClassVar[str] = "adapter"
     peft_type: ClassVar[str] = "MINIPEFT_BOTTLENECK"
 
-    architecture: str = field(default="houlsby", metadata={"help": "where adapters stand", "choices": tuple(PLACES)})
-    bottleneck_size: int | None = field(
-        default=None, metadata={"help": "inner dimensions m; default n_embd / reduction_factor"})
-    reduction_factor: float = field(default=16, metadata={"help": "n_embd / m, where m is not given"})
-    non_linearity: str = field(
-        default="relu", metadata={"help": "inner activation", "choices": tuple(ACTIVATIONS)})
-    scaling: float = field(default=1.0, metadata={"help": "s, the factor on what the adapter adds"})
-    layer_norm: bool = field(default=False, metadata={"help": "normalise the adapter's input"})
-    adapter_dropout: float = field(default=0.0, metadata={"help": "dropout on what the adapter adds"})
-    layers_to_transform: int | list[int] | None = field(
-        default=None, metadata={"help": "numbers of the blocks to adapt; default all"})
+    architecture: str = setting("houlsby", "where adapters stand", choices=tuple(PLACES))
+    bottleneck_size: int | None = setting(
+        None, "inner dimensions m; default n_embd / reduction_factor", POSITIVE_INTEGER)
+    reduction_factor: float = setting(16, "n_embd / m, where m is not given", POSITIVE)
+    non_linearity: str = setting("relu", "inner activation", choices=tuple(ACTIVATIONS))
+    scaling: float = setting(1.0, "s, the factor on what the adapter adds", FINITE)
+    layer_norm: bool = setting(False, "normalise the adapter's input")
+    adapter_dropout: float = setting(0.0, "dropout on what the adapter adds", PROBABILITY)
+    layers_to_transform: int | list[int] | None = setting(None, "numbers of the blocks to adapt; default all")
 
 
 class BottleneckAdapter(AddedLayer):
@@ -97,30 +91,22 @@ class BottleneckAdapter(AddedLayer):
         return (output + self(args[0] if self.parallel else output)).to(output.dtype)
 
 
-def inject(model: nn.Module, config: BottleneckConfig, name: str = "default") -> nn.Module:
-    """Add a bottleneck adapter to the chosen sub-layers of each chosen block, in place.
+def plan(model: nn.Module, config: BottleneckConfig) -> Plan:
+    """Add a bottleneck adapter to the chosen sub-layers of each chosen block.
 
     Raises:
-        ConfigError: a bad value.
+        ConfigError: a block that the model does not have, or a reduction factor beyond its width.
     """
-    check_fields(config)
     base, size = base_of(model), config.bottleneck_size
     if size is None:
-        if not 0 < config.reduction_factor <= base.config.n_embd:
+        if config.reduction_factor > base.config.n_embd:
             raise ConfigError(f"reduction_factor must lie between 0 and the model's width {base.config.n_embd}, got "
                               f"{config.reduction_factor}")
         size = round(base.config.n_embd / config.reduction_factor)
-    if size < 1:
-        raise ConfigError(f"bottleneck_size must be a positive integer, got {size}")
-    if not math.isfinite(config.scaling):
-        raise ConfigError(f"scaling must be a finite number, got {config.scaling}")
-    if not 0 <= config.adapter_dropout < 1:
-        raise ConfigError(f"adapter_dropout must be a probability in [0, 1), got {config.adapter_dropout}")
     prefix = "transformer." if base is not model else ""
-    places = [f"{prefix}h.{number}.{place}" for number in block_numbers(base, config.layers_to_transform)
-              for place in PLACES[config.architecture]]
-    injection = begin(model, "adapter", config, name)
-    for place in places:
-        adapter = BottleneckAdapter(base.config.n_embd, size, config, like=base.wte.weight)
-        insert(model, injection, f"{place}.adapter", adapter)
-    return record(model, injection)
+    layers = {}
+    for number in chosen_blocks(list(base_modules(model)), config.layers_to_transform):
+        for place in PLACES[config.architecture]:
+            layers[f"{prefix}h.{number}.{place}.adapter"] = BottleneckAdapter(base.config.n_embd, size, config,
+                                                                              like=base.wte.weight)
+    return Plan(layers)

@@ -14,36 +14,34 @@ Costs: L (11 C) + C parameters at an inner width of 4 C (or L (4 C) + 2 C): for 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch.nn as nn
 
-from minipeft.methods.config import SavedConfig, check_fields
-from minipeft.methods.injection import base_modules, begin, bias_names, record
+from minipeft.methods.config import MethodConfig
+from minipeft.methods.injection import Plan
+from minipeft.methods.targets import base_modules, bias_names
+from minipeft.settings import setting
 
 
 @dataclass
-class BitFitConfig(SavedConfig):
+class BitFitConfig(MethodConfig):
     """Which of the vectors to train. Its adapter files are this library's own: peft has no such method.
 
     Raises:
         ConfigError: an unknown choice, when injected.
     """
 
+    method: ClassVar[str] = "bitfit"
     peft_type: ClassVar[str] = "MINIPEFT_BITFIT"
 
-    train: str = field(default="bias", metadata={"help": "what to train", "choices": ("bias", "layer_norm")})
+    train: str = setting("bias", "what to train", choices=("bias", "layer_norm"))
 
 
-def inject(model: nn.Module, config: BitFitConfig, name: str = "default") -> nn.Module:
-    """Declare the base model's bias vectors, or its LayerNorms, as trained; no layer is replaced.
-
-    Raises:
-        ConfigError: an unknown choice.
-    """
-    check_fields(config)
-    layer_norms = [key for key, module in base_modules(model).items() if isinstance(module, nn.LayerNorm)]
-    names = {"bias": bias_names(model),
-             "layer_norm": [f"{module}.{key}" for module in layer_norms for key in ("weight", "bias")]}
-    return record(model, begin(model, "bitfit", config, name), trained_base=names[config.train])
+def plan(model: nn.Module, config: BitFitConfig) -> Plan:
+    """Train the base model's bias vectors, or its LayerNorms; no layer is replaced."""
+    if config.train == "bias":
+        return Plan(trained=bias_names(model))
+    layer_norms = [name for name, module in base_modules(model).items() if isinstance(module, nn.LayerNorm)]
+    return Plan(trained=[f"{name}.{tensor}" for name in layer_norms for tensor in ("weight", "bias")])

@@ -8,18 +8,22 @@ Trained: everything. Costs: a gradient and two AdamW moments for each parameter,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch.nn as nn
 
-from minipeft.methods.injection import begin, record
+from minipeft.methods.config import MethodConfig
+from minipeft.methods.injection import Plan
 
 
 @dataclass
-class FullConfig:
+class FullConfig(MethodConfig):
     """Full fine-tuning has nothing to choose."""
 
+    method: ClassVar[str] = "full"
+    saves_adapter: ClassVar[bool] = False
 
-def inject(model: nn.Module, config: FullConfig, name: str = "default") -> nn.Module:
-    """Declare every parameter as trained; no layer is replaced, and no copy of the base is kept."""
-    injection = begin(model, "full", config, name)
-    return record(model, injection, trained_base=[name for name, _ in model.named_parameters()], keep_values=False)
+
+def plan(model: nn.Module, config: FullConfig) -> Plan:
+    """Train every parameter; no layer is replaced, and no copy of the base is kept."""
+    return Plan(trained=[name for name, _ in model.named_parameters()], keeps_base=False)

@@ -15,37 +15,26 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch.nn as nn
-from torch import Tensor
 
 from minipeft.errors import InjectionError
-from minipeft.methods.config import SavedConfig
-from minipeft.methods.injection import begin, record
+from minipeft.methods.config import MethodConfig
+from minipeft.methods.injection import Plan
 
 
 @dataclass
-class HeadConfig(SavedConfig):
+class HeadConfig(MethodConfig):
     """Head-only training has nothing to choose. Its adapter files are this library's own: peft has no such method."""
 
+    method: ClassVar[str] = "head"
     peft_type: ClassVar[str] = "MINIPEFT_HEAD"
 
 
-class HeadOnFeatures(nn.Module):
-    """A model's head alone, called as the whole model is, with the texts' features in place of their token ids."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.score = model.score
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        return self.score(input_ids)                                           # (B, C) -> (B, K)
-
-
-def inject(model: nn.Module, config: HeadConfig, name: str = "default") -> nn.Module:
-    """Freeze everything but the classification head.
+def plan(model: nn.Module, config: HeadConfig) -> Plan:
+    """Train the new head, which every method does, and nothing else.
 
     Raises:
-        InjectionError: a model without one.
+        InjectionError: a model without a new head.
     """
-    if getattr(model, "head", None) not in ("score", "classifier"):
+    if not getattr(model, "has_new_head", False):
         raise InjectionError(f"{type(model).__name__} has no classification head to train")
-    return record(model, begin(model, "head", config, name))
+    return Plan()

@@ -16,7 +16,7 @@ Costs: out parameters for an ordinary target, in for a feed-forward one: by defa
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -24,27 +24,38 @@ import torch.nn as nn
 from torch import Tensor
 
 from minipeft.errors import ConfigError
-from minipeft.methods.config import SavedConfig, check_fields, compiled
-from minipeft.methods.injection import AdapterLayer, ReplacementLayer, begin, find_targets, insert, record
+from minipeft.methods.config import MethodConfig
+from minipeft.methods.injection import Plan
+from minipeft.methods.layers import AdapterLayer, ReplacementLayer
+from minipeft.methods.targets import compiled, find_targets
+from minipeft.settings import setting
 
 
 @dataclass
-class IA3Config(SavedConfig):
+class IA3Config(MethodConfig):
     """peft's IA3Config.
 
     Raises:
         ConfigError: a value of the wrong type, or feed-forward modules that are no targets, when injected.
     """
 
+    method: ClassVar[str] = "ia3"
     peft_type: ClassVar[str] = "IA3"
 
-    target_modules: str | list[str] | None = field(
-        default=None, metadata={"help": "module names, one regular expression, or all-linear; default c_attn and "
-                                        "mlp.c_proj"})
-    exclude_modules: str | list[str] | None = field(default=None, metadata={"help": "modules to leave out"})
-    feedforward_modules: str | list[str] | None = field(
-        default=None, metadata={"help": "targets whose input is rescaled, not their output; default mlp.c_proj"})
-    init_ia3_weights: bool = field(default=True, metadata={"help": "start at one; false: at random"})
+    target_modules: str | list[str] | None = setting(
+        None, "module names, one regular expression, or all-linear; default c_attn and mlp.c_proj")
+    exclude_modules: str | list[str] | None = setting(None, "modules to leave out")
+    feedforward_modules: str | list[str] | None = setting(
+        None, "targets whose input is rescaled, not their output; default mlp.c_proj")
+    init_ia3_weights: bool = setting(True, "start at one; false: at random")
+
+    def check(self) -> None:
+        """Also refuse feed-forward modules that are no targets."""
+        super().check()
+        targets, feedforward = self.target_modules, self.feedforward_modules
+        if all(isinstance(names, (list, tuple)) for names in (targets, feedforward)) \
+                and not set(feedforward) <= set(targets):
+            raise ConfigError(f"feedforward_modules {feedforward} must be among the target_modules {targets}")
 
     def to_saved(self, model: nn.Module, layers: dict[str, AdapterLayer]) -> dict[str, Any]:
         """What adapter_config.json says other than the fields above: peft wants each feed-forward entry among the
@@ -81,24 +92,16 @@ class IA3Linear(ReplacementLayer):
         return tensors
 
 
-def inject(model: nn.Module, config: IA3Config, name: str = "default") -> nn.Module:
-    """Rescale the activations of every targeted linear layer, in place.
+def plan(model: nn.Module, config: IA3Config) -> Plan:
+    """Rescale the activations of every targeted linear layer.
 
     Raises:
-        ConfigError: a bad value.
         InjectionError: nothing targeted, or a target that cannot be adapted.
     """
-    check_fields(config)
-    targets, feedforward = config.target_modules, config.feedforward_modules
-    if all(isinstance(names, (list, tuple)) for names in (targets, feedforward)) \
-            and not set(feedforward) <= set(targets):
-        raise ConfigError(f"feedforward_modules {feedforward} must be among the target_modules {targets}")
-    found = find_targets(model, config, default=["c_attn", "mlp.c_proj"])
-    injection = begin(model, "ia3", config, name)
-    for target in found:
-        inner = _is_feedforward(target, ["mlp.c_proj"] if feedforward is None else feedforward)
-        insert(model, injection, target, IA3Linear(model.get_submodule(target), inner, config.init_ia3_weights))
-    return record(model, injection)
+    feedforward = ["mlp.c_proj"] if config.feedforward_modules is None else config.feedforward_modules
+    targets = find_targets(model, config, default=["c_attn", "mlp.c_proj"])
+    return Plan({target: IA3Linear(model.get_submodule(target), _is_feedforward(target, feedforward),
+                                   config.init_ia3_weights) for target in targets})
 
 
 def _is_feedforward(name: str, feedforward: str | list[str]) -> bool:

@@ -1,32 +1,74 @@
-"""LoRA: low-rank adaptation.
+r"""LoRA: low-rank adaptation.
 
-A frozen weight matrix W is given a trained low-rank companion: the update to W is the product of two thin matrices, so
-that a task is learned in r (in + out) numbers instead of in * out. After training it can be folded into W.
+A frozen weight matrix W gets a trained low-rank companion: the update to W is the product of two thin matrices. So a
+task is learned in r (in + out) numbers instead of in * out, and after training the update can be added to W.
 
-    y = x W^T + bias + s * dropout(x) A^T B^T        s = lora_alpha / r        (rsLoRA: s = lora_alpha / sqrt(r))
+    y = x W^T + bias + s * dropout(x) A^T B^T
 
-                x (B, T, in)
-                |         \\
+                x (batch, seq, in)
+                |         \
          W (out, in)     A (r, in)         W is frozen
           frozen            |              A starts random, B at zero: step 0 is the base model, exactly
                 |        B (out, r)
                 |         /  * s
                 +--------+
                 |
-                y (B, T, out)
+                y (batch, seq, out)
+
+Symbols
+    x (batch, seq, in) the layer's input      y (batch, seq, out) its output      r the rank, lora_alpha a number
+    W (out, in), bias (out,) frozen           A (r, in) is lora_A.weight, B (out, r) is lora_B.weight, both trained
+    s = lora_alpha / r, a number; with use_rslora s = lora_alpha / sqrt(r), which keeps the update's size as r grows
+Trained
+    A and B of each target; a new classification head; biases if `bias` asks for them. By default the targets are all
+    modules called c_attn.
+Frozen
+    Everything else, W and bias first of all: `inject` sets requires_grad to False when it carries out the plan, so no
+    gradient is computed for W and the optimizer never sees it.
+At step 0
+    LoraConfig()                                is the base model, bit for bit: B = 0, so the update is 0
+    LoraConfig(init_lora_weights="gaussian")    is the base model, bit for bit: B = 0; A is normal, of deviation 1 / r
+    LoraConfig(init_lora_weights="pissa")       is the base model, up to rounding: W - s B A + s B A
+    LoraConfig(init_lora_weights=False)         is not the base model: A and B are both random
+Positions and mask
+    Untouched. Each token is updated by itself; a text has as many positions as before.
+Saved
+    base_model.model.transformer.h.0.attn.c_attn.lora_A.weight (8, 768)
+    base_model.model.transformer.h.0.attn.c_attn.lora_B.weight (2304, 8)
+    base_model.model.score.weight (2, 768)
+    and so for every target. adapter_config.json must say peft_type LORA, r, lora_alpha and target_modules; peft wants
+    fan_in_fan_out true for GPT-2, whose matrices it keeps as (in, out).
+Merging
+    W <- W + s B A, the layer's own `weight`; its bias stays. `unmerge` puts the kept W back, bit for bit.
+Cost
+    r (in + out) parameters per target: 8 * (768 + 2304) = 24,576 for a c_attn of GPT-2 beside 1,769,472 in its W.
+    In all 12 * 24,576 + 1,536 = 296,448 trained, the head's 2 * 768 = 1,536 among them.
+    Forward: 2 r (in + out) operations per token and target beside 2 in out, at r = 8 1.4 % more.
+    Backward: the input's gradient passes through W as in full fine-tuning; W's own gradient, a third of the work on
+    it, is never computed. Optimizer: 8 bytes per trained parameter for AdamW's two means, 2,371,584 bytes.
+Errors
+    LoraConfig(r=0)
+        r must be a positive integer, got 0
+    inject(model, LoraConfig(target_modules=["q_proj"]))
+        target_modules 'q_proj' match nothing; nearest names: c_proj, mlp.c_proj, attn.c_proj
+    inject(model, LoraConfig(r=1024))
+        r=1024 is larger than transformer.h.0.attn.c_attn, a 2304 x 768 matrix
+Differs from the paper
+    The paper adapts the query and the value matrix; GPT-2 has query, key and value in one matrix, c_attn, which is
+    adapted whole. A starts uniform, as in peft and loralib, not normal. Dropout on x, rsLoRA, PiSSA and LoRA+ came
+    later. LoRA+ is not in this file: B learns `loraplus_lr_ratio` times as fast as A; the layer only says that B is
+    meant (`raised_rate`), and the optimizer does the rest.
 
 Papers: Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang, Chen (2021), "LoRA: Low-Rank Adaptation of Large Language Models",
 arXiv 2106.09685. Kalajdzievski (2023), "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", 2312.03732.
 Meng, Wang, Zhang (2024), "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models",
 2404.02948. Hayou, Ghosh, Yu (2024), "LoRA+: Efficient Low Rank Adaptation of Large Models", 2402.12354.
-Trained: A and B of each target, the classification head, and biases if asked for.
-Costs: r (in + out) parameters a target. GPT-2's c_attn maps 768 -> 2304: at r = 8, 24,576 of them beside 1,771,776.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -34,68 +76,82 @@ import torch.nn as nn
 from torch import Tensor
 
 from minipeft.errors import ConfigError
-from minipeft.methods.config import SavedConfig, check_fields
-from minipeft.methods.injection import (
-    AdapterLayer,
-    ReplacementLayer,
-    begin,
-    bias_names,
-    find_targets,
-    insert,
-    pattern_value,
-    record,
-    saved_targets,
-    to_dtype_of,
-)
+from minipeft.methods.config import MethodConfig
+from minipeft.methods.injection import Plan
+from minipeft.methods.layers import AdapterLayer, ReplacementLayer, to_dtype_of
+from minipeft.methods.targets import bias_names, find_targets, pattern_value, saved_targets
+from minipeft.settings import FINITE, POSITIVE_INTEGER, PROBABILITY, setting
 
 
 @dataclass
-class LoraConfig(SavedConfig):
+class LoraConfig(MethodConfig):
     """peft's LoraConfig, as far as it changes GPT-2's numbers. `use_dora=True` makes it DoRA (see dora.py).
 
+    The defaults are peft's. The command line starts from others, which suit the bundled base: see runs/defaults.py.
+
     Raises:
-        ConfigError: a value of the wrong type or out of range, when injected.
+        ConfigError: a value of the wrong type or out of range.
     """
 
     peft_type: ClassVar[str] = "LORA"
     harmless: ClassVar[tuple[str, ...]] = ("megatron_core", "qalora_group_size", "loftq_config", "eva_config",
                                            "use_qalora")
 
-    r: int = field(default=8, metadata={"help": "rank of the update"})
-    lora_alpha: float = field(default=8, metadata={"help": "scale of the update, divided by r"})
-    lora_dropout: float = field(default=0.0, metadata={"help": "dropout on the adapter's input"})
-    target_modules: str | list[str] | None = field(
-        default=None, metadata={"help": "module names, one regular expression, or all-linear; default c_attn"})
-    exclude_modules: str | list[str] | None = field(default=None, metadata={"help": "modules to leave out"})
-    layers_to_transform: int | list[int] | None = field(
-        default=None, metadata={"help": "numbers of the blocks to adapt; default all"})
-    layers_pattern: str | list[str] | None = field(
-        default=None, metadata={"help": "name before the block number, GPT-2: h"})
-    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "JSON: module name -> its own r"})
-    alpha_pattern: dict[str, float] = field(
-        default_factory=dict, metadata={"help": "JSON: module name -> its own lora_alpha"})
-    bias: str = field(default="none", metadata={"help": "biases to train too", "choices": ("none", "lora_only", "all")})
-    use_rslora: bool = field(default=False, metadata={"help": "divide lora_alpha by sqrt(r) instead of r"})
-    use_dora: bool = field(default=False, metadata={"help": "train each row's magnitude apart from its direction"})
-    init_lora_weights: bool | str = field(
-        default=True, metadata={"help": "true: A uniform, B zero; gaussian: A normal, B zero; pissa: the matrix's own "
-                                        "largest singular values; false: both random",
-                                "choices": (True, False, "gaussian", "pissa")})
+    r: int = setting(8, "rank of the update", POSITIVE_INTEGER)
+    lora_alpha: float = setting(8, "scale of the update, divided by r", FINITE)
+    lora_dropout: float = setting(0.0, "dropout on the adapter's input", PROBABILITY)
+    target_modules: str | list[str] | None = setting(
+        None, "module names, one regular expression, or all-linear; default c_attn")
+    exclude_modules: str | list[str] | None = setting(None, "modules to leave out")
+    layers_to_transform: int | list[int] | None = setting(None, "numbers of the blocks to adapt; default all")
+    layers_pattern: str | list[str] | None = setting(None, "name before the block number, GPT-2: h")
+    rank_pattern: dict[str, int] = setting({}, "JSON: module name -> its own r", POSITIVE_INTEGER)
+    alpha_pattern: dict[str, float] = setting({}, "JSON: module name -> its own lora_alpha", FINITE)
+    bias: str = setting("none", "biases to train too", choices=("none", "lora_only", "all"))
+    use_rslora: bool = setting(False, "divide lora_alpha by sqrt(r) instead of r")
+    use_dora: bool = setting(False, "train each row's magnitude apart from its direction", option=False)
+    init_lora_weights: bool | str = setting(
+        True, "true: A uniform, B zero; gaussian: A normal, B zero; pissa: the matrix's own largest singular values; "
+              "false: both random", choices=(True, False, "gaussian", "pissa"))
+
+    @property
+    def method(self) -> str:
+        """Its name in METHODS."""
+        return "dora" if self.use_dora else "lora"
+
+    def scaling(self, r: int, lora_alpha: float) -> float:
+        """s, the factor on the update of a module with this rank and lora_alpha."""
+        return lora_alpha / math.sqrt(r) if self.use_rslora else lora_alpha / r
+
+    def check(self) -> None:
+        """Also refuse PiSSA with a scale that it cannot divide by."""
+        super().check()
+        for name, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
+            if self.init_lora_weights == "pissa" and alpha <= 0:
+                raise ConfigError(f"PiSSA divides by the scale: {name} must be positive, got {alpha!r}")
 
     def to_saved(self, model: nn.Module, layers: dict[str, AdapterLayer]) -> dict[str, Any]:
-        """What adapter_config.json says beyond, or other than, the fields above."""
-        # One exact key a module: JSON readers may reorder keys, and then another of two matching ones would count.
-        patterns = {pattern: {name: value for name in layers
-                              if (value := pattern_value(getattr(self, pattern), name, default)) != default}
-                    for pattern, default in (("rank_pattern", self.r), ("alpha_pattern", self.lora_alpha))}
-        return {**patterns, "target_modules": saved_targets(self.target_modules, layers), "fan_in_fan_out": True,
+        """What adapter_config.json says beyond, or other than, the fields above.
+
+        A pattern is written as one full name per module: readers of JSON may reorder keys, and of two patterns that
+        match the first one counts.
+        """
+        ranks = {name: pattern_value(self.rank_pattern, name, self.r) for name in layers}
+        alphas = {name: pattern_value(self.alpha_pattern, name, self.lora_alpha) for name in layers}
+        return {"rank_pattern": {name: r for name, r in ranks.items() if r != self.r},
+                "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != self.lora_alpha},
+                "target_modules": saved_targets(self.target_modules, layers), "fan_in_fan_out": True,
                 "lora_bias": False}
 
     @classmethod
     def from_saved(cls, values: dict[str, Any], model: nn.Module) -> LoraConfig:
-        """A configuration from adapter_config.json's values."""
+        """A configuration from adapter_config.json's values.
+
+        peft has further ways to start A and B (eva, orthogonal, mica) that leave W alone. They concern the start only:
+        the saved A and B replace whatever stands there, so any start is right.
+        """
         if values.get("init_lora_weights") in ("eva", "orthogonal", "mica"):
-            values["init_lora_weights"] = True  # these say how training began, and nothing about what was saved
+            values["init_lora_weights"] = True
         return cls(**values)
 
 
@@ -108,15 +164,15 @@ class LoRALinear(ReplacementLayer):
     def __init__(self, base_layer: nn.Linear, r: int, lora_alpha: float, config: LoraConfig) -> None:
         super().__init__(base_layer)
         self.lora_dropout = nn.Dropout(config.lora_dropout)
-        self.scaling = scaling(r, lora_alpha, config.use_rslora)
-        self.lora_A, self.lora_B = low_rank_pair(base_layer, r, self.scaling, config.init_lora_weights)
+        self.scaling = config.scaling(r, lora_alpha)
+        self.lora_A, self.lora_B = low_rank_pair(base_layer, r, config.init_lora_weights)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base_layer(x)                                                # (B, T, out)
+        y = self.base_layer(x)                                         # (batch, seq, in) -> (batch, seq, out)
         x = self.lora_dropout(to_dtype_of(self.lora_A.weight, x))
         # Scaled while it is r wide: that is out / r times less work than scaling the result.
-        update = self.lora_B(self.lora_A(x) * self.scaling)                   # (B, T, in) -> (B, T, r) -> (B, T, out)
-        return y.add_(update)  # in place: nothing else needs y, and no third tensor of its size comes to be
+        update = self.lora_B(self.lora_A(x) * self.scaling)            # -> (batch, seq, r) -> (batch, seq, out)
+        return (y + update).to(y.dtype)
 
     def merged(self) -> dict[str, Tensor]:
         """W + s B A."""
@@ -124,80 +180,55 @@ class LoRALinear(ReplacementLayer):
         return {"weight": (self.base_layer.weight + update).to(self.base_layer.weight.dtype)}
 
 
-def scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
-    """s, the factor on the update."""
-    return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
-
-
-def low_rank_pair(base_layer: nn.Linear, r: int, scaling: float, init: bool | str) -> tuple[nn.Linear, nn.Linear]:
-    """A (r, in) and B (out, r) as they start. "pissa" takes its share out of the base layer's weight, too."""
+def low_rank_pair(base_layer: nn.Linear, r: int, init: bool | str) -> tuple[nn.Linear, nn.Linear]:
+    """A (r, in) and B (out, r) as they start; for PiSSA see `take_over_largest`."""
     device = base_layer.weight.device
+    # nn.Linear's own start is U(-1/sqrt(in), 1/sqrt(in)): what peft gives A, and B when nothing is to be zero.
     lora_A = nn.Linear(base_layer.in_features, r, bias=False, device=device)
     lora_B = nn.Linear(r, base_layer.out_features, bias=False, device=device)
-    # nn.Linear's own start is U(-1/sqrt(in), 1/sqrt(in)): what peft gives A, and B when nothing is to be zero.
     if init == "gaussian":
         nn.init.normal_(lora_A.weight, std=1 / r)
-    if init == "pissa":
-        principal_singular_values_(base_layer, lora_A, lora_B, scaling)
-    elif init is not False:
+    if init is not False:
         nn.init.zeros_(lora_B.weight)
     return lora_A, lora_B
 
 
 @torch.no_grad()
-def principal_singular_values_(base_layer: nn.Linear, lora_A: nn.Linear, lora_B: nn.Linear, scaling: float) -> None:
-    """PiSSA: A and B take over W's r largest singular values, and W keeps the rest.
+def take_over_largest(layer: LoRALinear) -> Tensor:
+    """PiSSA: A and B take over W's r largest singular values. Returns what is left for W to be, (out, in).
 
-        W = U S V^T        A = sqrt(S_r / s) V_r^T        B = U_r sqrt(S_r / s)        W <- W - s B A
+        W = U S V^T        A = sqrt(S_r / s) V_r^T        B = U_r sqrt(S_r / s)        left: W - s B A
+
+    What is left becomes the layer's frozen weight. The base's own W is kept in the record of the injection: it comes
+    back when the adapter is switched off or removed.
     """
-    weight, r = base_layer.weight, lora_A.out_features
+    weight, r = layer.base_layer.weight, layer.lora_A.out_features
     U, S, Vh = torch.linalg.svd(weight.float(), full_matrices=False)          # (out, k), (k,), (k, in)
-    root = (S[:r] / scaling).sqrt()                                           # (r,)
-    lora_A.weight.copy_(root[:, None] * Vh[:r])
-    lora_B.weight.copy_(U[:, :r] * root)
-    weight.data = (weight.float() - scaling * lora_B.weight @ lora_A.weight).to(weight.dtype)
+    root = (S[:r] / layer.scaling).sqrt()                                     # (r,)
+    layer.lora_A.weight.copy_(root[:, None] * Vh[:r])                         # (r, in)
+    layer.lora_B.weight.copy_(U[:, :r] * root)                                # (out, r)
+    return (weight.float() - layer.scaling * layer.lora_B.weight @ layer.lora_A.weight).to(weight.dtype)
 
 
-def inject(model: nn.Module, config: LoraConfig, name: str = "default", method: str = "lora",
-           layer_class: type[ReplacementLayer] = LoRALinear) -> nn.Module:
-    """Give every targeted linear layer a low-rank companion, in place.
+def plan(model: nn.Module, config: LoraConfig, layer_class: type[ReplacementLayer] = LoRALinear) -> Plan:
+    """Give every targeted linear layer a low-rank companion.
 
     Args:
-        name: of the adapter, for `set_adapter`.
-        method: its name in METHODS.
         layer_class: what to put around a linear layer: DoRA's differs.
 
     Raises:
-        ConfigError: a bad value, or an r larger than a targeted matrix.
+        ConfigError: an r larger than a targeted matrix, or a block that the model does not have.
         InjectionError: nothing targeted, or a target that cannot be adapted.
     """
-    check(config)
-    plan = {}
+    layers, replaced = {}, {}
     for target in find_targets(model, config, default=["c_attn"]):
         linear = model.get_submodule(target)
         r = pattern_value(config.rank_pattern, target, config.r)
         if r > min(linear.in_features, linear.out_features):
             raise ConfigError(f"r={r} is larger than {target}, a {linear.out_features} x {linear.in_features} matrix")
-        plan[target] = (linear, r, pattern_value(config.alpha_pattern, target, config.lora_alpha))
-    biases = {"none": [], "lora_only": bias_names(model, among=plan), "all": bias_names(model)}[config.bias]
-    injection, before_pissa = begin(model, method, config, name), {}
-    for target, (linear, r, lora_alpha) in plan.items():
+        lora_alpha = pattern_value(config.alpha_pattern, target, config.lora_alpha)
+        layers[target] = layer_class(linear, r, lora_alpha, config)
         if config.init_lora_weights == "pissa":
-            before_pissa[f"{target}.weight"] = linear.weight.data
-        insert(model, injection, target, layer_class(linear, r, lora_alpha, config))
-    return record(model, injection, trained_base=biases, replaced_values=before_pissa)
-
-
-def check(config: LoraConfig) -> None:
-    """Refuse values that make no LoRA, before anything is touched."""
-    check_fields(config)
-    for name, r in {"r": config.r, **config.rank_pattern}.items():
-        if r < 1:
-            raise ConfigError(f"the rank {name} must be a positive integer, got {r!r}")
-    for name, alpha in {"lora_alpha": config.lora_alpha, **config.alpha_pattern}.items():
-        if not math.isfinite(alpha):
-            raise ConfigError(f"{name} must be a finite number, got {alpha!r}")
-        if alpha <= 0 and config.init_lora_weights == "pissa":
-            raise ConfigError(f"PiSSA divides by the scale: {name} must be positive, got {alpha!r}")
-    if not 0 <= config.lora_dropout < 1:
-        raise ConfigError(f"lora_dropout must be a probability in [0, 1), got {config.lora_dropout!r}")
+            replaced[f"{target}.weight"] = take_over_largest(layers[target])
+    biases = [] if config.bias == "none" else bias_names(model, among=None if config.bias == "all" else layers)
+    return Plan(layers, biases, replaced)

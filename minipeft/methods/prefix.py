@@ -16,35 +16,41 @@ base model at step 0: even zero keys take their share of the softmax.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from minipeft.errors import ConfigError
-from minipeft.methods.config import check_fields
-from minipeft.methods.injection import base_of, begin, insert, record
-from minipeft.methods.virtual_tokens import SavedAsPrompt, Table, VirtualTokens, check_room, compute_dtype, place_of
-from minipeft.model.gpt2 import KVCache
+from minipeft.methods.injection import Plan, base_of
+from minipeft.methods.virtual_tokens import (
+    Table,
+    VirtualTokens,
+    VirtualTokensConfig,
+    check_room,
+    compute_dtype,
+    place_of,
+)
+from minipeft.model.kv_cache import KVCache
+from minipeft.settings import POSITIVE_INTEGER, setting
 
 
 @dataclass
-class PrefixTuningConfig(SavedAsPrompt):
+class PrefixTuningConfig(VirtualTokensConfig):
     """peft's PrefixTuningConfig.
 
     Raises:
         ConfigError: a value of the wrong type or out of range, when injected.
     """
 
+    method: ClassVar[str] = "prefix"
     peft_type: ClassVar[str] = "PREFIX_TUNING"
 
-    num_virtual_tokens: int = field(default=20, metadata={"help": "V, keys and values before the text"})
-    prefix_projection: bool = field(default=False, metadata={"help": "train a network that makes the prefix"})
-    encoder_hidden_size: int | None = field(default=None, metadata={"help": "h, its width; default n_embd"})
-    init_weights: str | None = field(
-        default=None, metadata={"help": "how the table starts: none: normal; zero", "choices": (None, "zero")})
+    num_virtual_tokens: int = setting(20, "V, keys and values before the text", POSITIVE_INTEGER)
+    prefix_projection: bool = setting(False, "train a network that makes the prefix")
+    encoder_hidden_size: int | None = setting(None, "h, its width; default n_embd", POSITIVE_INTEGER)
+    init_weights: str | None = setting(None, "how the table starts: none: normal; zero", choices=(None, "zero"))
 
 
 class PrefixProjection(nn.Module):
@@ -68,43 +74,38 @@ class Prefix(VirtualTokens):
         self.n_layer, self.n_head = n_layer, n_head
 
     def keys_and_values(self, batch: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-        """For each block a key and a value, (B, H, V, D)."""
-        table = self.encoder().to(dtype)                                                      # (V, 2 L C)
-        table = table.view(self.num_virtual_tokens, 2 * self.n_layer, self.n_head, -1)        # (V, 2L, H, D)
-        table = table.permute(1, 2, 0, 3).unsqueeze(1).expand(-1, batch, -1, -1, -1)          # (2L, B, H, V, D)
-        return [(table[2 * layer], table[2 * layer + 1]) for layer in range(self.n_layer)]
+        """For each block a key and a value, (batch, H, V, D)."""
+        # A row of the table holds, for one virtual token, block after block, its key and then its value.
+        table = self.encoder().to(dtype)                                                 # (V, L * 2 * C)
+        table = table.view(self.num_virtual_tokens, self.n_layer, 2, self.n_head, -1)    # (V, L, 2, H, D)
+        table = table.permute(1, 2, 3, 0, 4)                                             # (L, 2, H, V, D)
+        table = table.unsqueeze(2).expand(-1, -1, batch, -1, -1, -1)                     # (L, 2, batch, H, V, D)
+        return [(key, value) for key, value in table]
 
-    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        _, call = super().before(module, args, kwargs)
-        if call.get("position_ids") is not None:
+    def put_into(self, call: dict[str, Any], module: nn.Module) -> None:
+        if call["position_ids"] is not None:
             call["position_ids"] = call["position_ids"] + self.num_virtual_tokens
-        if call.get("cache") is None:
+        if call["cache"] is None:
             call["cache"] = KVCache()
         if call["cache"].length == 0:
-            tokens = call["input_ids"] if call.get("inputs_embeds") is None else call["inputs_embeds"]
+            tokens = call["input_ids"] if call["inputs_embeds"] is None else call["inputs_embeds"]
             call["cache"].layers = self.keys_and_values(len(tokens), compute_dtype(module.wte.weight))
-        return (), call
 
 
-def inject(model: nn.Module, config: PrefixTuningConfig, name: str = "default") -> nn.Module:
+def plan(model: nn.Module, config: PrefixTuningConfig) -> Plan:
     """Put V learned keys and values before every text, in every block.
 
     Raises:
-        ConfigError: a bad value, or more virtual tokens than positions.
+        ConfigError: more virtual tokens than positions.
     """
-    check_fields(config)
     check_room(model, config.num_virtual_tokens)
-    wte, base = base_of(model).wte.weight, base_of(model).config
-    hidden = base.n_embd if config.encoder_hidden_size is None else config.encoder_hidden_size
-    if hidden < 1:
-        raise ConfigError(f"encoder_hidden_size must be a positive integer, got {hidden}")
+    base, device = base_of(model).config, base_of(model).wte.weight.device
     shape = (config.num_virtual_tokens, 2 * base.n_layer * base.n_embd)
     if config.prefix_projection:
-        encoder = PrefixProjection(config.num_virtual_tokens, base.n_embd, hidden, shape[1], wte.device)
+        hidden = config.encoder_hidden_size or base.n_embd
+        encoder = PrefixProjection(config.num_virtual_tokens, base.n_embd, hidden, shape[1], device)
     else:
         start = torch.zeros if config.init_weights == "zero" else torch.randn
-        encoder = Table(start(shape, device=wte.device))
-    injection = begin(model, "prefix", config, name)
-    insert(model, injection, place_of(model, "prefix_tuning"),
-           Prefix(encoder, config.num_virtual_tokens, base.n_layer, base.n_head))
-    return record(model, injection)
+        encoder = Table(start(shape, device=device))
+    layer = Prefix(encoder, config.num_virtual_tokens, base.n_layer, base.n_head)
+    return Plan({place_of(model, "prefix_tuning"): layer})

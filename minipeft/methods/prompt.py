@@ -12,7 +12,7 @@ Costs: V C parameters; every text is V tokens longer. GPT-2 at V = 20: 15,360. N
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -20,32 +20,32 @@ import torch.nn as nn
 from torch import Tensor
 
 from minipeft.errors import ConfigError
-from minipeft.methods.config import check_fields
-from minipeft.methods.injection import AdapterLayer, base_of, begin, insert, record
-from minipeft.methods.virtual_tokens import SavedAsPrompt, Table, VirtualTokens, check_room, place_of
+from minipeft.methods.injection import Plan, base_of
+from minipeft.methods.layers import AdapterLayer
+from minipeft.methods.virtual_tokens import Table, VirtualTokens, VirtualTokensConfig, check_room, place_of
+from minipeft.model.kv_cache import KVCache
 from minipeft.model.tokenizer import get_tokenizer
+from minipeft.settings import POSITIVE_INTEGER, setting
 
 
 @dataclass
-class PromptTuningConfig(SavedAsPrompt):
+class PromptTuningConfig(VirtualTokensConfig):
     """peft's PromptTuningConfig.
 
     Raises:
         ConfigError: a value of the wrong type or out of range, when injected.
     """
 
+    method: ClassVar[str] = "prompt"
     peft_type: ClassVar[str] = "PROMPT_TUNING"
     harmless: ClassVar[tuple[str, ...]] = ("tokenizer_kwargs",)
 
-    num_virtual_tokens: int = field(default=20, metadata={"help": "V, tokens before the text"})
-    prompt_tuning_init: str = field(
-        default="RANDOM", metadata={"help": "RANDOM: normal; SAMPLE_VOCAB: words drawn at random; TEXT: a text's words",
-                                    "choices": ("RANDOM", "SAMPLE_VOCAB", "TEXT")})
-    prompt_tuning_init_text: str | None = field(
-        default=None, metadata={"help": "the text for TEXT, repeated or cut to V tokens"})
-    tokenizer_name_or_path: str | None = field(
-        default=None, metadata={"help": "whose vocabulary cuts the text; default the model's own"})
-
+    num_virtual_tokens: int = setting(20, "V, tokens before the text", POSITIVE_INTEGER)
+    prompt_tuning_init: str = setting(
+        "RANDOM", "RANDOM: normal; SAMPLE_VOCAB: words drawn at random; TEXT: a text's words",
+        choices=("RANDOM", "SAMPLE_VOCAB", "TEXT"))
+    prompt_tuning_init_text: str | None = setting(None, "the text for TEXT, repeated or cut to V tokens")
+    tokenizer_name_or_path: str | None = setting(None, "whose vocabulary cuts the text; default the model's own")
 
     def to_saved(self, model: nn.Module, layers: dict[str, AdapterLayer]) -> dict[str, Any]:
         """What adapter_config.json says beyond the fields above; with TEXT, peft insists on a tokenizer's name."""
@@ -63,38 +63,42 @@ class PromptTuningConfig(SavedAsPrompt):
 class Prompt(VirtualTokens):
     """Vectors put before the text's embeddings, and cut off the output."""
 
-    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        _, call = super().before(module, args, kwargs)
-        V, cache, positions = self.num_virtual_tokens, call.get("cache"), call.get("position_ids")
-        first = cache is None or cache.length == 0  # later steps find the virtual tokens in the cache
+    def put_into(self, call: dict[str, Any], module: nn.Module) -> None:
+        V, positions = self.num_virtual_tokens, call["position_ids"]
+        first = call["cache"] is None or call["cache"].length == 0  # later calls find the virtual tokens in the cache
         if positions is not None:
-            positions = torch.atleast_2d(positions) + V                                       # (B or 1, T)
-            virtual = torch.arange(V, device=positions.device).expand(len(positions), V)      # (B or 1, V)
+            positions = torch.atleast_2d(positions) + V                                  # (batch or 1, seq)
+            virtual = torch.arange(V, device=positions.device).expand(len(positions), V)  # (batch or 1, V)
             call["position_ids"] = torch.cat((virtual, positions), dim=1) if first else positions
         if first:
-            x = module.wte(call["input_ids"]) if call.get("inputs_embeds") is None else call["inputs_embeds"]
-            prompt = self.encoder().to(x.dtype).expand(len(x), -1, -1)                        # (B, V, C)
-            call["inputs_embeds"] = torch.cat((prompt, x), dim=1)                             # (B, V + T, C)
-        return (), call
+            x = module.wte(call["input_ids"]) if call["inputs_embeds"] is None else call["inputs_embeds"]
+            prompt = self.encoder().to(x.dtype).expand(len(x), -1, -1)                   # (batch, V, C)
+            call["inputs_embeds"] = torch.cat((prompt, x), dim=1)                        # (batch, V + seq, C)
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        cache = kwargs.get("cache")
-        first = cache is None or cache.length in (0, output.shape[1])  # checkpointing leaves the cache as it was
-        return output[:, self.num_virtual_tokens:] if first else output                       # (B, T, C)
+        if self._prompt_is_in(output, kwargs["cache"]):
+            return output[:, self.num_virtual_tokens:]                                   # (batch, seq, C)
+        return output
+
+    @staticmethod
+    def _prompt_is_in(output: Tensor, cache: KVCache | None) -> bool:
+        """Whether this call was a text's first, which the prompt was put before.
+
+        After the call a cache holds this call's tokens and those of calls before it. Where it holds no more than this
+        call's, there was none before; and it holds none at all under gradient checkpointing, which uses copies of it.
+        """
+        return cache is None or cache.length == 0 or cache.length == output.shape[1]
 
 
-def inject(model: nn.Module, config: PromptTuningConfig, name: str = "default") -> nn.Module:
+def plan(model: nn.Module, config: PromptTuningConfig) -> Plan:
     """Put V learned vectors before every text.
 
     Raises:
-        ConfigError: a bad value, or more virtual tokens than positions.
+        ConfigError: more virtual tokens than positions, or no text to start from.
     """
-    check_fields(config)
     check_room(model, config.num_virtual_tokens)
-    start = _initial_rows(model, config)
-    injection = begin(model, "prompt", config, name)
-    insert(model, injection, place_of(model, "prompt_tuning"), Prompt(Table(start), config.num_virtual_tokens))
-    return record(model, injection)
+    prompt = Prompt(Table(_initial_rows(model, config)), config.num_virtual_tokens)
+    return Plan({place_of(model, "prompt_tuning"): prompt})
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ Costs: V C + C h + h^2 + h C + 2 h + C parameters with the MLP; as many as promp
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
 
@@ -21,29 +21,28 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from minipeft.errors import ConfigError
-from minipeft.methods.config import check_fields
-from minipeft.methods.injection import base_of, begin, insert, record
+from minipeft.methods.injection import Plan, base_of
 from minipeft.methods.prompt import Prompt
-from minipeft.methods.virtual_tokens import SavedAsPrompt, check_room, place_of
+from minipeft.methods.virtual_tokens import VirtualTokensConfig, check_room, place_of
+from minipeft.settings import POSITIVE_INTEGER, PROBABILITY, setting
 
 
 @dataclass
-class PromptEncoderConfig(SavedAsPrompt):
+class PromptEncoderConfig(VirtualTokensConfig):
     """peft's PromptEncoderConfig.
 
     Raises:
         ConfigError: a value of the wrong type or out of range, when injected.
     """
 
+    method: ClassVar[str] = "ptuning"
     peft_type: ClassVar[str] = "P_TUNING"
 
-    num_virtual_tokens: int = field(default=20, metadata={"help": "V, tokens before the text"})
-    encoder_reparameterization_type: str = field(
-        default="MLP", metadata={"help": "network that makes the prompt", "choices": ("MLP", "LSTM")})
-    encoder_hidden_size: int | None = field(default=None, metadata={"help": "h, its width; default n_embd"})
-    encoder_num_layers: int = field(default=2, metadata={"help": "layers of the LSTM"})
-    encoder_dropout: float = field(default=0.0, metadata={"help": "dropout between the LSTM's layers"})
+    num_virtual_tokens: int = setting(20, "V, tokens before the text", POSITIVE_INTEGER)
+    encoder_reparameterization_type: str = setting("MLP", "network that makes the prompt", choices=("MLP", "LSTM"))
+    encoder_hidden_size: int | None = setting(None, "h, its width; default n_embd", POSITIVE_INTEGER)
+    encoder_num_layers: int = setting(2, "layers of the LSTM", POSITIVE_INTEGER)
+    encoder_dropout: float = setting(0.0, "dropout between the LSTM's layers", PROBABILITY)
 
 
 class PromptEncoder(nn.Module):
@@ -69,22 +68,14 @@ class PromptEncoder(nn.Module):
         return self.mlp_head(x)                                               # (V, C)
 
 
-def inject(model: nn.Module, config: PromptEncoderConfig, name: str = "default") -> nn.Module:
+def plan(model: nn.Module, config: PromptEncoderConfig) -> Plan:
     """Put V vectors, made by a trained network, before every text.
 
     Raises:
-        ConfigError: a bad value, or more virtual tokens than positions.
+        ConfigError: more virtual tokens than positions.
     """
-    check_fields(config)
     check_room(model, config.num_virtual_tokens)
-    wte = base_of(model).wte.weight
-    hidden = wte.shape[1] if config.encoder_hidden_size is None else config.encoder_hidden_size
-    for field_name, value in (("encoder_hidden_size", hidden), ("encoder_num_layers", config.encoder_num_layers)):
-        if value < 1:
-            raise ConfigError(f"{field_name} must be a positive integer, got {value}")
-    if not 0 <= config.encoder_dropout < 1:
-        raise ConfigError(f"encoder_dropout must be a probability in [0, 1), got {config.encoder_dropout}")
+    wte = base_of(model).wte.weight                                           # (vocab, C)
+    hidden = config.encoder_hidden_size or wte.shape[1]
     encoder = PromptEncoder(wte.shape[1], hidden, config, wte.device)
-    injection = begin(model, "ptuning", config, name)
-    insert(model, injection, place_of(model, "prompt_tuning"), Prompt(encoder, config.num_virtual_tokens))
-    return record(model, injection)
+    return Plan({place_of(model, "prompt_tuning"): Prompt(encoder, config.num_virtual_tokens)})

@@ -1,13 +1,12 @@
-"""What is written while and after training: adapter folders in peft's format, and the state to resume a run from.
+"""Adapter folders in peft's format: written, checked, and loaded into a base model.
 
-An adapter folder holds `adapter_config.json` and `adapter_model.safetensors`, which peft reads and writes too, and
+A folder holds `adapter_config.json` and `adapter_model.safetensors`, which peft reads and writes too, and
 `minipeft.json`, which peft ignores: the base model's fingerprint, and what prediction needs (label names, length).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,34 +14,30 @@ import torch
 import torch.nn as nn
 from safetensors.torch import save_file
 
-from minipeft.errors import AdapterError, ConfigError, InjectionError, MinipeftError, OutputError, WeightsError
+from minipeft.errors import AdapterError, ConfigError, InjectionError, MinipeftError, WeightsError
 from minipeft.files import read_json_file, replacing_folder, write_json
 from minipeft.methods import METHODS, inject
+from minipeft.methods.config import MethodConfig
 from minipeft.methods.injection import (
     Injection,
-    base_fingerprint,
+    active_injections,
     base_of,
     base_parameters,
-    injections,
+    fingerprint,
 )
-from minipeft.methods.switch import adapter_names, put_in_force, put_out_of_force, remove
+from minipeft.methods.switch import activate, adapter_names, deactivate, remove
 from minipeft.model.weights import open_tensors
-from minipeft.training import distributed as parallel
 
 CONFIG_FILE, TENSORS_FILE, DETAILS_FILE = "adapter_config.json", "adapter_model.safetensors", "minipeft.json"
-STATE_FILE = "training_state.safetensors"
-_TASK_TYPES = {None: "FEATURE_EXTRACTION", "lm_head": "CAUSAL_LM", "score": "SEQ_CLS", "classifier": "TOKEN_CLS"}
 # Keys of peft's adapter_config.json that do not change what the model computes, whatever they say.
 _HARMLESS = {"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping",
              "peft_version", "modules_to_save", "fan_in_fan_out", "runtime_config"}
-# With bias="all" peft writes a token classifier's bias twice more, once as trained and once as it was before.
-_IGNORED_TENSORS = {f"base_model.model.classifier.{kind}.bias" for kind in ("modules_to_save", "original_module")}
 
 
-# --- adapter folders --------------------------------------------------------------------------------------------------
+# --- save -------------------------------------------------------------------------------------------------------------
 
 def save_adapter(model: nn.Module, folder: str | Path, details: dict[str, Any] | None = None) -> None:
-    """Write the trained tensors and the configuration of what is in force; peft loads the folder where it knows the
+    """Write the trained tensors and the configuration of the active adapter; peft loads the folder where it knows the
     method. A combination of methods becomes one sub-folder each, named by the method.
 
     Args:
@@ -54,38 +49,48 @@ def save_adapter(model: nn.Module, folder: str | Path, details: dict[str, Any] |
         AdapterError: nothing is injected, the adapter is merged, or the method trains the whole model.
         OutputError: the folder cannot be written, or the disk is full.
     """
-    in_force = injections(model)
-    if not in_force:
+    active = active_injections(model)
+    if not active:
         raise AdapterError("this model carries no adapter to save: inject a method first")
-    if any(injection.merged for injection in in_force):
+    if any(injection.merged for injection in active):
         raise AdapterError("the adapter is merged into the weights: unmerge it, or use save_pretrained")
-    for injection in in_force:
-        if not hasattr(injection.config, "peft_type"):
+    for injection in active:
+        if not injection.config.saves_adapter:
             raise AdapterError(f"{injection.method} has no adapter to save: use save_pretrained")
     folder = Path(folder)
     with replacing_folder(folder) as temporary:
-        for injection in in_force:
-            part = temporary / injection.method if len(in_force) > 1 else temporary
+        for injection in active:
+            part = temporary / injection.method if len(active) > 1 else temporary
             part.mkdir(exist_ok=True)
             _write(model, injection, part, details or {})
-    written = {folder / injection.method for injection in in_force} if len(in_force) > 1 else {folder}
+    written = {folder / injection.method for injection in active} if len(active) > 1 else {folder}
     for earlier in {folder, *(folder / method for method in METHODS)} - written:
-        for file in (CONFIG_FILE, TENSORS_FILE, DETAILS_FILE):  # an adapter of before must not be taken for this one
-            (earlier / file).unlink(missing_ok=True)
+        clear_adapter(earlier)
+
+
+def clear_adapter(folder: Path, keep: tuple[str, ...] = ()) -> None:
+    """Delete an adapter's files, which are not to be taken for what has been saved since; `keep` names exceptions."""
+    for file in {CONFIG_FILE, TENSORS_FILE, DETAILS_FILE} - set(keep):
+        (folder / file).unlink(missing_ok=True)
 
 
 def _write(model: nn.Module, injection: Injection, folder: Path, details: dict[str, Any]) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _stored(model, injection).items()}
-    head = getattr(model, "head", None)
     config = dataclasses.asdict(injection.config) | injection.config.to_saved(model, injection.layers)
-    config |= {"peft_type": injection.config.peft_type, "task_type": _TASK_TYPES[head], "inference_mode": True,
-               "base_model_name_or_path": getattr(model, "name_or_path", None),
-               "modules_to_save": ["classifier", "score"] if head in ("score", "classifier") else None}
+    # peft looks for a new head under these two names, whichever the model has.
+    new_heads = ["classifier", "score"] if getattr(model, "has_new_head", False) else None
+    config |= {"peft_type": injection.config.peft_type, "task_type": _task_type(model), "inference_mode": True,
+               "base_model_name_or_path": getattr(model, "name_or_path", None), "modules_to_save": new_heads}
     save_file(tensors, folder / TENSORS_FILE, metadata={"format": "pt"})
     write_json(folder / CONFIG_FILE, config)
     write_json(folder / DETAILS_FILE, {
         "base_fingerprint": injection.fingerprint, "base_dtype": str(base_of(model).wte.weight.dtype),
         "base_model": getattr(model, "name_or_path", None), "method": injection.method, **details})
+
+
+def _task_type(model: nn.Module) -> str:
+    """What peft calls the task of a model; a model that is none of this library's has no particular one."""
+    return getattr(model, "task_type", "FEATURE_EXTRACTION")
 
 
 def _stored(model: nn.Module, injection: Injection) -> dict[str, torch.Tensor]:
@@ -102,6 +107,8 @@ def _stored(model: nn.Module, injection: Injection) -> dict[str, torch.Tensor]:
     return tensors
 
 
+# --- load -------------------------------------------------------------------------------------------------------------
+
 def read_details(folder: str | Path) -> dict[str, Any]:
     """The content of a folder's minipeft.json; empty for an adapter that peft wrote."""
     path = Path(folder) / DETAILS_FILE
@@ -115,12 +122,12 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     checked; on any error the model is left as it was.
 
     Args:
-        model: a base model. It may carry adapters under other names: they stay, out of force (see `set_adapter`).
+        model: a base model. It may carry adapters under other names: they stay, inactive (see `set_adapter`).
         folder: an adapter folder, ours or peft's, or one with a sub-folder for each of several methods.
         name: of the loaded adapter.
 
     Returns:
-        The same model, in eval mode, with the loaded adapter in force.
+        The same model, in eval mode, with the loaded adapter active.
 
     Raises:
         AdapterError: no adapter there, a damaged one, another base's, another head's, or tensors missing or left over.
@@ -134,17 +141,17 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     prepared = [_prepare(model, part) for part in parts]
     if name in adapter_names(model):
         raise InjectionError(f"this model already carries an adapter {name!r}: remove it, or load under another name")
-    earlier = put_out_of_force(model, injections(model))
+    earlier = deactivate(model, active_injections(model))
     try:
         for part, (config, tensors) in zip(parts, prepared):
             random_state = torch.get_rng_state()  # loading draws initial values that it then overwrites
             inject(model, config, name)
             torch.set_rng_state(random_state)
-            _fill(model, injections(model)[-1], tensors, part)
+            _fill(model, active_injections(model)[-1], tensors, part)
     except MinipeftError:
         if name in adapter_names(model):
             remove(model, name)
-        put_in_force(model, earlier)
+        activate(model, earlier)
         raise
     return model.eval()
 
@@ -156,14 +163,14 @@ def _prepare(model: nn.Module, folder: Path) -> tuple[Any, dict[str, torch.Tenso
             raise AdapterError(f"{folder} holds no {file}: it is not an adapter folder")
     saved = read_json_file(folder / CONFIG_FILE, AdapterError)
     config = _parse_config(saved, folder, model)
-    task = _TASK_TYPES[getattr(model, "head", None)]
+    task = _task_type(model)
     if saved.get("task_type") not in (None, task):
         raise AdapterError(f"{folder} was trained for {saved['task_type']}, this model is for {task}")
     if saved.get("task_type") is None and config.needs_task:
         raise AdapterError(f"{folder} does not say its task_type, and virtual tokens have a meaning for one task only")
     details = read_details(folder)
     if "base_fingerprint" in details and details.get("base_dtype") == str(base_of(model).wte.weight.dtype):
-        found = base_fingerprint(model)
+        found = fingerprint(model)
         if found != details["base_fingerprint"]:
             raise AdapterError(f"{folder} was trained on another base model ({details.get('base_model')}, fingerprint "
                                f"{details['base_fingerprint']}); this one has fingerprint {found}")
@@ -176,8 +183,9 @@ def _prepare(model: nn.Module, folder: Path) -> tuple[Any, dict[str, torch.Tenso
 
 def _parse_config(saved: dict[str, Any], folder: Path, model: nn.Module) -> Any:
     """A configuration object from peft's JSON; anything that would change the numbers unnoticed is refused."""
-    by_type = {method.config_class.peft_type: method.config_class for method in METHODS.values()
-               if hasattr(method.config_class, "peft_type")}
+    by_type: dict[str, type[MethodConfig]] = {}
+    for config_class in (method.config_class for method in METHODS.values() if method.config_class.saves_adapter):
+        by_type.setdefault(config_class.peft_type, config_class)  # LORA is LoraConfig, which can also say use_dora
     kind = saved.get("peft_type")
     if not isinstance(kind, str) or kind not in by_type:
         raise AdapterError(f"{folder / CONFIG_FILE} says peft_type {kind!r}; known are {', '.join(sorted(by_type))}")
@@ -195,7 +203,10 @@ def _parse_config(saved: dict[str, Any], folder: Path, model: nn.Module) -> Any:
 @torch.no_grad()
 def _fill(model: nn.Module, injection: Injection, tensors: dict[str, torch.Tensor], folder: Path) -> None:
     wanted = _stored(model, injection)
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in _IGNORED_TENSORS}
+    # With bias="all" peft writes a token classifier's bias twice more, once as trained and once as it was before.
+    twins = {f"base_model.model.{getattr(model, 'head', None)}.{kind}.bias"
+             for kind in ("modules_to_save", "original_module")}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in twins}
     problems = [f"missing {name}" for name in wanted if name not in tensors]
     problems += [f"unexpected {name}" for name in tensors if name not in wanted]
     problems += [f"{name} is {tuple(tensors[name].shape)}, this model needs {tuple(parameter.shape)}"
@@ -214,71 +225,3 @@ def _fill(model: nn.Module, injection: Injection, tensors: dict[str, torch.Tenso
     for name, parameter in wanted.items():
         if name not in layer_tensors:
             parameter.copy_(tensors[name])
-
-
-# --- training state ---------------------------------------------------------------------------------------------------
-
-def save_training_state(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int,
-                        extra: dict[str, Any], tensors: dict[str, torch.Tensor] | None = None) -> None:
-    """Write what resuming needs: trained parameters, the optimiser's moments, random state, step and what is added.
-
-    Of several processes all must call, and the first one writes.
-
-    Raises:
-        OutputError: the folder cannot be written, or the disk is full.
-    """
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    state = {f"extra/{name}": tensor for name, tensor in (tensors or {}).items()}
-    state |= {f"model/{name}": p.detach() for name, p in trained.items()}
-    for name, parameter in trained.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            state[f"optimizer/{key}/{name}"] = value
-    state["random/cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        state["random/cuda"] = torch.cuda.get_rng_state()
-    state = {name: parallel.whole(tensor) for name, tensor in state.items()}
-    if parallel.rank() > 0:
-        return
-    # One file, with step and extra in its header: a process killed at any moment leaves a whole state, old or new.
-    with replacing_folder(folder) as temporary:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, temporary / STATE_FILE,
-                  metadata={"state": json.dumps({"step": step, "extra": extra})})
-
-
-def load_training_state(folder: str | Path, model: nn.Module,
-                        optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any], dict[str, torch.Tensor]]:
-    """Restore a saved run into model, optimiser and torch's generators.
-
-    Returns:
-        (step, extra, tensors) as they were given to `save_training_state`; (0, {}, {}) where `folder` holds nothing.
-
-    Raises:
-        OutputError: the state is damaged, or belongs to a model with other parameters.
-    """
-    folder = Path(folder)
-    if not (folder / STATE_FILE).is_file():
-        return 0, {}, {}
-    try:
-        with open_tensors(folder / STATE_FILE) as file:
-            saved = json.loads(file.metadata()["state"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        step, extra, random_state = saved["step"], saved["extra"], tensors["random/cpu"]
-    except (WeightsError, ValueError, KeyError, TypeError) as error:
-        raise OutputError(f"{folder} holds a damaged training state ({error}): delete it") from error
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    stored = {name.removeprefix("model/"): t.shape for name, t in tensors.items() if name.startswith("model/")}
-    if stored != {name: p.shape for name, p in trained.items()}:
-        raise OutputError(f"{folder} holds the state of a run with other parameters: delete it or use another folder")
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(parallel.spread_like(parameter, tensors[f"model/{name}"]))
-    for key, tensor in tensors.items():
-        kind, _, rest = key.partition("/")
-        if kind == "optimizer":
-            entry, _, name = rest.partition("/")
-            optimizer.state[trained[name]][entry] = parallel.spread_like(trained[name], tensor)
-    torch.set_rng_state(random_state)
-    if torch.cuda.is_available() and "random/cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random/cuda"])
-    others = {name.removeprefix("extra/"): t for name, t in tensors.items() if name.startswith("extra/")}
-    return step, extra, others

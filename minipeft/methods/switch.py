@@ -1,7 +1,7 @@
-"""Operations on a model that carries methods: switch them off, switch between them, fold them in, take them out.
+"""Switching: turn the methods that a model carries off and on, choose between them, merge them, remove them.
 
-All of them are surgery. A method that is out of force is not in the module tree at all, and the base model's own
-tensors hold the base's own values, bit for bit; nothing is asked in any forward pass.
+All of it is surgery. An inactive method is not in the module tree at all, and the base model's own tensors hold the
+base's own values, bit for bit; no forward pass asks whether a method is on.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ import torch
 import torch.nn as nn
 
 from minipeft.errors import InjectionError
-from minipeft.methods.injection import Injection, all_injections, base_parameters, freeze, injections
+from minipeft.methods.injection import Injection, active_injections, all_injections, base_parameters, freeze
 
 
 def adapter_names(model: nn.Module) -> list[str]:
-    """Names of the adapters a model carries, in force or not."""
+    """Names of the adapters a model carries, active or not."""
     return list(dict.fromkeys(injection.name for injection in all_injections(model)))
 
 
 def set_adapter(model: nn.Module, name: str) -> nn.Module:
-    """Put the adapter `name` in force and every other one out of it, without touching the base model.
+    """Make the adapter `name` the active one, and every other one inactive, without touching the base model.
 
     Raises:
         InjectionError: no adapter of this name, one that is merged, or one that cannot be taken out.
     """
     _check_name(model, name)
-    put_out_of_force(model, [injection for injection in injections(model) if injection.name != name])
-    put_in_force(model, [injection for injection in all_injections(model)
-                         if injection.name == name and not injection.attached])
+    deactivate(model, [injection for injection in active_injections(model) if injection.name != name])
+    activate(model, [injection for injection in all_injections(model)
+                         if injection.name == name and not injection.active])
     return model
 
 
@@ -38,19 +38,19 @@ def set_adapter(model: nn.Module, name: str) -> nn.Module:
 def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     """Within the block the model is the base model: no adapter, untrained biases and head.
 
-    An adapter that is removed within the block stays removed; one that is put in force there gives way at its end.
+    After the block the adapters that were active before are active again. One that was removed within it stays removed.
 
     Raises:
         InjectionError: the base's weights are not at hand: the adapter is merged, or all of them were trained.
     """
-    in_force = put_out_of_force(model, injections(model))
+    active = deactivate(model, active_injections(model))
     try:
         yield model
     finally:
-        returning = [injection for injection in in_force if injection in all_injections(model)]
+        returning = [injection for injection in active if injection in all_injections(model)]
         if returning:
-            put_out_of_force(model, injections(model))
-        put_in_force(model, returning)
+            deactivate(model, active_injections(model))
+        activate(model, returning)
 
 
 def remove(model: nn.Module, name: str | None = None) -> nn.Module:
@@ -62,11 +62,11 @@ def remove(model: nn.Module, name: str | None = None) -> nn.Module:
     if name is not None:
         _check_name(model, name)
     leaving = [injection for injection in all_injections(model) if name in (None, injection.name)]
-    in_force = [injection for injection in leaving if injection.attached]
-    _check_base_values(in_force)
-    if any(injection.merged for injection in in_force):
+    active = [injection for injection in leaving if injection.active]
+    _check_base_values(active)
+    if any(injection.merged for injection in active):
         unmerge(model)
-    put_out_of_force(model, in_force)
+    deactivate(model, active)
     all_injections(model)[:] = [injection for injection in all_injections(model) if injection not in leaving]
     if leaving and not all_injections(model):
         for parameter_name, parameter in model.named_parameters():
@@ -76,20 +76,20 @@ def remove(model: nn.Module, name: str | None = None) -> nn.Module:
 
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
-    """Fold every layer in force into the weights it adapts: no adapter module stays, and inference costs nothing extra.
+    """Fold every active layer into the weights it adapts: no adapter module stays, and inference costs nothing extra.
 
     The replaced weights are kept, so that `unmerge` restores them bit for bit.
 
     Raises:
         InjectionError: nothing to merge, already merged, or a method that is not a change of weights.
     """
-    in_force = injections(model)
-    if any(injection.merged for injection in in_force):
+    active = active_injections(model)
+    if any(injection.merged for injection in active):
         raise InjectionError("the adapter is already merged")
-    if not any(injection.layers for injection in in_force):
-        trained = f": {in_force[0].method} trains the model's own tensors" if in_force else ": no method is injected"
+    if not any(injection.layers for injection in active):
+        trained = f": {active[0].method} trains the model's own tensors" if active else ": no method is injected"
         raise InjectionError(f"there is nothing to merge{trained}")
-    plan = [(injection, name, layer, layer.merged()) for injection in in_force
+    plan = [(injection, name, layer, layer.merged()) for injection in active
             for name, layer in injection.layers.items()]
     for injection, name, layer, tensors in plan:
         base = dict(layer.base_layer.named_parameters())
@@ -107,9 +107,9 @@ def unmerge(model: nn.Module) -> nn.Module:
     Raises:
         InjectionError: nothing is merged.
     """
-    if not any(injection.merged for injection in injections(model)):
+    if not any(injection.merged for injection in active_injections(model)):
         raise InjectionError("nothing is merged into this model")
-    for injection in injections(model):
+    for injection in active_injections(model):
         for name, tensors in injection.merged.items():
             layer, base = injection.layers[name], dict(injection.layers[name].base_layer.named_parameters())
             for key, tensor in tensors.items():
@@ -120,7 +120,7 @@ def unmerge(model: nn.Module) -> nn.Module:
     return model
 
 
-def put_out_of_force(model: nn.Module, leaving: list[Injection]) -> list[Injection]:
+def deactivate(model: nn.Module, leaving: list[Injection]) -> list[Injection]:
     """Take injections out of the model, which keeps them for later.
 
     Raises:
@@ -136,14 +136,14 @@ def put_out_of_force(model: nn.Module, leaving: list[Injection]) -> list[Injecti
             parameters[name].data = value.to(parameters[name], copy=True)  # what is kept must stay as it is
         for name, layer in reversed(injection.layers.items()):
             layer.detach(model, name)
-        injection.attached = False
+        injection.active = False
     if leaving:
         freeze(model)
     return leaving
 
 
-def put_in_force(model: nn.Module, returning: list[Injection]) -> None:
-    """Put injections that are out of force back into the model."""
+def activate(model: nn.Module, returning: list[Injection]) -> None:
+    """Put inactive injections back into the model."""
     for injection in returning:
         for name, layer in injection.layers.items():
             _follow(model, layer)
@@ -152,7 +152,7 @@ def put_in_force(model: nn.Module, returning: list[Injection]) -> None:
         for name, value in injection.own_values.items():
             parameters[name].data = value.to(parameters[name])
         injection.own_values.clear()
-        injection.attached = True
+        injection.active = True
     if returning:
         freeze(model)
 

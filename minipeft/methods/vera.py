@@ -16,51 +16,42 @@ Costs: r + out parameters a target: GPT-2's twelve c_attn at r = 256, 30,720. It
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from minipeft.errors import ConfigError
-from minipeft.methods.config import SavedConfig, check_fields
-from minipeft.methods.injection import (
-    AdapterLayer,
-    ReplacementLayer,
-    begin,
-    bias_names,
-    find_targets,
-    insert,
-    record,
-    saved_targets,
-    to_dtype_of,
-)
+from minipeft.methods.config import MethodConfig
+from minipeft.methods.injection import Plan
+from minipeft.methods.layers import AdapterLayer, ReplacementLayer, to_dtype_of
+from minipeft.methods.targets import bias_names, find_targets, saved_targets
+from minipeft.settings import FINITE, POSITIVE_INTEGER, PROBABILITY, SEED, setting
 
 
 @dataclass
-class VeraConfig(SavedConfig):
+class VeraConfig(MethodConfig):
     """peft's VeraConfig, as far as it changes GPT-2's numbers.
 
     Raises:
         ConfigError: a value of the wrong type or out of range, when injected.
     """
 
+    method: ClassVar[str] = "vera"
     peft_type: ClassVar[str] = "VERA"
     harmless: ClassVar[tuple[str, ...]] = ("init_weights",)
 
-    r: int = field(default=256, metadata={"help": "rank of the shared matrices"})
-    vera_dropout: float = field(default=0.0, metadata={"help": "dropout on the adapter's input"})
-    target_modules: str | list[str] | None = field(
-        default=None, metadata={"help": "module names, one regular expression, or all-linear; default c_attn"})
-    layers_to_transform: int | list[int] | None = field(
-        default=None, metadata={"help": "numbers of the blocks to adapt; default all"})
-    layers_pattern: str | list[str] | None = field(
-        default=None, metadata={"help": "name before the block number, GPT-2: h"})
-    projection_prng_key: int = field(default=0, metadata={"help": "seed of the shared matrices"})
-    save_projection: bool = field(default=True, metadata={"help": "store the shared matrices in the adapter file too"})
-    d_initial: float = field(default=0.1, metadata={"help": "where d starts"})
-    bias: str = field(default="none", metadata={"help": "biases to train too", "choices": ("none", "vera_only", "all")})
+    r: int = setting(256, "rank of the shared matrices", POSITIVE_INTEGER)
+    vera_dropout: float = setting(0.0, "dropout on the adapter's input", PROBABILITY)
+    target_modules: str | list[str] | None = setting(
+        None, "module names, one regular expression, or all-linear; default c_attn")
+    layers_to_transform: int | list[int] | None = setting(None, "numbers of the blocks to adapt; default all")
+    layers_pattern: str | list[str] | None = setting(None, "name before the block number, GPT-2: h")
+    projection_prng_key: int = setting(0, "seed of the shared matrices", SEED)
+    save_projection: bool = setting(True, "store the shared matrices in the adapter file too")
+    d_initial: float = setting(0.1, "where d starts", FINITE)
+    bias: str = setting("none", "biases to train too", choices=("none", "vera_only", "all"))
 
     def to_saved(self, model: nn.Module, layers: dict[str, AdapterLayer]) -> dict[str, Any]:
         """What adapter_config.json says beyond, or other than, the fields above."""
@@ -118,28 +109,17 @@ class VeRALinear(ReplacementLayer):
         return super().stored(name) | (shared if self.save_projection else {})
 
 
-def inject(model: nn.Module, config: VeraConfig, name: str = "default") -> nn.Module:
-    """Put two trained vectors and the shared matrices beside every targeted linear layer, in place.
+def plan(model: nn.Module, config: VeraConfig) -> Plan:
+    """Put two trained vectors and the shared matrices beside every targeted linear layer.
 
     Raises:
-        ConfigError: a bad value.
+        ConfigError: a block that the model does not have.
         InjectionError: nothing targeted, or a target that cannot be adapted.
     """
-    check_fields(config)
-    if config.r < 1:
-        raise ConfigError(f"r must be a positive integer, got {config.r}")
-    if not 0 <= config.vera_dropout < 1:
-        raise ConfigError(f"vera_dropout must be a probability in [0, 1), got {config.vera_dropout}")
-    if not math.isfinite(config.d_initial):
-        raise ConfigError(f"d_initial must be a finite number, got {config.d_initial}")
-    if not 0 <= config.projection_prng_key < 2**63:
-        raise ConfigError(f"projection_prng_key must be a number from 0 to 2**63 - 1, got {config.projection_prng_key}")
     targets = {target: model.get_submodule(target) for target in find_targets(model, config, default=["c_attn"])}
-    biases = {"none": [], "vera_only": bias_names(model, among=targets), "all": bias_names(model)}[config.bias]
     projections = Projections(config.r, max(linear.in_features for linear in targets.values()),
                               max(linear.out_features for linear in targets.values()), config.projection_prng_key,
                               next(iter(targets.values())).weight.device)
-    injection = begin(model, "vera", config, name)
-    for target, linear in targets.items():
-        insert(model, injection, target, VeRALinear(linear, projections, config))
-    return record(model, injection, trained_base=biases)
+    layers = {target: VeRALinear(linear, projections, config) for target, linear in targets.items()}
+    biases = [] if config.bias == "none" else bias_names(model, among=None if config.bias == "all" else layers)
+    return Plan(layers, biases)

@@ -6,6 +6,7 @@ training needs) as a table of V rows. They take the first V positions, and the t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -14,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minipeft.errors import ConfigError
-from minipeft.methods.config import SavedConfig
-from minipeft.methods.injection import AdapterLayer, AddedLayer, base_of, positions_left
+from minipeft.methods.config import MethodConfig
+from minipeft.methods.injection import base_of, positions_left
+from minipeft.methods.layers import AdapterLayer, AddedLayer
 
 _ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds")   # of GPT2Model.forward
 
@@ -36,6 +38,7 @@ class VirtualTokens(AddedLayer):
 
     Attributes:
         encoder: called without arguments, gives the (V, width) table.
+        num_virtual_tokens: V.
     """
 
     def __init__(self, encoder: nn.Module, num_virtual_tokens: int) -> None:
@@ -47,7 +50,7 @@ class VirtualTokens(AddedLayer):
         return tuple(name for name, _ in self.named_parameters())
 
     def stored(self, name: str) -> dict[str, Tensor]:
-        """Only the table: the network that made it is not needed any more. It is made as for prediction."""
+        """Only the table: the network that made it is not needed any more. It is made in eval mode, without dropout."""
         training = self.encoder.training
         with torch.enable_grad():  # without a gradient an LSTM takes another kernel, which rounds differently
             table = self.encoder.eval()().detach()
@@ -59,10 +62,17 @@ class VirtualTokens(AddedLayer):
         self.encoder = Table(tensors["prompt_embeddings"].float().to(device))
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        call = dict(zip(_ARGUMENTS, args)) | kwargs
-        if call.get("attention_mask") is not None:
-            call["attention_mask"] = F.pad(call["attention_mask"], (self.num_virtual_tokens, 0), value=1)   # (B, V + S)
+        """The base model's arguments, all by name, with the virtual tokens in the mask and wherever else they go."""
+        call = dict.fromkeys(_ARGUMENTS) | dict(zip(_ARGUMENTS, args)) | kwargs
+        if call["attention_mask"] is not None:
+            call["attention_mask"] = F.pad(call["attention_mask"], (self.num_virtual_tokens, 0), value=1)
+            # (batch, seq) -> (batch, V + seq): every token sees the virtual ones
+        self.put_into(call, module)
         return (), call
+
+    def put_into(self, call: dict[str, Any], module: nn.Module) -> None:
+        """Change the arguments of one call of the base model, each of them there and perhaps None."""
+        raise NotImplementedError
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -77,7 +87,7 @@ def check_room(model: nn.Module, num_virtual_tokens: int) -> None:
         ConfigError: saying how many fit.
     """
     left = positions_left(model)
-    if not 1 <= num_virtual_tokens < left:
+    if num_virtual_tokens >= left:
         raise ConfigError(f"num_virtual_tokens={num_virtual_tokens}: this model has {left} positions left, so between "
                           f"1 and {left - 1} virtual tokens fit before a text")
 
@@ -87,7 +97,8 @@ def place_of(model: nn.Module, child: str) -> str:
     return f"transformer.{child}" if base_of(model) is not model else child
 
 
-class SavedAsPrompt(SavedConfig):
+@dataclass
+class VirtualTokensConfig(MethodConfig):
     """How adapter_config.json describes virtual tokens: the fields that all three methods add and check."""
 
     base_prefix: ClassVar[str] = "base_model."

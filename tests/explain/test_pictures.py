@@ -8,7 +8,7 @@ from minipeft.errors import ConfigError, OutputError
 from minipeft.explain import pictures
 from minipeft.explain.anatomy import injected
 from minipeft.methods import METHODS
-from minipeft.methods.injection import injections
+from minipeft.methods.injection import active_injections
 
 pytest.importorskip("matplotlib")
 
@@ -19,7 +19,7 @@ def test_every_method_is_drawn_and_every_layer_it_adds_has_a_look(tmp_path, tiny
     pictures.draw(model, method, tmp_path / "block.svg")
     picture = (tmp_path / "block.svg").read_text()
     assert picture.startswith("<?xml") and pictures.TRAINED in picture
-    assert {type(layer) for layer in injections(model)[0].layers.values()} <= pictures.PARTS.keys()
+    assert {type(layer) for layer in active_injections(model)[0].layers.values()} <= pictures.PARTS.keys()
     assert [file.name for file in tmp_path.iterdir()] == ["block.svg"]
 
 

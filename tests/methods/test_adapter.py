@@ -11,7 +11,7 @@ from minipeft import BottleneckConfig, GPT2Config, GPT2LMHeadModel, GPT2Model, i
 from minipeft.errors import ConfigError
 from minipeft.methods import adapter as adapter_module
 from minipeft.methods.adapter import BottleneckAdapter
-from minipeft.methods.injection import injections
+from minipeft.methods.injection import active_injections
 
 IDS = torch.tensor([[5, 17, 80, 3, 41, 9, 60], [70, 2, 2, 33, 8, 95, 1]])
 ACTIVATIONS = {  # written from their definitions
@@ -44,7 +44,7 @@ def written_out(adapter, h, activation="relu", scaling=1.0, layer_norm=False):
 
 
 def adapters(model):
-    return {name.removeprefix("transformer."): layer for name, layer in injections(model)[0].layers.items()}
+    return {name.removeprefix("transformer."): layer for name, layer in active_injections(model)[0].layers.items()}
 
 
 # --- the formula ------------------------------------------------------------------------------------------------------

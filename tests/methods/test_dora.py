@@ -17,7 +17,7 @@ from minipeft import (
     trainable_parameters,
 )
 from minipeft.methods.dora import DoRALinear
-from minipeft.methods.injection import injections
+from minipeft.methods.injection import active_injections
 from minipeft.training.optimizer import adamw
 
 IDS = torch.tensor([[5, 17, 80, 3, 41, 9, 60], [70, 2, 2, 33, 8, 95, 1]])
@@ -214,8 +214,8 @@ def test_patterns_and_choices_of_layers_are_loras(make_model):
     model = inject(make_model(GPT2LMHeadModel), LoraConfig(
         r=2, lora_alpha=6, use_dora=True, target_modules=["c_attn", "c_fc"], layers_to_transform=1,
         rank_pattern={"c_fc": 3}, alpha_pattern={"c_attn": 8}, lora_dropout=0.25))
-    layers = injections(model)[0].layers
-    assert injections(model)[0].method == "dora"
+    layers = active_injections(model)[0].layers
+    assert active_injections(model)[0].method == "dora"
     assert {name: (type(layer), layer.lora_A.out_features, layer.scaling, layer.lora_dropout.p)
             for name, layer in layers.items()} == {
         "transformer.h.1.attn.c_attn": (DoRALinear, 2, 4.0, 0.25),

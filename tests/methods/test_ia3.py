@@ -7,7 +7,7 @@ import torch.nn as nn
 from minipeft import GPT2Config, GPT2LMHeadModel, GPT2Model, IA3Config, inject, trainable_parameters
 from minipeft.methods import ia3
 from minipeft.methods.ia3 import IA3Linear
-from minipeft.methods.injection import injections
+from minipeft.methods.injection import active_injections
 
 IDS = torch.tensor([[5, 17, 80, 3, 41, 9, 60], [70, 2, 2, 33, 8, 95, 1]])
 
@@ -21,7 +21,8 @@ def layer(feedforward, in_features=6, out_features=10, bias=True):
 
 def kinds(model):
     """Module name -> whether it rescales its input."""
-    return {name.removeprefix("transformer."): layer.feedforward for name, layer in injections(model)[0].layers.items()}
+    (injection,) = active_injections(model)
+    return {name.removeprefix("transformer."): layer.feedforward for name, layer in injection.layers.items()}
 
 
 # --- the formula ------------------------------------------------------------------------------------------------------
@@ -102,7 +103,7 @@ def test_in_attention_each_query_key_and_value_has_its_own_factor(make_model):
 
 def test_a_bfloat16_base_keeps_its_type_and_the_factors_are_float32(make_model):
     model = inject(make_model(GPT2LMHeadModel).bfloat16(), IA3Config())
-    for layer in injections(model)[0].layers.values():
+    for layer in active_injections(model)[0].layers.values():
         assert layer.ia3_l.dtype == torch.float32
         nn.init.normal_(layer.ia3_l)
         x = torch.randn(3, layer.base_layer.in_features).bfloat16()
@@ -114,10 +115,10 @@ def test_a_bfloat16_base_keeps_its_type_and_the_factors_are_float32(make_model):
 # --- the start and the fields -----------------------------------------------------------------------------------------
 
 def test_the_factors_start_at_one_or_at_random(make_model):
-    for layer in injections(inject(make_model(GPT2Model), IA3Config()))[0].layers.values():
+    for layer in active_injections(inject(make_model(GPT2Model), IA3Config()))[0].layers.values():
         assert torch.equal(layer.ia3_l, torch.ones_like(layer.ia3_l))
     torch.manual_seed(0)
-    drawn = torch.cat([layer.ia3_l.detach().flatten() for layer in injections(inject(
+    drawn = torch.cat([layer.ia3_l.detach().flatten() for layer in active_injections(inject(
         make_model(GPT2Model), IA3Config(init_ia3_weights=False)))[0].layers.values()])
     assert drawn.mean().abs() < 0.2 and 0.85 < drawn.std() < 1.15               # N(0, 1), 336 of them
 
@@ -140,7 +141,7 @@ def test_the_factors_start_at_one_or_at_random(make_model):
 def test_these_fields_choose_these_layers_and_what_is_rescaled(make_model, fields, expected):
     model = inject(make_model(GPT2LMHeadModel), IA3Config(**fields))
     assert kinds(model) == {f"h.{i}.{name}": feedforward for i in (0, 1) for name, feedforward in expected.items()}
-    for layer in injections(model)[0].layers.values():
+    for layer in active_injections(model)[0].layers.values():
         base = layer.base_layer
         assert layer.ia3_l.shape == ((1, base.in_features) if layer.feedforward else (base.out_features, 1))
 

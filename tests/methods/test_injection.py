@@ -22,7 +22,8 @@ from minipeft import (
     unmerge,
 )
 from minipeft.errors import ConfigError, InjectionError
-from minipeft.methods.injection import base_parameters, find_targets, freeze, injections
+from minipeft.methods.injection import active_injections, base_parameters, freeze
+from minipeft.methods.targets import find_targets
 
 ALL_FOUR = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
 
@@ -76,7 +77,7 @@ def test_these_fields_choose_these_layers(tiny_config, fields, expected):
     model = build(GPT2LMHeadModel, tiny_config)
     inject(model, LoraConfig(r=2, **fields))
     assert adapter_modules(model) == expected
-    assert list(injections(model)[0].layers) == expected
+    assert list(active_injections(model)[0].layers) == expected
 
 
 def test_block_1_is_not_block_10_or_11(tiny_config):
@@ -110,7 +111,8 @@ def test_all_linear_leaves_out_the_head(tiny_config, model_class):
     pytest.param({"target_modules": ["Q"]}, InjectionError, "nearest names: .*c_attn.*c_fc.*c_proj",
                  id="where nothing is near, all names are listed"),
     pytest.param({"target_modules": []}, InjectionError, "match nothing", id="an empty list"),
-    pytest.param({"target_modules": ["c_attn"], "layers_to_transform": 2}, InjectionError, r"in layers \[2\]",
+    pytest.param({"target_modules": ["c_attn"], "layers_to_transform": [0, 99]}, ConfigError,
+                 r"layers_to_transform=\[0, 99\]: this model has the blocks 0 to 1",
                  id="a block that does not exist"),
     pytest.param({"target_modules": ["c_attn"], "layers_to_transform": 0, "layers_pattern": "layers"}, InjectionError,
                  "match nothing", id="another architecture's block list"),
@@ -128,8 +130,6 @@ def test_all_linear_leaves_out_the_head(tiny_config, model_class):
                  id="a bad exclude expression"),
     pytest.param({"target_modules": ".*c_attn", "layers_to_transform": 0}, ConfigError,
                  "layers_to_transform needs target_modules as a list", id="blocks with an expression"),
-    pytest.param({"target_modules": "all-linear", "layers_to_transform": [0]}, ConfigError,
-                 "layers_to_transform needs target_modules as a list", id="blocks with all-linear"),
     pytest.param({"target_modules": ["c_attn"], "layers_pattern": "h"}, ConfigError,
                  "layers_pattern needs layers_to_transform", id="a pattern without blocks"),
     pytest.param({"target_modules": ".*c_attn", "layers_pattern": "h"}, ConfigError, "layers_pattern",
@@ -151,13 +151,26 @@ def test_a_refused_injection_says_why_and_leaves_model_and_config_as_they_were(t
     model = build(GPT2ForSequenceClassification, tiny_config)
     model.transformer.wpe.weight.requires_grad_(False)  # a choice of the user's that must survive
     model.transformer.h[1].train()
-    config = LoraConfig(r=2, **fields)
+    config = LoraConfig(r=2)
+    for name, value in fields.items():
+        setattr(config, name, value)  # after it was made, when a bad value would have been refused already
     before, config_before = snapshot(model), copy.deepcopy(config)
     with pytest.raises(error, match=message) as caught:
         inject(model, config)
     assert "\n" not in str(caught.value)
     assert_unchanged(model, before)
     assert config == config_before
+
+
+def test_a_bad_value_is_refused_when_the_configuration_is_made():
+    for fields in ({"target_modules": 5}, {"exclude_modules": 5}, {"layers_to_transform": "0"}, {"r": 0}):
+        with pytest.raises(ConfigError, match=f"{next(iter(fields))} must be"):
+            LoraConfig(**fields)
+
+
+def test_all_linear_keeps_to_the_chosen_blocks(tiny_config):
+    model = inject(build(GPT2LMHeadModel, tiny_config), LoraConfig(target_modules="all-linear", layers_to_transform=1))
+    assert adapter_modules(model) == names(*[(1, module) for module in ALL_FOUR])
 
 
 def test_a_second_injection_is_refused(tiny_config):
@@ -202,7 +215,7 @@ def test_a_plain_container_of_linear_layers_can_be_adapted():
     inject(model, LoraConfig(r=2, target_modules="all-linear", bias="lora_only"))
     assert adapter_modules(model) == ["0", "2"]
     assert torch.equal(model(x), expected)
-    assert set(injections(model)[0].base_values) == {"0.bias"}  # the second layer has none
+    assert set(active_injections(model)[0].base_values) == {"0.bias"}  # the second layer has none
 
 
 @pytest.mark.parametrize("fields", [{}, {"target_modules": "all-linear"}, {"target_modules": ["c_fc"], "bias": "all"},
@@ -238,7 +251,7 @@ def test_only_declared_parameters_require_gradients(tiny_config):
     model = inject(build(GPT2ForSequenceClassification, tiny_config), LoraConfig(r=2, layers_to_transform=0))
     assert [name for name, p in model.named_parameters() if p.requires_grad] == [
         "transformer.h.0.attn.c_attn.lora_A.weight", "transformer.h.0.attn.c_attn.lora_B.weight", "score.weight"]
-    (injection,) = injections(model)
+    (injection,) = active_injections(model)
     assert injection.trained_base == ["score.weight"]
     assert {name: layer.trained for name, layer in injection.layers.items()} == {
         "transformer.h.0.attn.c_attn": ("lora_A.weight", "lora_B.weight")}
@@ -249,7 +262,7 @@ def test_the_bases_tensors_are_recorded_by_the_names_they_have_in_the_bare_model
     model = build(GPT2ForSequenceClassification, tiny_config)
     bare = set(dict(model.named_parameters()))
     inject(model, LoraConfig(r=2, target_modules="all-linear", bias="lora_only"))
-    (injection,) = injections(model)
+    (injection,) = active_injections(model)
     biases = {f"transformer.h.{layer}.{module}.bias" for layer in (0, 1) for module in ALL_FOUR}
     assert set(injection.trained_base) == set(injection.base_values) == biases | {"score.weight"}
     assert bare < set(base_parameters(model))

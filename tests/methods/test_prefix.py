@@ -21,7 +21,7 @@ from minipeft import (
     trainable_parameters,
 )
 from minipeft.methods import prefix
-from minipeft.methods.injection import injections
+from minipeft.methods.injection import active_injections
 from minipeft.methods.prefix import PrefixProjection
 
 IDS = torch.tensor([[5, 17, 80, 3, 41, 9, 60], [70, 2, 2, 33, 8, 95, 1]])
@@ -29,7 +29,7 @@ H, D = 3, 8
 
 
 def prefix_of(model):
-    return next(iter(injections(model)[0].layers.values()))
+    return next(iter(active_injections(model)[0].layers.values()))
 
 
 def written_out(base, table, ids):

@@ -17,13 +17,13 @@ from minipeft import (
     trainable_parameters,
 )
 from minipeft.methods import prompt
-from minipeft.methods.injection import injections
+from minipeft.methods.injection import active_injections
 
 IDS = torch.tensor([[5, 17, 80, 3, 41, 9, 60], [70, 2, 2, 33, 8, 95, 1]])
 
 
 def table(model):
-    return next(iter(injections(model)[0].layers.values())).encoder.weight
+    return next(iter(active_injections(model)[0].layers.values())).encoder.weight
 
 
 # --- the formula ------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from minipeft import (
     save_adapter,
     trainable_parameters,
 )
-from minipeft.methods.injection import injections
+from minipeft.methods.injection import active_injections
 from minipeft.methods.ptuning import PromptEncoder
 from minipeft.methods.virtual_tokens import Table
 
@@ -30,7 +30,7 @@ def encoder(V=3, width=4, hidden=5, **fields):
 
 
 def prompt_of(model):
-    return next(iter(injections(model)[0].layers.values())).encoder
+    return next(iter(active_injections(model)[0].layers.values())).encoder
 
 
 def linear(x, layer):

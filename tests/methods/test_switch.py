@@ -52,8 +52,8 @@ from minipeft import (
     unmerge,
 )
 from minipeft.errors import AdapterError, InjectionError, MinipeftError
-from minipeft.methods import method_of
-from minipeft.methods.injection import AdapterLayer, injections
+from minipeft.methods.injection import active_injections
+from minipeft.methods.layers import AdapterLayer
 from minipeft.methods.saving import CONFIG_FILE, TENSORS_FILE
 
 LORA, PISSA = LoraConfig(r=2, lora_alpha=6), LoraConfig(r=2, init_lora_weights="pissa")
@@ -72,10 +72,14 @@ EVERY_METHOD = {
 every_method = pytest.mark.parametrize("config", EVERY_METHOD.values(), ids=EVERY_METHOD)
 
 
+def names_of(configs):
+    return " + ".join(config.method for config in configs)
+
+
 def both_orders(*combinations):
     """parametrize("configs", ...) over each combination, either of its methods first."""
     orders = [order for combination in combinations for order in itertools.permutations(combination)]
-    return pytest.mark.parametrize("configs", orders, ids=lambda configs: " + ".join(map(method_of, configs)))
+    return pytest.mark.parametrize("configs", orders, ids=names_of)
 
 
 # --- several adapters on one base -----------------------------------------------------------------------------------
@@ -126,7 +130,7 @@ def test_each_of_several_adapters_gives_its_exact_logits_again_and_again(tiny_co
     assert_unchanged(remove(model), before)
 
 
-def test_what_is_in_force_is_what_is_saved(tiny_config, tmp_path, saved):
+def test_what_is_active_is_what_is_saved(tiny_config, tmp_path, saved):
     model = load_all(with_new_head(GPT2ForSequenceClassification, tiny_config), saved)
     for name, adapter in saved.items():
         save_adapter(set_adapter(model, name), tmp_path / "again")
@@ -152,15 +156,15 @@ def test_training_one_adapter_changes_neither_the_other_nor_the_base(tiny_config
 
 
 @pytest.mark.parametrize("name", SEVERAL)
-@pytest.mark.parametrize("in_force", [True, False])
-def test_removing_one_adapter_leaves_the_other(tiny_config, saved, name, in_force):
+@pytest.mark.parametrize("active", [True, False])
+def test_removing_one_adapter_leaves_the_other(tiny_config, saved, name, active):
     other = "lora" if name != "lora" else "pissa"
     model = with_new_head(GPT2ForSequenceClassification, tiny_config)
     base, before = model(IDS, MASK), snapshot(model)
     load_all(model, {key: saved[key] for key in (name, other)})
-    set_adapter(model, name if in_force else other)
+    set_adapter(model, name if active else other)
     assert remove(model, name) is model
-    assert torch.equal(model(IDS, MASK), base if in_force else saved[other].logits)
+    assert torch.equal(model(IDS, MASK), base if active else saved[other].logits)
     with pytest.raises(InjectionError, match=f"no adapter '{name}'; there are {other}"):
         set_adapter(model, name)
     assert torch.equal(set_adapter(model, other)(IDS, MASK), saved[other].logits)
@@ -214,7 +218,7 @@ def edit_config(folder, **fields):
 
 @pytest.mark.parametrize("damage", [nothing_matches, bad_value, another_rank, no_tensors, a_tensor_too_many])
 @pytest.mark.parametrize("first", [*SEVERAL, None])
-def test_a_failed_load_leaves_the_adapter_in_force_in_force_and_as_it_was(tiny_config, saved, first, damage):
+def test_a_failed_load_leaves_the_adapter_active_active_and_as_it_was(tiny_config, saved, first, damage):
     model = build(GPT2ForSequenceClassification, tiny_config)
     if first is not None:
         load_adapter(model, saved[first].folder, "first")
@@ -274,7 +278,7 @@ def test_two_methods_together(tiny_config, tmp_path, model_class, configs):
     assert torch.equal(model(IDS, MASK), expected)
 
     save_adapter(model, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == set(map(method_of, configs))
+    assert {path.name for path in tmp_path.iterdir()} == {config.method for config in configs}
     assert torch.equal(load_adapter(with_new_head(model_class, tiny_config), tmp_path)(IDS, MASK), expected)
 
     assert_unchanged(remove(model), before)
@@ -286,7 +290,7 @@ def test_tensors_that_two_methods_train_are_trained_once_and_given_back(tiny_con
     model = build(GPT2ForSequenceClassification, tiny_config)
     before = snapshot(model)
     lora_alone = trainable_parameters(inject(build(GPT2ForSequenceClassification, tiny_config), configs[0]
-                                             if method_of(configs[0]) == "lora" else configs[1])).trainable
+                                             if configs[0].method == "lora" else configs[1])).trainable
     perturb(inject_all(model, *configs))
     assert trainable_parameters(model).trainable == lora_alone
     save_adapter(model, tmp_path)
@@ -302,7 +306,7 @@ def test_tensors_that_two_methods_train_are_trained_once_and_given_back(tiny_con
     *itertools.permutations((PROMPT, PREFIX, PTUNING), 2), (LORA, LoraConfig(target_modules=["c_fc"])),
     *itertools.permutations((LORA, IA3Config(), VeraConfig(), LoraConfig(use_dora=True)), 2),
     (LORA, VeraConfig(target_modules="all-linear")), (ADAPTER, LoraConfig(target_modules=["down"])),
-], ids=method_of)
+], ids=lambda config: config.method)
 def test_a_refused_combination_leaves_the_model_as_it_was(tiny_config, present, refused):
     model = perturb(inject(build(GPT2ForSequenceClassification, tiny_config), present))
     expected, before, config = model(IDS, MASK), snapshot(model), copy.deepcopy(refused)
@@ -318,7 +322,7 @@ def test_methods_that_work_together_share_a_name(tiny_config):
     model = inject(build(GPT2ForSequenceClassification, tiny_config), LORA, "mine")
     before = snapshot(model)
     for name in ("default", "yours"):
-        with pytest.raises(InjectionError, match=r"the adapter 'mine' is in force.*share a name"):
+        with pytest.raises(InjectionError, match=r"the adapter 'mine' is active.*share a name"):
             inject(model, PREFIX, name)
         assert_unchanged(model, before)
     inject(model, PREFIX, "mine")
@@ -506,7 +510,7 @@ def test_a_merged_model_is_saved_as_a_plain_model(tiny_config, tmp_path, configs
     model = merge(perturb(inject_all(build(GPT2ForSequenceClassification, tiny_config), *configs)))
     model.save_pretrained(tmp_path)
     plain = GPT2ForSequenceClassification.from_pretrained(tmp_path)
-    assert injections(plain) == []
+    assert active_injections(plain) == []
     assert torch.equal(plain(IDS, MASK), model(IDS, MASK))
 
 
@@ -633,7 +637,7 @@ copiers = pytest.mark.parametrize("copier", [copy.deepcopy, pickled])
 @pytest.mark.parametrize("configs", [
     [LoraConfig(r=2, bias="lora_only")], [PISSA], [DORA_OF_FC], [VeraConfig(r=4)], [IA3Config()],
     [BottleneckConfig(non_linearity="none")], [LORA, PREFIX], [ADAPTER, BitFitConfig()], [PTUNING, LORA]],
-    ids=lambda configs: " + ".join(map(method_of, configs)))
+    ids=names_of)
 def test_a_copy_of_an_injected_model_is_complete_and_independent(tiny_config, configs, copier):
     base = build(GPT2ForSequenceClassification, tiny_config)
     expected_base, keys = base(IDS, MASK), list(base.state_dict())

@@ -19,7 +19,7 @@ from minipeft import (
     trainable_parameters,
 )
 from minipeft.methods import vera
-from minipeft.methods.injection import injections
+from minipeft.methods.injection import active_injections
 from minipeft.methods.vera import Projections, VeRALinear
 
 IDS = torch.tensor([[5, 17, 80, 3, 41, 9, 60], [70, 2, 2, 33, 8, 95, 1]])
@@ -44,7 +44,7 @@ def parts(adapted):
 
 
 def vera_layers(model):
-    return injections(model)[0].layers
+    return active_injections(model)[0].layers
 
 
 # --- the formula ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,111 @@
+"""What stands in a model: the layers that methods put there, in place of one of its own or beside them.
+
+Each layer declares which of its parameters are trained. Freezing, counting, saving and optimizer groups read that
+declaration, and never look for "lora_" or "bias" inside a name.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from minipeft.errors import InjectionError
+
+
+class AdapterLayer(nn.Module):
+    """What a method puts into a model at one place: its own parameters, and how it gets in and out.
+
+    Attributes:
+        trained: names, below this layer, of the parameters the method trains.
+        raised_rate: those among them that LoRA+ trains at a higher learning rate.
+        num_virtual_tokens: positions that the layer takes from every text.
+    """
+
+    trained: tuple[str, ...] = ()
+    raised_rate: ClassVar[tuple[str, ...]] = ()
+    num_virtual_tokens: int = 0
+
+    def attach(self, model: nn.Module, name: str) -> None:
+        """Put this layer into the model, at `name`, in the mode (training or eval) of what is there."""
+        raise NotImplementedError
+
+    def detach(self, model: nn.Module, name: str) -> None:
+        """Take it out again; the model then computes what it did before."""
+        raise NotImplementedError
+
+    def merged(self) -> dict[str, Tensor]:
+        """The tensors of the replaced layer with the method folded in, by name.
+
+        Raises:
+            InjectionError: the method is not a change of weights.
+        """
+        raise InjectionError(f"{type(self).__name__} cannot be merged: it is not a change of weights")
+
+    def stored(self, name: str) -> dict[str, Tensor]:
+        """The tensors an adapter file holds of this layer, under their names there."""
+        parameters = dict(self.named_parameters())
+        return {f"base_model.model.{name}.{key}": parameters[key] for key in self.trained}
+
+    @torch.no_grad()
+    def restore(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Take over the tensors of an adapter file, which have the names and shapes of `stored`."""
+        for key, parameter in self.stored(name).items():
+            parameter.copy_(tensors[key])
+
+
+class ReplacementLayer(AdapterLayer):
+    """An adapter layer that stands in the place of one of the model's own, which it keeps as `base_layer`."""
+
+    base_layer: nn.Module
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+
+    def attach(self, model: nn.Module, name: str) -> None:
+        self.train(self.base_layer.training)
+        model.set_submodule(name, self)
+
+    def detach(self, model: nn.Module, name: str) -> None:
+        self.base_layer.train(self.training)
+        model.set_submodule(name, self.base_layer)
+
+
+class AddedLayer(AdapterLayer):
+    """An adapter layer that becomes one more child of a module of the model and sees what goes into and out of it.
+
+    No module is moved, so no name changes. `before` and `after` are PyTorch's forward hooks on the module.
+    """
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """The arguments the module is called with."""
+        return args, kwargs
+
+    def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        """The output the module gives."""
+        return output
+
+    def attach(self, model: nn.Module, name: str) -> None:
+        parent, _, child = name.rpartition(".")
+        module = model.get_submodule(parent)
+        self.train(module.training)
+        module.add_module(child, self)
+        self.hooks = [module.register_forward_pre_hook(self.before, with_kwargs=True),
+                      module.register_forward_hook(self.after, with_kwargs=True)]
+
+    def detach(self, model: nn.Module, name: str) -> None:
+        parent, _, child = name.rpartition(".")
+        for hook in self.hooks:
+            hook.remove()
+        delattr(model.get_submodule(parent), child)
+
+
+def to_dtype_of(parameter: Tensor, x: Tensor) -> Tensor:
+    """`x` in the dtype of the parameter it meets: adapters stay float32 on a half-precision base.
+
+    Under autocast the matrix product chooses the dtype itself, and a cast here would only be undone.
+    """
+    return x if torch.is_autocast_enabled(x.device.type) else x.to(parameter.dtype)

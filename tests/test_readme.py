@@ -11,7 +11,7 @@ from helpers import ScriptRunner, write_tiny_model
 
 from minipeft.explain.memory import traffic_table
 from minipeft.model.config import GPT2Config
-from minipeft.model.weights import MINI_FOLDER
+from minipeft.model.hub import MINI_FOLDER
 from minipeft.runs.results import replace_tables
 
 ROOT = Path(__file__).resolve().parents[1]

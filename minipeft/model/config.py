@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from minipeft.errors import ConfigError
+from minipeft.settings import POSITIVE_INTEGER, PROBABILITY, Range, Settings, setting
 
 # name -> (n_layer, n_head, n_embd): the four models OpenAI released.
 OFFICIAL_SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280),
@@ -16,10 +17,11 @@ OFFICIAL_SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-la
 _UNSUPPORTED = {"add_cross_attention": False, "scale_attn_by_inverse_layer_idx": False, "scale_attn_weights": True}
 _ALIASES = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
             "max_position_embeddings": "n_positions"}
+_SMALL = Range("a number between 0 and 1", lambda value: 0 < value < 1)
 
 
 @dataclass
-class GPT2Config:
+class GPT2Config(Settings):
     """The sizes of a GPT-2, under the field names of the official config.json.
 
     Args:
@@ -33,47 +35,34 @@ class GPT2Config:
         classifier_dropout: dropout before the token-classification head.
 
     Raises:
-        ConfigError: a size that is not a positive integer, a probability outside [0, 1), or H not dividing C.
+        ConfigError: a value of the wrong type, a size that is not positive, a probability outside [0, 1), another
+            activation function, or H not dividing C.
     """
 
-    vocab_size: int = 50257
-    n_positions: int = 1024
-    n_embd: int = 768
-    n_layer: int = 12
-    n_head: int = 12
-    n_inner: int | None = None
-    resid_pdrop: float = 0.1
-    embd_pdrop: float = 0.1
-    attn_pdrop: float = 0.1
-    layer_norm_epsilon: float = 1e-5
-    initializer_range: float = 0.02
-    activation_function: str = "gelu_new"
+    where: ClassVar[str] = "GPT-2 config: "
+
+    vocab_size: int = setting(50257, within=POSITIVE_INTEGER)
+    n_positions: int = setting(1024, within=POSITIVE_INTEGER)
+    n_embd: int = setting(768, within=POSITIVE_INTEGER)
+    n_layer: int = setting(12, within=POSITIVE_INTEGER)
+    n_head: int = setting(12, within=POSITIVE_INTEGER)
+    n_inner: int | None = setting(None, within=POSITIVE_INTEGER)
+    resid_pdrop: float = setting(0.1, within=PROBABILITY)
+    embd_pdrop: float = setting(0.1, within=PROBABILITY)
+    attn_pdrop: float = setting(0.1, within=PROBABILITY)
+    layer_norm_epsilon: float = setting(1e-5, within=_SMALL)
+    initializer_range: float = setting(0.02, within=_SMALL)
+    activation_function: str = setting("gelu_new", choices=("gelu_new", "gelu_pytorch_tanh"))
     tie_word_embeddings: bool = True
     bos_token_id: int | None = 50256
     eos_token_id: int | None = 50256
-    num_labels: int = 2
-    classifier_dropout: float = 0.1
+    num_labels: int = setting(2, within=POSITIVE_INTEGER)
+    classifier_dropout: float = setting(0.1, within=PROBABILITY)
 
-    def __post_init__(self) -> None:
-        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "num_labels"):
-            value = getattr(self, name)
-            if name == "n_inner" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"GPT-2 config: {name} must be a positive integer, got {value!r}")
-        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "classifier_dropout"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-                raise ConfigError(f"GPT-2 config: {name} must be a probability in [0, 1), got {value!r}")
-        for name in ("layer_norm_epsilon", "initializer_range"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
-                raise ConfigError(f"GPT-2 config: {name} must be a number between 0 and 1, got {value!r}")
+    def check(self) -> None:
+        super().check()
         if self.n_embd % self.n_head:
-            raise ConfigError(f"GPT-2 config: n_head={self.n_head} does not divide n_embd={self.n_embd}")
-        if self.activation_function not in ("gelu_new", "gelu_pytorch_tanh"):
-            raise ConfigError(f"GPT-2 config: activation_function {self.activation_function!r} is not GPT-2's "
-                              "gelu_new")
+            raise ConfigError(f"{self.where}n_head={self.n_head} does not divide n_embd={self.n_embd}")
 
     @property
     def inner_size(self) -> int:

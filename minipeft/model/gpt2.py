@@ -1,4 +1,4 @@
-"""GPT-2, written out by hand: the whole base model in one file.
+"""GPT-2, written out by hand: from token ids to the three heads.
 
 A decoder-only Transformer reads a sequence of token ids and gives, at every position, a vector that has seen that
 position and everything before it. Three heads turn these vectors into next-token scores, one label per text, or one
@@ -13,7 +13,8 @@ Paper: Radford, Wu, Child, Luan, Amodei, Sutskever (2019), "Language Models are 
 LayerNorm stands before each sub-layer, gelu is the tanh approximation, input and output embeddings are one tensor.
 
 Modules carry the names of the official weights (`wte`, `h.0.attn.c_attn`, ...). The official matrices are stored
-(in, out); `weights.py` transposes them once while loading, so every projection here is a plain `nn.Linear`.
+(in, out); `weights.py` transposes them once while loading, so every projection here is a plain `nn.Linear`. How
+parameters start, and how they are read from a file, stands in `pretrained.py`.
 
 The dimensions, in this file and in every other:
 
@@ -23,8 +24,7 @@ The dimensions, in this file and in every other:
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
@@ -33,24 +33,22 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from minipeft.errors import ConfigError
-from minipeft.model import weights
 from minipeft.model.config import GPT2Config
 from minipeft.model.kv_cache import KVCache
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from minipeft.model.pretrained import PretrainedModel, initialize
 
 
 class Attention(nn.Module):
     """Causal multi-head self-attention: softmax(q k^T / sqrt(D)) v, heads side by side."""
-
-    longest_by_formula = 384  # tokens; measured: beyond, a fused kernel is about as fast and needs less memory
 
     def __init__(self, config: GPT2Config, layer: int) -> None:
         super().__init__()
         self.layer = layer
         self.n_head = config.n_head
         self.attn_pdrop = config.attn_pdrop
+        # Speed only: up to so many tokens `attend` may compute the formula itself instead of calling a fused kernel.
+        # Measured in bfloat16 on a CPU: with more, the kernel is about as fast and needs less memory.
+        self.longest_by_formula = 384
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k and v in one product
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
@@ -152,58 +150,6 @@ def attention_mask_for(attention_mask: Tensor | None, T: int, past: int, device:
     return mask
 
 
-class PretrainedModel(nn.Module):
-    """What the base model and its three heads share: reading and writing the official layout.
-
-    Attributes:
-        prefix: how the class's names for the base's tensors start.
-        head: the name of its head, or None.
-        has_new_head: whether pretraining leaves the head random, so that every method trains it.
-        task_type: what the model is for, in peft's word.
-    """
-
-    prefix: ClassVar[str] = "transformer."
-    head: ClassVar[str | None] = None
-    has_new_head: ClassVar[bool] = False
-    task_type: ClassVar[str] = "FEATURE_EXTRACTION"
-
-    @classmethod
-    def from_pretrained(cls, name_or_folder: str | Path, dtype: torch.dtype = torch.float32, **config: Any) -> Self:
-        """Load weights from "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "mini", or a folder.
-
-        A name is looked up on disk first and downloaded from the Hugging Face hub otherwise. Keyword arguments such
-        as `num_labels` replace fields of config.json. A head that the file lacks keeps its random initialisation.
-
-        Args:
-            name_or_folder: a model's name, or a folder with config.json and model.safetensors.
-            dtype: type of the loaded parameters, whatever the file stores. Default float32.
-
-        Returns:
-            The model, in eval mode.
-
-        Raises:
-            WeightsError: nothing found, no network, a damaged file, or tensors missing, left over or misshapen.
-            ConfigError: a config.json that is not a GPT-2 this library implements.
-        """
-        folder = weights.find(name_or_folder)
-        model_config = GPT2Config.from_dict({**weights.read_config(folder), **config})
-        with torch.device("meta"):  # no memory yet: each tensor is allocated as it is read
-            model = cls(model_config)
-        weights.load(model, folder, dtype=dtype, initialise=lambda module: initialise(module, model_config))
-        model.name_or_path = str(name_or_folder)
-        return model.eval()
-
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write config.json and model.safetensors in the official layout; transformers loads the folder.
-
-        Args:
-            folder: created if absent.
-            dtype: stored type; None keeps each parameter's own.
-        """
-        config = {"architectures": [type(self).__name__], **self.config.to_dict()}
-        weights.save(self, config, folder, dtype=dtype)
-
-
 class GPT2Model(PretrainedModel):
     """Embeddings, blocks and the final LayerNorm: token ids in, hidden states out.
 
@@ -222,7 +168,7 @@ class GPT2Model(PretrainedModel):
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        initialise(self, config)
+        initialize(self, config)
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 position_ids: Tensor | None = None, cache: KVCache | None = None,
@@ -275,13 +221,13 @@ class GPT2LMHeadModel(PretrainedModel):
         self.config = config
         self.transformer = GPT2Model(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        initialise(self.lm_head, config)
-        self.tie_weights()
-
-    def tie_weights(self) -> None:
-        """Make wte and lm_head one tensor (also after loading has replaced the embedding's)."""
-        if self.config.tie_word_embeddings:
+        initialize(self.lm_head, config)
+        if config.tie_word_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
+
+    @property
+    def tied(self) -> dict[str, str]:
+        return {"lm_head.weight": "transformer.wte.weight"} if self.config.tie_word_embeddings else {}
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 position_ids: Tensor | None = None, cache: KVCache | None = None,
@@ -306,7 +252,7 @@ class GPT2ForSequenceClassification(PretrainedModel):
         self.config = config
         self.transformer = GPT2Model(config)
         self.score = nn.Linear(config.n_embd, config.num_labels, bias=False)
-        initialise(self.score, config)
+        initialize(self.score, config)
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None) -> Tensor:
@@ -332,7 +278,7 @@ class GPT2ForTokenClassification(PretrainedModel):
         self.transformer = GPT2Model(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.classifier = nn.Linear(config.n_embd, config.num_labels)
-        initialise(self.classifier, config)
+        initialize(self.classifier, config)
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None,
@@ -357,20 +303,3 @@ def last_real_token(x: Tensor, attention_mask: Tensor | None) -> Tensor:
     positions = torch.arange(x.shape[1], device=attention_mask.device)                                # (T,)
     last = (positions * (attention_mask != 0)).argmax(dim=1)                                          # (B,)
     return x[torch.arange(x.shape[0], device=x.device), last.to(x.device, non_blocking=True)]
-
-
-def initialise(module: nn.Module, config: GPT2Config) -> None:
-    """GPT-2's initialisation: N(0, 0.02) matrices, zero biases, unit LayerNorms.
-
-    The projections that write into the residual stream get a standard deviation smaller by sqrt(2 n_layer), so that
-    the stream's variance does not grow with the depth.
-    """
-    for name, child in module.named_modules():
-        if isinstance(child, (nn.Linear, nn.Embedding)):
-            residual = name.endswith("c_proj")
-            std = config.initializer_range / ((2 * config.n_layer) ** 0.5 if residual else 1.0)
-            nn.init.normal_(child.weight, std=std)
-        if isinstance(child, nn.LayerNorm):
-            nn.init.ones_(child.weight)
-        if getattr(child, "bias", None) is not None and isinstance(child.bias, Tensor):
-            nn.init.zeros_(child.bias)

@@ -14,7 +14,7 @@ from pathlib import Path
 import tiktoken
 
 from minipeft.errors import WeightsError
-from minipeft.model.weights import MINI_FOLDER
+from minipeft.model.hub import MINI_FOLDER
 
 VOCABULARY_FILE = "vocab.tiktoken"
 END_OF_TEXT = "<|endoftext|>"

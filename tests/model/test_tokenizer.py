@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minipeft.errors import WeightsError
+from minipeft.model.hub import HUB_NAMES, MINI_FOLDER
 from minipeft.model.tokenizer import END_OF_TEXT, VOCABULARY_FILE, Tokenizer, get_tokenizer, train_vocabulary
-from minipeft.model.weights import HUB_NAMES, MINI_FOLDER
 
 BYTES = [bytes([value]) for value in range(256)]
 MERGES = [b"th", b"the", b"in", b"ing", b" a", b"<|"]                            # ranks 256 to 261

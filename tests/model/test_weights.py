@@ -15,6 +15,7 @@ import textwrap
 import threading
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -22,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from minipeft.errors import ConfigError, OutputError, WeightsError
 from minipeft.files import write_json_file
-from minipeft.model import weights
+from minipeft.model import hub, weights
 from minipeft.model.config import GPT2Config
 from minipeft.model.gpt2 import (
     GPT2ForSequenceClassification,
@@ -171,6 +172,14 @@ def test_the_dtype_argument_sets_every_parameter_also_a_new_heads(saved, cls, dt
 def test_saving_keeps_the_parameters_own_type(tmp_path, saved):
     GPT2Model.from_pretrained(saved, dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
     assert {tensor.dtype for tensor in tensors_of(tmp_path / "half").values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("cls", EVERY_CLASS)
+def test_saving_takes_tensors_that_a_caller_gathered(tmp_path, make_model, cls):
+    model, gathered = make_model(cls), make_model(cls, seed=1)
+    model.save_pretrained(tmp_path, state_dict=gathered.state_dict())
+    assert_same_parameters(cls.from_pretrained(tmp_path), gathered)
+    assert_same_parameters(model, make_model(cls))
 
 
 def test_saving_leaves_the_model_as_it_was(tmp_path, make_model):
@@ -359,12 +368,12 @@ def test_a_file_is_not_a_model_folder(saved):
 
 
 def test_mini_is_the_bundled_folder(monkeypatch, saved, make_model):
-    monkeypatch.setattr(weights, "MINI_FOLDER", saved)
+    monkeypatch.setattr(hub, "MINI_FOLDER", saved)
     assert_same_parameters(GPT2LMHeadModel.from_pretrained("mini"), make_model(GPT2LMHeadModel))
 
 
 def test_the_bundled_mini_model_loads():
-    if not (weights.MINI_FOLDER / "model.safetensors").is_file():
+    if not (hub.MINI_FOLDER / "model.safetensors").is_file():
         pytest.skip("checkpoints/mini is not built")
     model = GPT2LMHeadModel.from_pretrained("mini")
     assert model.config.vocab_size == 8192
@@ -574,14 +583,14 @@ def test_an_official_name_is_downloaded_once_through_a_broken_connection(tmp_pat
     config = dataclasses.replace(tiny_config, vocab_size=5000, n_embd=288, n_layer=4)
     model = GPT2LMHeadModel(config)
     model.save_pretrained(tmp_path / "served")
-    with StandInHub("openai-community/gpt2", contents(tmp_path / "served"), cut=1) as hub:
+    with StandInHub("openai-community/gpt2", contents(tmp_path / "served"), cut=1) as server:
         # The client keeps what came in whole pieces of ten megabytes, so the file must be larger.
-        assert len(hub.files["model.safetensors"]) > 20e6
-        output = run_python(FROM_HUB, tmp_path / "copy", HF_ENDPOINT=hub.address, HF_HOME=tmp_path / "home",
+        assert len(server.files["model.safetensors"]) > 20e6
+        output = run_python(FROM_HUB, tmp_path / "copy", HF_ENDPOINT=server.address, HF_HOME=tmp_path / "home",
                             HF_HUB_OFFLINE=None)
     assert output == ""
     assert contents(tmp_path / "copy") == contents(tmp_path / "served")
-    fetched = [(name, start) for method, name, start in hub.requests if method == "GET" and name in FILES]
+    fetched = [(name, start) for method, name, start in server.requests if method == "GET" and name in FILES]
     assert [name for name, _ in fetched] == ["config.json", "model.safetensors", "model.safetensors"]
     assert re.fullmatch(r"bytes=[1-9]\d+-", fetched[2][1])                        # it went on where it broke off
     assert not list((tmp_path / "home").rglob("*.incomplete"))
@@ -589,8 +598,8 @@ def test_an_official_name_is_downloaded_once_through_a_broken_connection(tmp_pat
 
 def test_a_file_the_hub_lacks_is_an_error_that_says_what_to_do(tmp_path, saved):
     config_only = {"config.json": contents(saved)["config.json"]}
-    with StandInHub("openai-community/gpt2", config_only) as hub:
-        output = run_python(FROM_HUB, tmp_path / "copy", HF_ENDPOINT=hub.address, HF_HOME=tmp_path / "home",
+    with StandInHub("openai-community/gpt2", config_only) as server:
+        output = run_python(FROM_HUB, tmp_path / "copy", HF_ENDPOINT=server.address, HF_HOME=tmp_path / "home",
                             HF_HUB_OFFLINE=None)
     kind, _, message = output.split(maxsplit=2)
     assert kind == "WeightsError" and "openai-community/gpt2 failed" in message
@@ -617,24 +626,36 @@ def test_offline_mode_is_obeyed(monkeypatch, tmp_path, name):
     assert f"openai-community/{name} into a folder" in message and all(file in message for file in FILES)
 
 
-def test_the_hub_is_reachable_when_its_endpoint_answers(monkeypatch):
-    with StandInHub("openai-community/gpt2", {}) as hub:
-        monkeypatch.setenv("HF_ENDPOINT", hub.address)
-        assert not weights.hub_is_reachable()                                     # HF_HUB_OFFLINE is set
-        monkeypatch.delenv("HF_HUB_OFFLINE")
-        assert weights.hub_is_reachable()
-    assert not weights.hub_is_reachable()
+@pytest.fixture
+def online(monkeypatch):
+    """online(endpoint): the session may look for the hub, at this address."""
+
+    def endpoint(url):
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+
+    return endpoint
 
 
-def test_a_hub_that_takes_the_connection_but_never_answers_is_not_reachable(monkeypatch):
-    monkeypatch.delenv("HF_HUB_OFFLINE")
+def test_the_hub_is_reachable_when_its_endpoint_answers(monkeypatch, online):
+    with StandInHub("openai-community/gpt2", {}) as server:
+        online(server.address)
+        assert hub.hub_is_reachable()
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        assert not hub.hub_is_reachable()
+        online(server.address)
+        assert hub.hub_is_reachable()
+    huggingface_hub.close_session()                                               # it keeps a connection open
+    assert not hub.hub_is_reachable()
+
+
+def test_a_hub_that_takes_the_connection_but_never_answers_is_not_reachable(online):
     with socket.create_server(("127.0.0.1", 0)) as server:
-        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
-        assert not weights.hub_is_reachable(timeout=0.2)
+        online(f"http://127.0.0.1:{server.getsockname()[1]}")
+        assert not hub.hub_is_reachable(timeout=0.2)
 
 
 @pytest.mark.parametrize("endpoint", ["no address", "http://[broken", "ftp://127.0.0.1:9"])
-def test_a_malformed_endpoint_is_not_reachable(monkeypatch, endpoint):
-    monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setenv("HF_ENDPOINT", endpoint)
-    assert not weights.hub_is_reachable(timeout=1)
+def test_a_malformed_endpoint_is_not_reachable(online, endpoint):
+    online(endpoint)
+    assert not hub.hub_is_reachable(timeout=1)

@@ -1,0 +1,97 @@
+"""Where a model's parameters come from: drawn at random, or read from official files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from minipeft.model import weights
+from minipeft.model.config import GPT2Config
+from minipeft.model.hub import find
+
+Model = TypeVar("Model", bound="PretrainedModel")
+
+
+def initialize(module: nn.Module, config: GPT2Config) -> None:
+    """GPT-2's initialization: N(0, 0.02) matrices, zero biases, unit LayerNorms.
+
+    The projections that write into the residual stream get a standard deviation smaller by sqrt(2 n_layer), so that
+    the stream's variance does not grow with the depth.
+    """
+    for name, child in module.named_modules():
+        if isinstance(child, (nn.Linear, nn.Embedding)):
+            residual = name.endswith("c_proj")
+            std = config.initializer_range / ((2 * config.n_layer) ** 0.5 if residual else 1.0)
+            nn.init.normal_(child.weight, std=std)
+        if isinstance(child, nn.LayerNorm):
+            nn.init.ones_(child.weight)
+        if getattr(child, "bias", None) is not None and isinstance(child.bias, Tensor):
+            nn.init.zeros_(child.bias)
+
+
+class PretrainedModel(nn.Module):
+    """What the base model and its three heads share: reading and writing the official layout.
+
+    Attributes:
+        prefix: how the class's names for the base's tensors start.
+        head: the name of its head, or None.
+        has_new_head: whether pretraining leaves the head random, so that every method trains it.
+        task_type: what the model is for, in peft's word.
+    """
+
+    prefix: ClassVar[str] = "transformer."
+    head: ClassVar[str | None] = None
+    has_new_head: ClassVar[bool] = False
+    task_type: ClassVar[str] = "FEATURE_EXTRACTION"
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """The tensors that are another one: their names, and the name of that one."""
+        return {}
+
+    @classmethod
+    def from_pretrained(cls: type[Model], name_or_folder: str | Path, dtype: torch.dtype = torch.float32,
+                        **config: Any) -> Model:
+        """Load weights from "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "mini", or a folder.
+
+        A name is looked up on disk first and downloaded from the Hugging Face hub otherwise. Keyword arguments such
+        as `num_labels` replace fields of config.json. A head that the file lacks keeps its random initialization.
+
+        Args:
+            name_or_folder: a model's name, or a folder with config.json and model.safetensors.
+            dtype: type of the loaded parameters, whatever the file stores. Default float32.
+
+        Returns:
+            The model, in eval mode.
+
+        Raises:
+            WeightsError: nothing found, no network, a damaged file, or tensors missing, left over or misshapen.
+            ConfigError: a config.json that is not a GPT-2 this library implements.
+        """
+        folder = find(name_or_folder)
+        model_config = GPT2Config.from_dict({**weights.read_config(folder), **config})
+        with torch.device("meta"):  # no memory yet: each tensor is allocated as it is read
+            model = cls(model_config)
+        heads = {kind.head for kind in PretrainedModel.__subclasses__() if kind.head is not None}
+        weights.load(model, folder, dtype, heads, initialize=lambda module: initialize(module, model_config))
+        model.name_or_path = str(name_or_folder)
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None,
+                        state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write config.json and model.safetensors in the official layout; transformers loads the folder.
+
+        Args:
+            folder: created if absent.
+            dtype: stored type; None keeps each parameter's own.
+            state_dict: the whole tensors of a model that is spread over processes; default the model's own.
+
+        Raises:
+            OutputError: the folder cannot be written, or the disk is full.
+        """
+        config = {"architectures": [type(self).__name__], **self.config.to_dict()}
+        weights.save(self, config, folder, dtype, state_dict)

@@ -419,7 +419,7 @@ def test_the_adapter_learns_what_the_frozen_model_cannot(tiny_config):
 def test_a_value_that_makes_no_lora_is_refused_before_anything_is_touched(tiny_config, fields, message):
     model = build(GPT2ForSequenceClassification, tiny_config)
     before, modules = copies(model), dict(model.named_modules())
-    if fields.get("r") != 25 and not fields.get("rank_pattern", {}).keys() & {"h.1.attn.c_attn", "("}:
+    if "r=25" not in message and "regular expression" not in message:
         with pytest.raises(ConfigError, match=message):
             LoraConfig(**fields)
     config = LoraConfig()

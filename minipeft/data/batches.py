@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-IGNORED_LABEL = -100  # nothing is to be predicted here; what cross-entropy leaves out
+IGNORED_LABEL = -100  # of a token that has no label: cross-entropy leaves it out
 
 
 @dataclass
 class Batch:
     """Texts of similar length, padded on the right to the longest: ids and mask (B, T).
 
-    Labels are one a text, (B,), or one a token, (B, T), with IGNORED_LABEL where nothing is to be predicted.
+    Labels are one per text, (B,), or one per token, (B, T), with IGNORED_LABEL at a token without a label.
     """
 
     input_ids: Tensor
@@ -34,28 +34,28 @@ class Batch:
 
     @cached_property
     def positions(self) -> Tensor | None:
-        """Where a token has a label, boolean (B, T); None where the labels are one a text."""
+        """Where a token has a label, boolean (B, T); None where labels are one per text."""
         return None if self.labels.dim() == 1 else self.labels != IGNORED_LABEL
 
     @cached_property
     def targets(self) -> Tensor:
-        """The labels that count, (N,): all of one a text; of one a token, those at `positions`."""
+        """The labels that count, (N,): one per text, or one per token at `positions`."""
         return self.labels if self.positions is None else self.labels[self.positions]
 
-    def passes(self, tokens: int | None) -> list[Batch]:
-        """The batch in pieces that are computed one after the other: see `number_of_passes`."""
-        number = number_of_passes(*self.attention_mask.shape, tokens)
-        pieces = (tensor.tensor_split(number) for tensor in (self.input_ids, self.attention_mask, self.labels))
-        return [Batch(*piece) for piece in zip(*pieces)]
+    def micro_batches(self, tokens: int | None) -> list[Batch]:
+        """The batch in parts that are computed one after the other: see `number_of_micro_batches`."""
+        number = number_of_micro_batches(*self.attention_mask.shape, tokens)
+        parts = (tensor.tensor_split(number) for tensor in (self.input_ids, self.attention_mask, self.labels))
+        return [Batch(*part) for part in zip(*parts)]
 
     def arguments(self) -> dict[str, Tensor]:
-        """What a model is called with. A head is asked only where there is a label: most of a text has none."""
+        """What a model is called with. A head computes only where there is a label: most of a text has none."""
         found = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
         return found if self.positions is None else {**found, "positions": self.positions}
 
 
-def number_of_passes(rows: int, length: int, tokens: int | None) -> int:
-    """How many forward passes a batch takes if each is to hold at most so many tokens, or one row; None: no limit."""
+def number_of_micro_batches(rows: int, length: int, tokens: int | None) -> int:
+    """Into how many parts a batch is cut if each is to hold at most so many tokens, or one row; None: no limit."""
     return 1 if tokens is None else -(-rows // max(1, tokens // length))
 
 
@@ -125,16 +125,6 @@ class BucketedBatches:
         for rows in self.order(epoch)[first:]:
             ids = [self.ids[i] for i in rows]
             yield collate(ids, [self.labels[i] for i in rows], min(longest, rounded(max(map(len, ids)))))
-
-
-class FeatureBatches(BucketedBatches):
-    """Batches of feature vectors, all of one length, in another random order each epoch: `ids` is (N, C)."""
-
-    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch, from batch number `first` on."""
-        labels = torch.tensor(self.labels)
-        for rows in map(torch.from_numpy, self.order(epoch)[first:]):
-            yield Batch(self.ids[rows], torch.ones(len(rows), 1), labels[rows])
 
 
 def in_order_of_length(ids: Sequence[np.ndarray], labels: Sequence[Any],

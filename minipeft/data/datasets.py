@@ -1,8 +1,8 @@
 """Find a dataset and split it.
 
 A dataset is one of those named below (a folder of parquet files, else the Hugging Face hub), "sample" (reviews written
-for this project, bundled), or the path of a file of the user's own. Whatever it is, two of its columns become examples
-in three splits: train, validation, test. A validation split that a dataset lacks is carved from train, never from test.
+for this project, bundled), or the path of a file of the user's own. A task reads two of its columns as examples, in
+three splits: train, validation, test. A validation split that a dataset lacks is carved from train, never from test.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -18,10 +19,9 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
+from minipeft.data.examples import Examples
 from minipeft.errors import DataError
-from minipeft.model.weights import hub_is_reachable
-from minipeft.tasks import TASKS, find_task
-from minipeft.tasks.task import Examples, Task
+from minipeft.model.hub import hub_is_reachable
 
 SAMPLE_FOLDER = Path(__file__).parent / "sample"
 FILE_TYPES = (".csv", ".tsv", ".jsonl", ".parquet")
@@ -30,12 +30,28 @@ VALIDATION_FRACTION = 0.1
 CONVERTED = "refs/convert/parquet"  # the branch with the hub's own conversion of a dataset to parquet files
 
 
+class Reader(Protocol):
+    """All that a dataset knows of its task.
+
+    Attributes:
+        name: what --task calls it.
+        columns: of texts and of labels, in a user's own file, unless others are named.
+    """
+
+    name: str
+    columns: tuple[str, str]
+
+    def read(self, texts: list[Any], labels: list[Any], where: str,
+             label_names: list[str] | None = None) -> tuple[Examples, list[str]]:
+        """Two columns, checked, as examples and the labels' names: see Task.read."""
+
+
 @dataclass(frozen=True)
 class KnownDataset:
     """A dataset found by its name.
 
     Attributes:
-        task: what it is for, a name in TASKS.
+        task: the name of the task it is for.
         hub: its repository on the Hugging Face hub; `folder` where that has several parts, `revision` where its
             default branch holds a program in place of data.
         text_columns: names that the column of texts goes by; the first one present is taken.
@@ -60,7 +76,7 @@ KNOWN = {
     "wnut_17": KnownDataset("tagging", "wnut_17", ("tokens",), "ner_tags", (
         "O", "B-corporation", "I-corporation", "B-creative-work", "I-creative-work", "B-group", "I-group", "B-location",
         "I-location", "B-person", "I-person", "B-product", "I-product"), folder="wnut_17", revision=CONVERTED),
-    "scitldr": KnownDataset("summarisation", "allenai/scitldr", ("source",), "target", folder="Abstract",
+    "scitldr": KnownDataset("summarization", "allenai/scitldr", ("source",), "target", folder="Abstract",
                             revision=CONVERTED),
     "multi30k": KnownDataset("translation", "bentrevett/multi30k", ("en",), "de"),
 }
@@ -72,7 +88,7 @@ class Dataset:
 
     name: str
     source: str
-    task: type[Task]
+    task: Reader
     label_names: list[str]
     train: Examples
     validation: Examples
@@ -101,35 +117,28 @@ def choose_dataset(data_dir: str | Path | None = None) -> tuple[str, str]:
     return "sample", "IMDb is not on this machine (--data-dir, MINIPEFT_DATA) and the hub cannot be reached"
 
 
-def load_dataset(name: str, data_dir: str | Path | None = None, text_column: str | None = None,
-                 label_column: str | None = None, seed: int = 0, task: str | None = None,
-                 label_names: list[str] | None = None) -> Dataset:
+def load_dataset(name: str, task: Reader, data_dir: str | Path | None = None, text_column: str | None = None,
+                 label_column: str | None = None, seed: int = 0, label_names: list[str] | None = None) -> Dataset:
     """Read a dataset.
 
     Args:
         name: one of KNOWN, "sample", or the path of a .csv, .tsv, .jsonl or .parquet file.
+        task: the task class that reads its columns: see `minipeft.tasks.task_for`.
         data_dir: folder that holds `imdb/` and the others; default the MINIPEFT_DATA environment variable.
-        text_column, label_column: columns of a file of one's own; default what the task calls them.
+        text_column, label_column: columns of a file of the user's own; default the task's `columns`.
         seed: of a validation split that is carved from train and, for a single file, of the test split (10 % each,
             every label in its share).
-        task: of a file of one's own: a name in TASKS or the path of a .py file that defines one; default
-            classification. A known dataset has its own, and no other.
-        label_names: of a file of one's own, where they are known: those that a model was trained on.
+        label_names: of a file of the user's own, where they are known: those that a model was trained on.
 
     Raises:
         DataError: an unknown name, a missing file or column, or unusable content.
-        ConfigError: an unknown task.
     """
-    chosen = None if task is None else find_task(task)
     if name in KNOWN or name == "sample":
-        own = TASKS[KNOWN[name].task if name in KNOWN else "classification"]
-        if chosen not in (None, own):
-            raise DataError(f"{name} is for {own.name}, not for {chosen.name}")
         if text_column or label_column:
             raise DataError(f"--text-column and --label-column name columns of a file of your own; {name}'s are known")
-        return _known(name, KNOWN[name], data_dir, seed) if name in KNOWN else _sample()
+        return _known(name, KNOWN[name], task, data_dir, seed) if name in KNOWN else _sample(task)
     if name.endswith(FILE_TYPES):
-        return _own_file(Path(name), chosen or TASKS["classification"], text_column, label_column, seed, label_names)
+        return _own_file(Path(name), task, text_column, label_column, seed, label_names)
     raise DataError(f"unknown dataset {name!r}: use {', '.join(KNOWN)}, sample, or the path of a "
                     f"{', '.join(FILE_TYPES)} file")
 
@@ -146,8 +155,8 @@ def read_parquet_split(folder: Path, split: str) -> pa.Table:
     return pa.concat_tables([_read_table(file) for file in files])
 
 
-def _known(name: str, known: KnownDataset, data_dir: str | Path | None, seed: int) -> Dataset:
-    folder, task = data_folder(data_dir), TASKS[known.task]
+def _known(name: str, known: KnownDataset, task: Reader, data_dir: str | Path | None, seed: int) -> Dataset:
+    folder = data_folder(data_dir)
     if folder is not None:
         if not (folder / name).is_dir():
             wanted = " and ".join(f"{name}/{split}-*.parquet" for split in known.splits)
@@ -179,11 +188,13 @@ def name_of(dataset: str) -> str:
     return path.name if path.stem in (*KNOWN, "sample") else path.stem  # results on another "imdb" are not IMDb's
 
 
-def _sample() -> Dataset:
-    tables = {split: _read_table(SAMPLE_FOLDER / f"{split}.jsonl") for split in SPLITS}
-    return Dataset("sample", "640 reviews written for minipeft (minipeft/data/sample)", TASKS["classification"],
-                   ["negative", "positive"], **{split: Examples(table["text"].to_pylist(), table["label"].to_pylist())
-                                                for split, table in tables.items()})
+def _sample(task: Reader) -> Dataset:
+    label_names, found = ["negative", "positive"], {}
+    for split in SPLITS:
+        table = _read_table(SAMPLE_FOLDER / f"{split}.jsonl")
+        found[split], _ = task.read(table["text"].to_pylist(), table["label"].to_pylist(), f"sample {split}",
+                                    label_names)
+    return Dataset("sample", "640 reviews written for minipeft (minipeft/data/sample)", task, label_names, **found)
 
 
 def _in_hub_cache(repository: str) -> bool:
@@ -208,14 +219,15 @@ def _from_hub(name: str, known: KnownDataset, split: str) -> pa.Table:
         raise DataError(f"loading {known.hub} from the hub failed: {type(error).__name__}: {error}") from error
 
 
-def _own_file(path: Path, task: type[Task], text_column: str | None, label_column: str | None, seed: int,
+def _own_file(path: Path, task: Reader, text_column: str | None, label_column: str | None, seed: int,
               label_names: list[str] | None) -> Dataset:
     table, columns = _read_table(path), []
     for column, default, option in zip((text_column, label_column), task.columns, ("--text-column", "--label-column")):
         column = column or default
         if column not in table.column_names:
+            tasks = dict.fromkeys(known.task for known in KNOWN.values())
             raise DataError(f"{path} has no column {column!r}; {option} can be one of {', '.join(table.column_names)}, "
-                            f"and --task, now {task.name}, one of {', '.join(TASKS)}")
+                            f"and --task, now {task.name}, one of {', '.join(tasks)}")
         if table.column_names.count(column) > 1:
             raise DataError(f"{path} has {table.column_names.count(column)} columns named {column!r}")
         columns.append(table[column].to_pylist())

@@ -1,4 +1,4 @@
-"""Text classification: one label a text, read off the last real token.
+"""Text classification: one label per text, read off the last real token.
 
     loss = -log softmax(score(h_last))[label]
 """
@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,15 +16,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from minipeft.data.batches import Batch
+from minipeft.data.examples import Examples, check_texts, clean
 from minipeft.errors import ConfigError, DataError
 from minipeft.model.gpt2 import GPT2ForSequenceClassification, GPT2LMHeadModel, last_real_token
 from minipeft.model.tokenizer import Tokenizer
-from minipeft.runs import defaults
-from minipeft.tasks.task import Encoded, Examples, Task, check_texts, for_each
+from minipeft.settings import setting
+from minipeft.tasks.evaluation import evaluation_batches, gather, predicting
+from minipeft.tasks.task import Encoded, Task
 
-_LINE_BREAK = re.compile(r"<br\s*/?>")
+# Which tokens of a text that is too long are kept: see `truncate`.
 TRUNCATIONS = ("head", "head_tail")
+TRUNCATION = "head_tail"
 # What a reviewer might write next, after the review and this line. Chosen on IMDb's validation split.
 ZERO_SHOT_PROMPT = "\n\nIn short, this movie is"
 ZERO_SHOT_WORDS = {"negative": (" bad", " terrible", " awful", " boring", " horrible"),
@@ -34,15 +35,12 @@ ZERO_SHOT_WORDS = {"negative": (" bad", " terrible", " awful", " boring", " horr
 
 @dataclass
 class Classification(Task):
-    """One label a text, from the last real token's vector. `truncation` says what is cut from a longer text."""
+    """One label per text, from the last real token's vector. `truncation`: what is kept of a longer text."""
 
-    truncation: str = defaults.TRUNCATION
+    truncation: str = setting(TRUNCATION, choices=TRUNCATIONS)
 
     name: ClassVar[str] = "classification"
     model_class: ClassVar[type[nn.Module]] = GPT2ForSequenceClassification
-
-    def __post_init__(self) -> None:
-        check_length(self.max_length, self.truncation)
 
     @classmethod
     def read(cls, texts: list[Any], labels: list[Any], where: str,
@@ -76,17 +74,13 @@ class Classification(Task):
                  progress: str | None = None) -> dict[str, Any]:
         return metrics(predict_logits(model, encoded.ids, device, precision, progress=progress), encoded.labels)
 
-    def answers(self, model: nn.Module, texts: Sequence[str], device: torch.device,
+    def predict(self, model: nn.Module, texts: Sequence[str], device: torch.device,
                 precision: torch.dtype) -> Iterator[str]:
+        """Label, its probability, and the first 80 characters of the text, with tabs between."""
         ids = encode([clean(text) for text in texts], self.tokenizer, self.max_length, self.truncation)
         for text, row in zip(texts, predict_logits(model, ids, device, precision).softmax(dim=1)):       # (K,)
             label = int(row.argmax())
             yield f"{self.label_names[label]}\t{row[label]:.4f}\t{' '.join(text.split())[:80]}\n"
-
-
-def clean(text: str) -> str:
-    """IMDb's reviews mark line breaks as HTML; a language model should see a line break."""
-    return _LINE_BREAK.sub("\n", text)
 
 
 def truncate(ids: Sequence[int], max_length: int, how: str) -> np.ndarray:
@@ -106,25 +100,8 @@ def truncate(ids: Sequence[int], max_length: int, how: str) -> np.ndarray:
 
 
 def encode(texts: Sequence[str], tokenizer: Tokenizer, max_length: int, truncation: str) -> list[np.ndarray]:
-    """Token ids of each text, cut to `max_length`; all texts at once, on all cores.
-
-    Raises:
-        ConfigError: an unknown truncation, or max_length below 1.
-    """
-    check_length(max_length, truncation)
+    """Token ids of each text, cut to `max_length` tokens as `truncate` says; all texts at once, on all cores."""
     return [truncate(ids, max_length, truncation) for ids in tokenizer.encode_batch(texts)]
-
-
-def check_length(max_length: int, truncation: str) -> None:
-    """Refuse a length or a truncation that cannot be.
-
-    Raises:
-        ConfigError: an unknown truncation, or max_length below 1.
-    """
-    if truncation not in TRUNCATIONS:
-        raise ConfigError(f"truncation must be one of {', '.join(TRUNCATIONS)}, got {truncation!r}")
-    if max_length < 1:
-        raise ConfigError(f"max_length must be at least 1, got {max_length}")
 
 
 def predict_logits(model: nn.Module, ids: Sequence[np.ndarray], device: torch.device, precision: torch.dtype,
@@ -135,34 +112,11 @@ def predict_logits(model: nn.Module, ids: Sequence[np.ndarray], device: torch.de
         batch_size: texts per forward pass; default what suits the device.
         progress: title of a progress bar; None shows none.
     """
-    model.eval()
-    return _row_for_each(lambda batch: model(**batch.arguments()),                                       # (B, K)
-                         ids, device, precision, batch_size, progress)
-
-
-def pooled_features(model: nn.Module, ids: Sequence[np.ndarray], device: torch.device, precision: torch.dtype,
-                    batch_size: int | None = None, progress: str | None = None) -> Tensor:
-    """What the head of a sequence classifier sees of every text: (N, C), in the given order."""
-    model.eval()
-
-    def last_hidden_state(batch: Batch) -> Tensor:
-        hidden = model.transformer(batch.input_ids, attention_mask=batch.attention_mask)                 # (B, T, C)
-        return last_real_token(hidden, batch.attention_mask)                                             # (B, C)
-
-    return _row_for_each(last_hidden_state, ids, device, precision, batch_size, progress)
-
-
-@torch.inference_mode()
-def head_logits(head: nn.Module, features: Tensor, device: torch.device) -> Tensor:
-    """Label logits (N, K) from `pooled_features`."""
-    return head(features.to(device)).float().cpu()
-
-
-def _row_for_each(compute: Callable[[Batch], Tensor], ids: Sequence[np.ndarray], device: torch.device,
-                  precision: torch.dtype, batch_size: int | None, progress: str | None) -> Tensor:
-    """One float32 row for each text, (N, K), of a batch's (B, K); stacked where a head can still train on it."""
-    return torch.stack(for_each(lambda batch: compute(batch).float().cpu(), ids, [0] * len(ids), device, precision,
-                                batch_size, progress))
+    found = []
+    with predicting(model, device, precision):
+        for numbers, batch in evaluation_batches(ids, [0] * len(ids), device, batch_size, progress):
+            found += zip(numbers, model(**batch.arguments()).float().cpu())                              # (B, K)
+    return torch.stack(gather(found, len(ids)))
 
 
 def metrics(logits: Tensor, labels: Sequence[int]) -> dict[str, Any]:
@@ -218,12 +172,12 @@ def zero_shot_logits(model: GPT2LMHeadModel, tokenizer: Tokenizer, texts: Sequen
                           f"{len(prompt_ids)} tokens")
     ids = [np.concatenate((row, prompt_ids))
            for row in encode(texts, tokenizer, max_length - len(prompt_ids), "head_tail")]
-    model.eval()
-
-    def label_scores(batch: Batch) -> Tensor:
-        hidden = model.transformer(batch.input_ids, attention_mask=batch.attention_mask)             # (B, T, C)
-        last = last_real_token(hidden, batch.attention_mask)                                         # (B, C)
-        scores = model.lm_head(last).float().log_softmax(dim=-1)                                     # (B, vocab)
-        return torch.stack([scores[:, tokens].logsumexp(dim=1) for tokens in first_tokens], dim=1)   # (B, K)
-
-    return _row_for_each(label_scores, ids, device, precision, batch_size, progress)
+    found = []
+    with predicting(model, device, precision):
+        for numbers, batch in evaluation_batches(ids, [0] * len(ids), device, batch_size, progress):
+            hidden = model.transformer(batch.input_ids, attention_mask=batch.attention_mask)             # (B, T, C)
+            last = last_real_token(hidden, batch.attention_mask)                                         # (B, C)
+            scores = model.lm_head(last).float().log_softmax(dim=-1)                                     # (B, vocab)
+            by_label = [scores[:, tokens].logsumexp(dim=1) for tokens in first_tokens]                   # K of (B,)
+            found += zip(numbers, torch.stack(by_label, dim=1).float().cpu())                            # (B, K)
+    return torch.stack(gather(found, len(ids)))

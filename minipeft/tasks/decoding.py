@@ -1,18 +1,18 @@
-"""Text generation with a key-value cache: the prompt is read once, then each step computes one token.
+"""Greedy decoding, sampling and beam search with a key-value cache: a prompt is read once, then each step is one token.
 
-Three ways to choose the next token: the likeliest; one drawn from softmax(logits / temperature), perhaps from its top
-only (top-k: Fan, Lewis, Dauphin 2018, arXiv 1805.04833; top-p: Holtzman et al. 2019, arXiv 1904.09751); and beam
-search, which follows several continuations at once and returns the one of the highest
+Greedy decoding takes the likeliest token. Sampling draws one from softmax(logits / temperature), perhaps from its top
+only (top-k: Fan, Lewis, Dauphin 2018, arXiv 1805.04833; top-p: Holtzman et al. 2019, arXiv 1904.09751). Beam search
+follows several continuations at once and returns the one of the highest
 
     score(y) = log p(y | prompt) / |y|^length_penalty                         |y| counts new tokens, the end included
 
-Greedy and beam search return what transformers' generate returns, token by token.
+Greedy decoding and beam search return what transformers' generate returns, token by token.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -34,10 +34,10 @@ def generate(model: GPT2LMHeadModel, input_ids: Tensor, attention_mask: Tensor |
         input_ids: (B, T) prompts; shorter ones padded on the left.
         attention_mask: (B, T), nonzero at real tokens; None means all are real.
         max_new_tokens: tokens to add.
-        temperature: 0 takes the likeliest token; above 0 samples from softmax(logits / temperature).
+        temperature: 0 is greedy; above 0 samples from softmax(logits / temperature).
         top_k: sample among the k likeliest tokens only; None: among all.
         top_p: sample among the likeliest tokens that together have this probability; None: among all.
-        num_beams: continuations that beam search follows for each prompt; 1 is no beam search.
+        num_beams: continuations that beam search follows of each prompt; 1 is no beam search.
         length_penalty: exponent of a continuation's length in its score; above 1 favours longer ones.
         eos_token_id: a row that has produced it goes on with it. Generation ends when every row has.
         generator: source of randomness for sampling.
@@ -61,27 +61,17 @@ def generate(model: GPT2LMHeadModel, input_ids: Tensor, attention_mask: Tensor |
 def stream(model: GPT2LMHeadModel, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int = 20,
            temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None,
            eos_token_id: int | None = None, generator: torch.Generator | None = None) -> Iterator[Tensor]:
-    """The new tokens of `generate`, (B,) at a time, as they come. Arguments and errors as there, without beams."""
-    if not 0 <= temperature < math.inf:
-        raise ConfigError(f"temperature must be a finite number, 0 or above, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ConfigError(f"top_k must be at least 1, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ConfigError(f"top_p must lie in (0, 1], got {top_p}")
-    if temperature == 0 and (top_k is not None or top_p is not None):
-        raise ConfigError("top_k and top_p are for sampling: give a temperature above 0")
-    reader = _Reader(model, input_ids, attention_mask, max_new_tokens)
+    """The new tokens of `generate`, (B,) per step, as they come. Arguments and errors as there, without beams.
+
+    Inference mode is on while a step computes, and off again when its tokens are handed out.
+    """
+    _check_sampling(temperature, top_k, top_p)
+    reader = _CachedReader(model, input_ids, attention_mask, max_new_tokens)
     finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)             # (B,)
     token = None
     for _ in range(max_new_tokens):
         logits = reader.read(input_ids if token is None else token[:, None])                      # (B, vocab)
-        if temperature > 0:
-            # From the highest logit down, in float64: however low the temperature, 0 / temperature stays 0.
-            logits = logits.double()                                                              # (B, vocab)
-            below = logits - logits.amax(dim=1, keepdim=True)                                     # (B, vocab), <= 0
-            token = _sample(below / temperature, top_k, top_p, generator)                         # (B,)
-        else:
-            token = logits.argmax(dim=1)                                                          # (B,)
+        token = _sample(logits, temperature, top_k, top_p, generator) if temperature else logits.argmax(dim=1)  # (B,)
         if eos_token_id is not None:
             token = token.masked_fill(finished, eos_token_id)
             finished |= token == eos_token_id
@@ -90,8 +80,19 @@ def stream(model: GPT2LMHeadModel, input_ids: Tensor, attention_mask: Tensor | N
             return
 
 
-class _Reader:
-    """Reads prompts, then one token a row and step, and gives the next token's logits."""
+def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if not 0 <= temperature < math.inf:
+        raise ConfigError(f"temperature must be a finite number, 0 or above, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ConfigError(f"top_k must be at least 1, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ConfigError(f"top_p must lie in (0, 1], got {top_p}")
+    if temperature == 0 and (top_k is not None or top_p is not None):
+        raise ConfigError("top_k and top_p are for sampling: give a temperature above 0")
+
+
+class _CachedReader:
+    """Reads prompts, then one token per row and step, and gives the next token's logits."""
 
     def __init__(self, model: GPT2LMHeadModel, input_ids: Tensor, attention_mask: Tensor | None,
                  max_new_tokens: int) -> None:
@@ -119,13 +120,17 @@ class _Reader:
         return self.model.lm_head(hidden[:, -1])                                                  # (B, vocab)
 
     def reorder(self, rows: Tensor) -> None:
-        """Let row i go on from what row rows[i] has read."""
+        """From now on, row i continues what row rows[i] has read."""
         self.cache.reorder(rows)
         self.positions, self.mask = self.positions[rows], self.mask[rows]
 
 
-def _sample(logits: Tensor, top_k: int | None, top_p: float | None, generator: torch.Generator | None) -> Tensor:
-    """One token a row, (B,), drawn from softmax(logits), (B, vocab), cut to its top."""
+def _sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None,
+            generator: torch.Generator | None) -> Tensor:
+    """One token per row, (B,), drawn from softmax(logits / temperature), (B, vocab), cut to its top."""
+    # From the highest logit down, in float64: however low the temperature, 0 / temperature stays 0.
+    logits = logits.double()                                                                      # (B, vocab)
+    logits = (logits - logits.amax(dim=1, keepdim=True)) / temperature                            # (B, vocab), <= 0
     if top_k is not None and top_k < logits.shape[1]:
         lowest = logits.topk(top_k, dim=1).values[:, -1:]                                         # (B, 1)
         logits = logits.masked_fill(logits < lowest, -torch.inf)
@@ -146,35 +151,52 @@ def _beam_search(model: GPT2LMHeadModel, input_ids: Tensor, attention_mask: Tens
         raise ConfigError(f"num_beams must be at least 1, got {num_beams}")
     if not -10 <= length_penalty <= 10:
         raise ConfigError(f"length_penalty must lie in [-10, 10], got {length_penalty}")
-    B = len(input_ids)
-    reader = _Reader(model, input_ids, attention_mask, max_new_tokens)
+    B, device = len(input_ids), input_ids.device
+    reader = _CachedReader(model, input_ids, attention_mask, max_new_tokens)
     logits = reader.read(input_ids)                                                               # (B, vocab)
     first_of = torch.arange(B).repeat_interleave(num_beams)                                       # (B * beams,)
     reader.reorder(first_of)
     logits = logits[first_of]                                                                     # (B * beams, vocab)
     # All beams start alike, so that at first only one of them counts.
-    scores = torch.full((B, num_beams), -torch.inf, device=input_ids.device)                      # (B, beams)
+    scores = torch.full((B, num_beams), -torch.inf, device=device)                                # (B, beams)
     scores[:, 0] = 0
     prompts = [_Beams(num_beams, length_penalty, eos_token_id) for _ in range(B)]
     for length in range(1, max_new_tokens + 1):
-        log_probabilities = logits.float().log_softmax(dim=1).view(B, num_beams, -1)              # (B, beams, vocab)
-        vocab_size = log_probabilities.shape[2]
-        # Twice as many as needed: even if half of them end here, enough are left to go on.
-        best = (scores[:, :, None] + log_probabilities).flatten(1).topk(min(2 * num_beams, num_beams * vocab_size))
-        sources, tokens = best.indices // vocab_size, best.indices % vocab_size                   # (B, 2 * beams)
-        rows = zip(prompts, best.values.tolist(), sources.tolist(), tokens.tolist())
-        chosen = [beams.extend(zip(*candidates), length, length == max_new_tokens) for beams, *candidates in rows]
-        if length == max_new_tokens or all(beams.are_done for beams in prompts):
+        is_last = length == max_new_tokens
+        chosen = [beams.extend(candidates, length, is_last)
+                  for beams, candidates in zip(prompts, _candidates(logits, scores))]
+        if is_last or all(beams.are_done for beams in prompts):
             break
-        scores = torch.tensor([[score for score, _, _ in row] for row in chosen], device=input_ids.device)
-        reader.reorder(torch.tensor([b * num_beams + source for b, row in enumerate(chosen) for _, source, _ in row],
-                                    device=input_ids.device))
-        logits = reader.read(torch.tensor([[token] for row in chosen for _, _, token in row],
-                                          device=input_ids.device))
+        scores = torch.tensor([[score for score, _, _ in row] for row in chosen], device=device)  # (B, beams)
+        reader.reorder(torch.tensor([number * num_beams + beam for number, row in enumerate(chosen)
+                                     for _, beam, _ in row], device=device))                      # (B * beams,)
+        tokens = torch.tensor([[token] for row in chosen for _, _, token in row], device=device)  # (B * beams, 1)
+        logits = reader.read(tokens)                                                              # (B * beams, vocab)
     winners = [beams.ended[0][1] for beams in prompts]
     longest = max(map(len, winners))
     padded = [winner + [eos_token_id or 0] * (longest - len(winner)) for winner in winners]
-    return torch.cat((input_ids, torch.tensor(padded, device=input_ids.device)), dim=1)
+    return torch.cat((input_ids, torch.tensor(padded, device=device)), dim=1)
+
+
+def _candidates(logits: Tensor, scores: Tensor) -> list[list[Candidate]]:
+    """The likeliest continuations of each prompt by one token, likeliest first, from logits (B * beams, vocab).
+
+    Twice as many as there are beams: even if half of them end here, enough are left to continue.
+
+    Args:
+        scores: log p of what each beam holds so far, (B, beams).
+    """
+    B, beams = scores.shape
+    log_probabilities = logits.float().log_softmax(dim=1).view(B, beams, -1)                      # (B, beams, vocab)
+    vocab_size = log_probabilities.shape[2]
+    totals = (scores[:, :, None] + log_probabilities).flatten(1)                                  # (B, beams * vocab)
+    best = totals.topk(min(2 * beams, beams * vocab_size))                                        # (B, 2 * beams)
+    columns = (best.values, best.indices // vocab_size, best.indices % vocab_size)                # (B, 2 * beams) each
+    return [list(zip(*row)) for row in zip(*(column.tolist() for column in columns))]
+
+
+# log p of a whole continuation, the beam that it continues, its new token.
+Candidate = tuple[float, int, int]
 
 
 class _Beams:
@@ -186,13 +208,13 @@ class _Beams:
         self.ended: list[tuple[float, list[int]]] = []                     # (score, tokens), best first
         self.are_done = False
 
-    def extend(self, candidates: Iterable[tuple[float, int, int]], length: int,
-               is_last: bool) -> list[tuple[float, int, int]]:
+    def extend(self, candidates: list[Candidate], length: int, is_last: bool) -> list[Candidate]:
         """One more token: `size` of the candidates are followed from now on, and those that end are kept if good.
 
         Args:
-            candidates: (log p of the whole continuation, the beam it goes on from, its new token), likeliest first.
-            length: tokens that a continuation has now; is_last: no more are to come.
+            candidates: likeliest first.
+            length: tokens that a continuation has now.
+            is_last: whether all continuations end here.
 
         Returns:
             The candidates that are followed.
@@ -205,10 +227,10 @@ class _Beams:
             elif len(chosen) < self.size:
                 chosen.append((score, beam, token))
         self.ended = sorted(self.ended, key=lambda item: item[0], reverse=True)[:self.size]
-        # Once none that is followed can beat the worst of enough ended ones, as it stands now, the prompt is done.
+        # The prompt is done once enough have ended, and the best that is followed scores no higher than their worst.
         if len(self.ended) == self.size and (
                 not chosen or chosen[0][0] / length**self.length_penalty <= self.ended[-1][0]):
             self.are_done = True
-        chosen += [(-math.inf, 0, 0)] * (self.size - len(chosen))          # can never win, keeps the batch in shape
+        chosen += [(-math.inf, 0, 0)] * (self.size - len(chosen))          # never wins, and keeps the batch's shape
         self.followed = [self.followed[beam] + [token] for _, beam, token in chosen]
         return chosen

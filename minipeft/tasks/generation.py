@@ -3,17 +3,19 @@
     sequence = source, separator, target, end of text
     loss     = sum over target tokens and the end of -log softmax(lm_head(h before it))[token]
 
-The separator tells the model that its turn has come ("TL;DR:": Radford et al. 2019, section 3.6; "english = german":
-section 3.7). The source is read but never scored. Too long a source loses its end; so does a target, which is counted.
+The separator tells the model to begin the target ("TL;DR:": Radford et al. 2019, section 3.6; "english = german":
+section 3.7). The source is read but never scored. A source or a target that is too long loses its end, which is logged.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import re
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,14 +26,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minipeft.data.batches import IGNORED_LABEL, Batch
+from minipeft.data.examples import Examples, check_text, check_texts
 from minipeft.errors import ConfigError, DataError
 from minipeft.model.gpt2 import GPT2LMHeadModel
-from minipeft.runs import defaults
+from minipeft.settings import POSITIVE_INTEGER, Range, setting
 from minipeft.tasks.decoding import generate, stream
-from minipeft.tasks.task import Encoded, Examples, Task, bootstrap_interval, check_text, check_texts, for_each
+from minipeft.tasks.evaluation import (
+    EVALUATION_BATCH_SIZE,
+    bootstrap_interval,
+    evaluation_batches,
+    gather,
+    predicting,
+)
+from minipeft.tasks.task import Encoded, Task
 from minipeft.training.hardware import computing_in
 
 logger = logging.getLogger(__name__)
+
+# A summary's source is longer than most texts. Of mini's 512 positions 32 are left for virtual tokens.
+MAX_SUMMARY_LENGTH = 480
+# The part of max_length that is kept free for the target; a summary is a small part of its source.
+TARGET_SHARE, SUMMARY_SHARE = 1 / 3, 1 / 6
+# Prompts continued at a time: one token of each is little work, so more of them than texts that are read.
+GENERATION_BATCH_SIZE = {"cpu": 32, "cuda": 256}
 
 
 @dataclass
@@ -41,22 +58,23 @@ class Generation(Task):
     Attributes:
         max_new_tokens: room for a target, the end included; default target_share of max_length. The source
             has the rest.
+
+    Raises:
+        ConfigError: a value out of range, or no room for a source.
     """
 
-    max_new_tokens: int | None = None
+    max_new_tokens: int | None = setting(None, within=Range("at least 2, a token and the end", lambda n: n >= 2))
 
     model_class: ClassVar[type[nn.Module]] = GPT2LMHeadModel
     columns: ClassVar[tuple[str, str]] = ("source", "target")
     best_by: ClassVar[str] = "loss"
     separator: ClassVar[str]
-    target_share: ClassVar[float] = defaults.TARGET_SHARE
+    target_share: ClassVar[float] = TARGET_SHARE
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_new_tokens is None:
             self.max_new_tokens = max(2, int(self.max_length * self.target_share))
-        if self.max_new_tokens < 2:
-            raise ConfigError(f"max_new_tokens must be at least 2, a token and the end, got {self.max_new_tokens}")
         self.separator_ids = self.tokenizer.encode(self.separator)
         self.source_length = self.max_length - len(self.separator_ids) - self.max_new_tokens
         if self.source_length < 1:
@@ -97,46 +115,50 @@ class Generation(Task):
 
     def evaluate(self, model: nn.Module, encoded: Encoded, device: torch.device, precision: torch.dtype,
                  progress: str | None = None) -> dict[str, Any]:
-        """Loss and accuracy a target token, each given the true ones before it: quick, and no measure of quality."""
-        model.eval()
-
-        def of_each_row(batch: Batch) -> list[Tensor]:
-            tokens = batch.positions.sum(dim=1).tolist()
-            logits = model(**batch.arguments()).float()                                                # (N, vocab)
-            losses = F.cross_entropy(logits, batch.targets, reduction="none")                          # (N,)
-            hits = (logits.argmax(dim=1) == batch.targets).float()                                     # (N,)
-            parts = torch.stack((losses, hits, torch.ones_like(hits)), dim=1).cpu().split(tokens)
-            return [part.sum(dim=0) for part in parts]                                                 # (3,) each
-
-        rows = for_each(of_each_row, encoded.ids, encoded.labels, device, precision,
-                        defaults.EVALUATION_BATCH_SIZE["cpu"], progress)  # few: a whole vocabulary a target token
-        loss, hits, tokens = torch.stack(rows).double().sum(dim=0).tolist()
+        """Loss and accuracy per target token, each given the true ones before it: quick, and no measure of quality."""
+        batch_size = EVALUATION_BATCH_SIZE["cpu"]  # on a GPU, too: the logits of each target token take much memory
+        found = []
+        with predicting(model, device, precision):
+            for numbers, batch in evaluation_batches(encoded.ids, encoded.labels, device, batch_size, progress):
+                logits = model(**batch.arguments()).float()                                            # (N, vocab)
+                losses = F.cross_entropy(logits, batch.targets, reduction="none")                      # (N,)
+                hits = (logits.argmax(dim=1) == batch.targets).float()                                 # (N,)
+                by_token = torch.stack((losses, hits, torch.ones_like(hits)), dim=1).cpu()             # (N, 3)
+                by_row = by_token.split(batch.positions.sum(dim=1).tolist())           # (tokens of a row, 3) each
+                found += zip(numbers, [tokens.sum(dim=0) for tokens in by_row])                        # (3,) each
+        loss, hits, tokens = torch.stack(gather(found, len(encoded.ids))).double().sum(dim=0).tolist()
         return {"loss": round(loss / tokens, 6), "accuracy": round(hits / tokens, 6)}
 
-    def write(self, model: nn.Module, texts: Sequence[Any], device: torch.device, precision: torch.dtype,
-              progress: str | None = None, **how: Any) -> list[str]:
-        """The model's answer to each text.
+    def generate_texts(self, model: nn.Module, texts: Sequence[Any], device: torch.device, precision: torch.dtype,
+                       progress: str | None = None, **decoding: Any) -> list[str]:
+        """The model's summary or translation of each text, on one line.
 
         Args:
-            how: arguments of `generate`; greedy without any.
+            decoding: arguments of `generate`; greedy without any.
         """
-        model.eval()
-        eos = self.tokenizer.eos_token_id
-
-        def answers(batch: Batch) -> list[str]:
-            input_ids, mask = padded_left(batch.input_ids, batch.attention_mask)
-            new = generate(model, input_ids, mask.to(device), eos_token_id=eos,
-                           **{"max_new_tokens": self.max_new_tokens, **how})[:, input_ids.shape[1]:].tolist()
-            written = [self.tokenizer.decode(row[:row.index(eos)] if eos in row else row) for row in new]
-            return [" ".join(text.split()) for text in written]  # on one line
-
         prompts = self.prompts(texts)
-        return for_each(answers, prompts, [0] * len(prompts), device, precision,
-                        defaults.GENERATION_BATCH_SIZE[device.type], progress)
+        found = []
+        with predicting(model, device, precision):
+            for numbers, batch in evaluation_batches(prompts, [0] * len(prompts), device,
+                                                     GENERATION_BATCH_SIZE[device.type], progress):
+                found += zip(numbers, self._continued(model, batch, decoding))
+        return gather(found, len(prompts))
+
+    def _continued(self, model: nn.Module, batch: Batch, decoding: dict[str, Any]) -> list[str]:
+        """What the model writes after each prompt of a batch."""
+        input_ids, mask = padded_left(batch.input_ids, batch.attention_mask)                           # (B, T) each
+        ids = generate(model, input_ids, mask.to(input_ids.device), eos_token_id=self.tokenizer.eos_token_id,
+                       **{"max_new_tokens": self.max_new_tokens, **decoding})                          # (B, T + new)
+        return [self._text(new) for new in ids[:, input_ids.shape[1]:].tolist()]
+
+    def _text(self, ids: list[int]) -> str:
+        """The text of new tokens, up to the end of text, on one line."""
+        eos = self.tokenizer.eos_token_id
+        return " ".join(self.tokenizer.decode(ids[:ids.index(eos)] if eos in ids else ids).split())
 
     def test(self, model: nn.Module, examples: Examples, device: torch.device, precision: torch.dtype,
              progress: str | None = None) -> dict[str, Any]:
-        written = self.write(model, examples.texts, device, precision, progress)
+        written = self.generate_texts(model, examples.texts, device, precision, progress)
         return {**self.metrics(written, examples.labels),
                 **self.evaluate(model, self.encode(examples), device, precision)}
 
@@ -144,54 +166,54 @@ class Generation(Task):
     def metrics(self, written: list[str], references: list[list[str]]) -> dict[str, Any]:
         """How close the written texts come to their references, with 95 % intervals."""
 
-    def answers(self, model: nn.Module, texts: Sequence[str], device: torch.device, precision: torch.dtype,
-                **how: Any) -> Iterator[str]:
-        """Each answer piece by piece, as it is generated.
+    def predict(self, model: nn.Module, texts: Sequence[str], device: torch.device, precision: torch.dtype,
+                **decoding: Any) -> Iterator[str]:
+        """Each summary or translation, piece by piece as it is generated, and a line break.
 
         Args:
-            how: arguments of `stream`; greedy without any. Beam search, whose answer is known at the end only, is
-                for `write`.
+            decoding: arguments of `stream`; greedy without any. Beam search knows its text at the end only: for that
+                there is `generate_texts`.
 
         Raises:
             ConfigError: beam search.
         """
         model.eval()
-        how = {"max_new_tokens": self.max_new_tokens, **how}
-        if how.pop("num_beams", 1) != 1 or "length_penalty" in how:
+        decoding = {"max_new_tokens": self.max_new_tokens, **decoding}
+        if decoding.pop("num_beams", 1) != 1 or "length_penalty" in decoding:
             raise ConfigError("a length penalty is for beam search, with num_beams above 1; and what beams find is "
-                              "known only at the end, by `write`")
+                              "known only at the end: use generate_texts")
         for prompt in self.prompts(texts):
             tokens = stream(model, torch.from_numpy(prompt).long()[None].to(device),
-                            eos_token_id=self.tokenizer.eos_token_id, **how)
+                            eos_token_id=self.tokenizer.eos_token_id, **decoding)                      # (1,) each
             ids: list[int] = []
-            said = text = ""
+            printed = text = ""
             while True:
-                with computing_in(precision, device):
+                with computing_in(precision, device):  # left before each `yield`: see `predicting`
                     token = next(tokens, None)
                 if token is None or int(token) == self.tokenizer.eos_token_id:
                     break
                 ids.append(int(token))
-                text = " ".join(self.tokenizer.decode(ids).split())
+                text = self._text(ids)
                 if not text.endswith("\ufffd"):  # part of a character that has further bytes to come
-                    yield text[len(said):]
-                    said = text
-            yield text[len(said):] + "\n"
+                    yield text[len(printed):]
+                    printed = text
+            yield text[len(printed):] + "\n"
 
 
 @dataclass
-class Summarisation(Generation):
+class Summarization(Generation):
     """A summary after "TL;DR:", judged by ROUGE (Lin 2004), of several references by the closest.
 
     The package rouge-score compares runs of the letters a to z and digits: it is made for English.
     """
 
-    max_length: int = defaults.MAX_SUMMARY_LENGTH
+    max_length: int = setting(MAX_SUMMARY_LENGTH, within=POSITIVE_INTEGER)
 
-    name: ClassVar[str] = "summarisation"
+    name: ClassVar[str] = "summarization"
     headline: ClassVar[str] = "rougeL"
     metric_package: ClassVar[str | None] = "rouge_score"
     separator: ClassVar[str] = "\nTL;DR:"
-    target_share: ClassVar[float] = defaults.SUMMARY_SHARE
+    target_share: ClassVar[float] = SUMMARY_SHARE
 
     def metrics(self, written: list[str], references: list[list[str]]) -> dict[str, Any]:
         from rouge_score.rouge_scorer import RougeScorer
@@ -220,29 +242,43 @@ class Translation(Generation):
 
     def metrics(self, written: list[str], references: list[list[str]]) -> dict[str, Any]:
         from sacrebleu.metrics import BLEU, CHRF
+        from sacrebleu.significance import PairedTest
         most = max(map(len, references))
         columns = [[targets[i] if i < len(targets) else None for targets in references] for i in range(most)]
+        with _sacrebleu_seed():  # one system and none to pair it with: its scores, and their intervals by bootstrap
+            signatures, scores = PairedTest([(self.name, written)], {"bleu": BLEU(), "chrf": CHRF()}, columns,
+                                            test_type="bs", n_samples=1000)()
         found: dict[str, Any] = {"examples": len(written)}
-        for name, metric in (("bleu", BLEU()), ("chrf", CHRF())):
-            found[name] = round(metric.corpus_score(written, columns).score, 4)
-            found[f"{name}_signature"] = metric.get_signature().format()
-        single = BLEU(effective_order=True)  # only to count: a corpus's counts are the sums of its sentences'
-        scores = [single.sentence_score(text, targets) for text, targets in zip(written, references)]
-        counts = np.array([[*score.counts, *score.totals, score.sys_len, score.ref_len] for score in scores])  # (N, 10)
-
-        def bleu(rows: np.ndarray) -> float:
-            *grams, own_length, reference_length = counts[rows].sum(axis=0).tolist()
-            return BLEU.compute_bleu(grams[:4], grams[4:], own_length, reference_length, smooth_method="exp").score
-
-        return {**found, "bleu_95_interval": bootstrap_interval(bleu, len(written))}
+        for name, (title, signature) in zip(("bleu", "chrf"), signatures.items()):
+            score = scores[title][0]
+            for key in ("bs", "seed"):  # these are of the interval: the score has the same signature without one
+                signature.update(key, None)
+            # sacrebleu's interval: the samples' mean, plus and minus half of the distance between their percentiles.
+            low, high = max(0.0, score.mean - score.ci), min(100.0, score.mean + score.ci)
+            found |= {name: round(float(score.score), 4), f"{name}_signature": signature.format(),
+                      f"{name}_95_interval": [round(float(low), 6), round(float(high), 6)]}
+        return found
 
     def baselines(self, train: Examples, test: Examples) -> dict[str, dict[str, Any]]:
-        """The source as it is, and a dictionary: each word becomes the one it most often stands opposite to."""
+        """The source as it is, and a dictionary: each word becomes the target word that goes with it best."""
         dictionary = word_dictionary(train)
         copied = [source_text(text) for text in test.texts]
         translated = [_joined([dictionary.get(word, word) for word in _words(text)]) for text in copied]
         return {"copy_source": self.metrics(copied, test.labels),
                 "word_dictionary": self.metrics(translated, test.labels)}
+
+
+@contextmanager
+def _sacrebleu_seed() -> Iterator[None]:
+    """Let sacrebleu draw the same samples in every run; it takes its seed from this environment variable alone."""
+    before = os.environ.get("SACREBLEU_SEED")
+    os.environ["SACREBLEU_SEED"] = "12345"  # sacrebleu's own default
+    try:
+        yield
+    finally:
+        del os.environ["SACREBLEU_SEED"]
+        if before is not None:
+            os.environ["SACREBLEU_SEED"] = before
 
 
 def _log_cut(what: str, texts: list[list[int]], longest: int) -> None:

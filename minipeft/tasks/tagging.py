@@ -1,4 +1,4 @@
-"""Tagging: one label a word, such as the names of people and places in a sentence.
+"""Tagging: one label per word, such as the names of people and places in a sentence.
 
 A word is one or more tokens. Its tag is read off its first token, in training and in prediction; the word's other
 tokens carry no label, since they would count long words more often than short ones.
@@ -23,17 +23,19 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from minipeft.data.batches import IGNORED_LABEL, Batch
+from minipeft.data.batches import IGNORED_LABEL
+from minipeft.data.examples import Examples, check_text
 from minipeft.errors import DataError
 from minipeft.model.gpt2 import GPT2ForTokenClassification
-from minipeft.tasks.task import Encoded, Examples, Task, bootstrap_interval, check_text, for_each
+from minipeft.tasks.evaluation import bootstrap_interval, evaluation_batches, gather, predicting
+from minipeft.tasks.task import Encoded, Task
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Tagging(Task):
-    """One tag a word, in the BIO scheme: B- begins an entity, I- goes on with it, O is outside of any."""
+    """One tag per word, in the BIO scheme: B- begins an entity, I- goes on with it, O is outside of any."""
 
     name: ClassVar[str] = "tagging"
     model_class: ClassVar[type[nn.Module]] = GPT2ForTokenClassification
@@ -101,16 +103,15 @@ class Tagging(Task):
     def word_logits(self, model: nn.Module, encoded: Encoded, device: torch.device, precision: torch.dtype,
                     progress: str | None = None) -> list[torch.Tensor]:
         """Tag logits of each example's words, (words, K) each, whatever windows they were in."""
-        model.eval()
-
-        def of_each_row(batch: Batch) -> list[torch.Tensor]:
-            words = batch.positions.sum(dim=1).tolist()
-            return list(model(**batch.arguments()).float().cpu().split(words))          # (words of a row, K) each
-
-        windows = for_each(of_each_row, encoded.ids, encoded.labels, device, precision, progress=progress)
+        found = []
+        with predicting(model, device, precision):
+            for numbers, batch in evaluation_batches(encoded.ids, encoded.labels, device, progress=progress):
+                logits = model(**batch.arguments()).float().cpu()                         # (words of the batch, K)
+                words = batch.positions.sum(dim=1).tolist()                               # B numbers
+                found += zip(numbers, logits.split(words))                                # (words of a row, K) each
         parts: list[list[torch.Tensor]] = [[] for _ in encoded.examples.texts]
-        for owner, logits in zip(encoded.owners, windows):
-            parts[owner].append(logits)
+        for owner, window in zip(encoded.owners, gather(found, len(encoded.ids))):
+            parts[owner].append(window)
         return [torch.cat(own) for own in parts]
 
     def evaluate(self, model: nn.Module, encoded: Encoded, device: torch.device, precision: torch.dtype,
@@ -151,8 +152,9 @@ class Tagging(Task):
                 "accuracy": round(right / sum(map(len, true)), 6), "examples": len(true),
                 "words": sum(map(len, true))}
 
-    def answers(self, model: nn.Module, texts: Sequence[str], device: torch.device,
+    def predict(self, model: nn.Module, texts: Sequence[str], device: torch.device,
                 precision: torch.dtype) -> Iterator[str]:
+        """Each text's words, with a slash and the tag behind those that have one."""
         sentences = [text.split() for text in texts]
         examples = Examples(sentences, [[0] * len(words) for words in sentences])
         for words, logits in zip(sentences, self.word_logits(model, self.encode(examples), device, precision)):

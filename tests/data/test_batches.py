@@ -118,10 +118,10 @@ def test_labels_of_tokens_are_padded_with_what_does_not_count():
 @pytest.mark.parametrize(("rows", "length", "tokens", "expected"), [
     (16, 256, None, [16]), (16, 256, 4096, [16]), (16, 256, 4095, [8, 8]), (16, 256, 1365, [4, 4, 4, 4]),
     (10, 100, 300, [3, 3, 2, 2]), (3, 500, 100, [1, 1, 1])])
-def test_a_batch_is_cut_into_passes_of_at_most_so_many_tokens_or_single_rows(rows, length, tokens, expected):
+def test_a_batch_is_cut_into_micro_batches_of_at_most_so_many_tokens_or_single_rows(rows, length, tokens, expected):
     ids = [np.full(length, number) for number in range(rows)]
     batch = collate(ids, list(range(rows)))
-    passes = batch.passes(tokens)
-    assert [len(piece.labels) for piece in passes] == expected
+    micro_batches = batch.micro_batches(tokens)
+    assert [len(part.labels) for part in micro_batches] == expected
     for name in ("input_ids", "attention_mask", "labels"):
-        assert torch.equal(torch.cat([getattr(piece, name) for piece in passes]), getattr(batch, name))
+        assert torch.equal(torch.cat([getattr(part, name) for part in micro_batches]), getattr(batch, name))

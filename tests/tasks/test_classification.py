@@ -65,10 +65,12 @@ def test_special_token_text_is_plain_text(tokenizer):
 
 @pytest.mark.parametrize(("max_length", "how", "message"), [
     (8, "tail", "truncation must be one of head, head_tail, got 'tail'"),
-    (0, "head", "max_length must be at least 1, got 0"), (-3, "head", "max_length must be at least 1, got -3")])
+    (0, "head", "max_length must be a positive integer, got 0"),
+    (-3, "head", "max_length must be a positive integer, got -3"), (True, "head", "max_length must be int, got True"),
+    (8.5, "head", "max_length must be int, got 8.5"), (None, "head", "max_length must be int, got None")])
 def test_an_impossible_cut_is_refused(tokenizer, max_length, how, message):
     with pytest.raises(ConfigError, match=message):
-        encode(["text"], tokenizer, max_length, how)
+        Classification(tokenizer, ["bad", "good"], max_length, how)
 
 
 # --- loss and metrics -------------------------------------------------------------------------------------------------
@@ -163,6 +165,16 @@ def test_predictions_in_bfloat16_are_float32_numbers_close_to_those_in_float32(t
     assert rounded.dtype == torch.float32
     assert not torch.equal(rounded, exact)
     torch.testing.assert_close(rounded, exact, atol=0.2, rtol=0.1)
+
+
+def test_whoever_takes_a_prediction_line_by_line_computes_in_no_other_mode(tokenizer, config, make_model):
+    model = make_model(GPT2ForSequenceClassification, config)
+    task = Classification(tokenizer, ["bad", "good"], 48)
+    lines = task.predict(model, ["so bad", "so  good\nfilm"], CPU, torch.bfloat16)
+    for line, text in zip(lines, ("so bad", "so good film")):
+        assert not torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
+        label, probability, shown = line.split("\t")
+        assert label in ("bad", "good") and 0.5 <= float(probability) <= 1 and shown == text + "\n"
 
 
 # --- zero-shot --------------------------------------------------------------------------------------------------------

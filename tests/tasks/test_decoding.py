@@ -163,6 +163,13 @@ def test_a_stream_gives_the_tokens_of_generate_one_by_one(model, make_ids):
     assert torch.equal(torch.stack(tokens, dim=1), generate(model, ids, max_new_tokens=6)[:, 5:])
 
 
+def test_a_stream_computes_in_inference_mode_and_leaves_it_with_each_token(model, make_ids):
+    tokens = stream(model, make_ids(2, 5), max_new_tokens=6)
+    for token in tokens:
+        assert token.is_inference() and not torch.is_inference_mode_enabled()
+    assert not torch.is_inference_mode_enabled()
+
+
 @pytest.mark.parametrize(("values", "message"), [
     ({"temperature": -1.0}, "temperature"), ({"temperature": float("nan")}, "temperature"), ({"top_k": 0}, "top_k"),
     ({"top_p": 0.0}, "top_p"), ({"top_p": 1.5}, "top_p"), ({"num_beams": 0}, "num_beams"),

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import read_json, write_datasets, write_tiny_model
+from helpers import load, read_json, write_csv, write_datasets, write_tiny_model
 
-from minipeft.data.datasets import KNOWN, load_dataset
+from minipeft.data.datasets import KNOWN
 from minipeft.errors import AdapterError, ConfigError, DataError
 from minipeft.runs import defaults
-from minipeft.runs.finetune import Options, baseline, finetune
+from minipeft.runs.baseline import baseline
+from minipeft.runs.finetune import finetune
+from minipeft.runs.plan import Options
 from minipeft.runs.trained import load_finetuned
-from minipeft.tasks import TASKS, find_task
+from minipeft.tasks import TASKS, find_task, task_for, task_name
 
 CPU = torch.device("cpu")
 DATASETS = ("sst2", "wnut_17", "scitldr", "multi30k")
@@ -49,7 +51,7 @@ def test_every_dataset_trains_with_every_method_and_reloads_to_the_same_figures(
     assert results["dataset"]["sizes"] == {"train": 12, "validation": 4, "test": 4}
     model, loaded = load_finetuned(tmp_path / "trained")
     assert type(loaded) is task and type(model) is task.model_class
-    test = load_dataset(dataset, tmp_path / "data").test
+    test = load(dataset, tmp_path / "data").test
     assert loaded.test(model, test, CPU, torch.float32) == results["metrics"]["test"]
 
 
@@ -101,7 +103,7 @@ def test_a_known_dataset_has_one_task(options):
 
 
 def test_an_unknown_task_is_refused_with_those_there_are(options, tmp_path):
-    with pytest.raises(ConfigError, match="unknown task 'parsing': use classification, tagging, summarisation"):
+    with pytest.raises(ConfigError, match="unknown task 'parsing': use classification, tagging, summarization"):
         finetune(options("multi30k", task="parsing"))
     with pytest.raises(ConfigError, match=r"there is no file nowhere\.py"):
         find_task("nowhere.py")
@@ -110,6 +112,37 @@ def test_an_unknown_task_is_refused_with_those_there_are(options, tmp_path):
         (tmp_path / "task.py").write_text(content)
         with pytest.raises(ConfigError, match=message):
             find_task(str(tmp_path / "task.py"))
+
+
+@pytest.mark.parametrize(("dataset", "asked", "name"), [
+    ("imdb", None, "classification"), ("sample", None, "classification"), ("wnut_17", None, "tagging"),
+    ("wnut_17", "tagging", "tagging"), ("scitldr", None, "summarization"), ("films.csv", None, "classification"),
+    ("films.csv", "translation", "translation"), ("films.csv", "summarisation", "summarization"),
+    ("scitldr", "summarisation", "summarization")])
+def test_a_dataset_chooses_the_task(dataset, asked, name):
+    assert task_for(dataset, asked) is TASKS[name]
+
+
+@pytest.mark.parametrize(("dataset", "asked"), [
+    ("imdb", "tagging"), ("sample", "summarisation"), ("multi30k", "tagging")])
+def test_a_known_dataset_is_for_no_other_task(dataset, asked):
+    with pytest.raises(DataError, match=f"{dataset} is for .*, not for {task_name(asked)}"):
+        task_for(dataset, asked)
+
+
+def test_the_british_name_of_a_task_means_the_same(options, tmp_path):
+    """It stands in adapter folders and results files of earlier versions."""
+    assert find_task("summarisation") is find_task("summarization") is TASKS["summarization"]
+    assert task_name("summarisation") == task_name("summarization") == "summarization"
+    assert task_name("my own") == "my own"
+    finetune(options("scitldr"))
+    details = tmp_path / "trained" / "minipeft.json"
+    assert '"summarization"' in details.read_text()
+    details.write_text(details.read_text().replace('"summarization"', '"summarisation"'))
+    for asked in (None, "summarisation", "summarization"):
+        assert load_finetuned(tmp_path / "trained", task=asked)[1].name == "summarization"
+    pairs = write_csv(tmp_path / "pairs.csv", [(f"a {i}", f"b {i}") for i in range(40)], header=("source", "target"))
+    assert finetune(options(pairs, task="summarisation"))["task"] == "summarization"
 
 
 OWN = """
@@ -135,11 +168,13 @@ def test_a_task_of_ones_own_that_writes_trains_and_reloads(options, tmp_path):
     assert task.separator == " !" and type(task).__name__ == "Shouting"
 
 
-@pytest.mark.parametrize("line", ['name, separator = "translation", " !"', 'separator = " !"'])
-def test_a_task_of_ones_own_needs_a_name_of_its_own(tmp_path, line):
+@pytest.mark.parametrize(("line", "name"), [
+    ('name, separator = "translation", " !"', "translation"), ('separator = " !"', "translation"),
+    ('name, separator = "summarisation", " !"', "summarisation")])
+def test_a_task_of_ones_own_needs_a_name_of_its_own(tmp_path, line, name):
     (tmp_path / "task.py").write_text(f"from minipeft.tasks.generation import Translation\n\n\n"
                                       f"class Mine(Translation):\n    {line}\n")
-    with pytest.raises(ConfigError, match="'translation' is taken"):
+    with pytest.raises(ConfigError, match=f"'{name}' is taken"):
         find_task(str(tmp_path / "task.py"))
 
 
@@ -173,7 +208,7 @@ def test_an_adapter_folder_names_its_task_and_runs_no_code_for_it(options, tmp_p
 
 
 def test_a_task_has_defaults_of_its_own_where_its_table_says_so(options, monkeypatch):
-    monkeypatch.setattr(defaults, "BY_TASK", {"tagging": {"lora": {"learning_rate": 0.5}}})
+    monkeypatch.setitem(defaults.DEFAULTS["lora"]["rates"], "tagging", 0.5)
     rates = [finetune(options(dataset, training_values={"epochs": 1}))["training_config"]["learning_rate"]
              for dataset in ("wnut_17", "sst2")]
     assert rates == [0.5, defaults.DEFAULTS["lora"]["training"]["learning_rate"]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 
 import numpy as np
 import pytest
@@ -13,18 +14,18 @@ from hypothesis import strategies as st
 
 from minipeft import GPT2Config, GPT2LMHeadModel
 from minipeft.data.batches import IGNORED_LABEL, collate
+from minipeft.data.examples import Examples
 from minipeft.errors import ConfigError, DataError
 from minipeft.tasks.decoding import generate
 from minipeft.tasks.generation import (
     Generation,
-    Summarisation,
+    Summarization,
     Translation,
     first_sentence,
     padded_left,
     source_text,
     word_dictionary,
 )
-from minipeft.tasks.task import Examples
 
 CPU = torch.device("cpu")
 EOS = VOCAB_SIZE - 1
@@ -44,7 +45,7 @@ def model(make_model):
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 def test_a_target_is_a_text_or_a_list_of_texts_and_a_source_may_be_a_list_of_sentences():
-    found, names = Summarisation.read(["a", ["b.", "c."]], ["x", ["y", "z"]], "here")
+    found, names = Summarization.read(["a", ["b.", "c."]], ["x", ["y", "z"]], "here")
     assert found == Examples(["a", ["b.", "c."]], [["x"], ["y", "z"]]) and names == []
     assert source_text(["b.", "c."]) == "b. c."
 
@@ -71,7 +72,7 @@ def test_only_the_target_and_the_end_are_labelled_each_at_the_token_before_it(tr
 
 
 def test_a_summary_follows_tl_dr(tokenizer):
-    encoded = Summarisation(tokenizer, [], 48).encode(Examples([["A a.", "C c."]], [[" so "]]))
+    encoded = Summarization(tokenizer, [], 48).encode(Examples([["A a.", "C c."]], [[" so "]]))
     assert bytes(encoded.ids[0].tolist()) == b"A a. C c.\nTL;DR: so"
     assert encoded.labels[0].tolist()[-4:] == [*b" so", EOS]
 
@@ -103,7 +104,7 @@ def test_what_is_cut_is_counted_in_the_log(translation, caplog):
 
 
 def test_a_summary_is_a_smaller_part_of_its_text_than_a_translation(tokenizer):
-    for kind, length, new in ((Translation, 384, 128), (Summarisation, 480, 80)):
+    for kind, length, new in ((Translation, 384, 128), (Summarization, 480, 80)):
         task = kind(tokenizer, [])
         assert (task.max_length, task.max_new_tokens) == (length, new)
         assert task.source_length == length - new - len(task.separator_ids)
@@ -111,7 +112,9 @@ def test_a_summary_is_a_smaller_part_of_its_text_than_a_translation(tokenizer):
 
 @pytest.mark.parametrize(("values", "message"), [
     ({"max_length": 3}, "no room for a source"), ({"max_length": 20, "max_new_tokens": 18}, "no room for a source"),
-    ({"max_new_tokens": 1}, "at least 2"), ({"max_new_tokens": -3}, "at least 2"), ({"max_length": 0}, "at least 1")])
+    ({"max_new_tokens": 1}, "at least 2"), ({"max_new_tokens": -3}, "at least 2"),
+    ({"max_new_tokens": 2.5}, "max_new_tokens must be int or None, got 2.5"),
+    ({"max_length": 0}, "max_length must be a positive integer, got 0")])
 def test_sizes_that_leave_no_room_are_refused(translation, values, message):
     with pytest.raises(ConfigError, match=message):
         translation(**values)
@@ -145,26 +148,33 @@ def test_padding_moves_to_the_left():
 def test_what_is_written_for_many_sources_is_what_is_written_for_each_alone(translation, model, how):
     task = translation(max_new_tokens=12)
     sources = ["ab", "a much longer source than that", "x y", "good bad"]
-    together = task.write(model, sources, CPU, torch.float32, **how)
+    together = task.generate_texts(model, sources, CPU, torch.float32, **how)
     for source, written in zip(sources, together):
         prompt = torch.tensor([task.tokenizer.encode(source + " =")])
         alone = generate(model, prompt, max_new_tokens=12, eos_token_id=EOS, **how)[0, prompt.shape[1]:].tolist()
         assert written == task.tokenizer.decode(alone[:alone.index(EOS)] if EOS in alone else alone).strip()
 
 
-def test_an_answer_is_streamed_in_pieces_that_make_the_whole(translation, model):
+def test_a_prediction_is_streamed_in_pieces_that_make_the_whole(translation, model):
     task = translation(max_new_tokens=12)
-    for source, written in zip(("ab", "good"), task.write(model, ["ab", "good"], CPU, torch.float32)):
-        pieces = list(task.answers(model, [source], CPU, torch.float32))
+    for source, written in zip(("ab", "good"), task.generate_texts(model, ["ab", "good"], CPU, torch.float32)):
+        pieces = list(task.predict(model, [source], CPU, torch.float32))
         assert pieces[-1] == "\n" and "".join(pieces[:-1]).strip() == written.rstrip("\ufffd").strip()
-    with pytest.raises(ConfigError, match="known only at the end"):
-        list(task.answers(model, ["ab"], CPU, torch.float32, num_beams=2))
+    with pytest.raises(ConfigError, match="known only at the end: use generate_texts"):
+        list(task.predict(model, ["ab"], CPU, torch.float32, num_beams=2))
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_whoever_takes_a_prediction_piece_by_piece_computes_in_no_other_mode(translation, model, precision):
+    for _ in translation(max_new_tokens=12).predict(model.train(), ["ab", "good"], CPU, precision):
+        assert not torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
+        assert torch.is_grad_enabled() and not model.training
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------
 
 def test_rouge_worked_by_hand_and_best_over_references(tokenizer):
-    task = Summarisation(tokenizer, [], 48)
+    task = Summarization(tokenizer, [], 48)
     # Against "the cat sat": 2 of 2 words found, 2 of 3 wanted: F1 0.8; one of two and one pair of words: F1 2/3.
     found = task.metrics(["the cat"], [["nothing alike", "the cat sat"]])
     assert found["rouge1"] == pytest.approx(80) and found["rougeL"] == pytest.approx(80)
@@ -205,9 +215,40 @@ def test_the_interval_of_bleu_surrounds_that_of_the_whole(translation):
     assert found["bleu"] - 15 < low < found["bleu"] < high < found["bleu"] + 15
 
 
-def test_a_perfect_translation_scores_100(translation):
+def test_the_intervals_are_sacrebleus_whatever_seed_the_environment_has(translation, monkeypatch):
+    from sacrebleu.metrics import BLEU
+
+    rng = np.random.default_rng(1)
+    references = [[" ".join(rng.choice(list("abcde"), 8))] for _ in range(30)]
+    written = [" ".join(word if rng.random() < 0.7 else "x" for word in row[0].split()) for row in references]
+    monkeypatch.delenv("SACREBLEU_SEED", raising=False)
+    found = translation().metrics(written, references)
+    expected = BLEU().corpus_score(written, [[row[0] for row in references]], n_bootstrap=1000)
+    assert found["bleu_95_interval"] == pytest.approx(
+        [expected._mean - expected._ci, expected._mean + expected._ci], abs=1e-5)
+    assert "SACREBLEU_SEED" not in os.environ
+    for seed in ("7", "none"):
+        monkeypatch.setenv("SACREBLEU_SEED", seed)
+        assert translation().metrics(written, references) == found
+        assert os.environ["SACREBLEU_SEED"] == seed
+    low, high = found["chrf_95_interval"]
+    assert low < found["chrf"] < high
+
+
+def test_a_perfect_translation_scores_100_and_one_without_a_right_letter_0(translation):
     found = translation().metrics(["ein ganz kleiner Hund"] * 2, [["ein ganz kleiner Hund"]] * 2)
     assert found["bleu"] == pytest.approx(100) and found["chrf"] == pytest.approx(100)
+    assert found["bleu_95_interval"] == found["chrf_95_interval"] == [pytest.approx(100)] * 2
+    found = translation().metrics(["", ""], [["ein Hund"]] * 2)
+    assert found["bleu_95_interval"] == found["chrf_95_interval"] == [0, 0]
+
+
+def test_of_a_bad_translation_some_samples_score_0_and_its_interval_begins_there(translation):
+    """sacrebleu's corpus_score fails here: it cannot take the mean of float and numpy.float32."""
+    found = translation().metrics(["ein Hund im Schnee", "x"] + ["y"] * 20, [["ein Hund im Schnee"]] * 22)
+    for name in ("bleu", "chrf"):
+        low, high = found[f"{name}_95_interval"]
+        assert low == 0 < high < 100
 
 
 def test_generation_alone_has_no_metric():
@@ -225,7 +266,7 @@ def test_the_first_sentence(source, first):
 
 
 def test_lead_1_is_a_baseline_of_summaries(tokenizer):
-    found = Summarisation(tokenizer, [], 48).baselines(Examples([], []), Examples([["a b", "c"]], [["a b"]]))
+    found = Summarization(tokenizer, [], 48).baselines(Examples([], []), Examples([["a b", "c"]], [["a b"]]))
     assert found["lead_1"]["rouge1"] == 100
 
 

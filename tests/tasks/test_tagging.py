@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from minipeft import GPT2Config, GPT2ForTokenClassification
 from minipeft.data.batches import IGNORED_LABEL
+from minipeft.data.examples import Examples
 from minipeft.errors import ConfigError, DataError
 from minipeft.tasks.tagging import Tagging
-from minipeft.tasks.task import Examples
 
 CPU = torch.device("cpu")
 NAMES = ["O", "B-person", "I-person", "B-place", "I-place"]
@@ -147,16 +147,16 @@ def test_the_most_frequent_tag_of_each_word_is_a_baseline(tagging):
     assert tagging().baselines(train, test)["most_frequent_tag"]["f1"] == 1
 
 
-def test_an_answer_shows_the_tags_behind_their_words(tagging, make_model):
+def test_a_prediction_shows_the_tags_behind_their_words(tagging, make_model):
     config = GPT2Config(vocab_size=VOCAB_SIZE, n_positions=64, n_embd=16, n_layer=1, n_head=2, num_labels=5)
     model = make_model(GPT2ForTokenClassification, config)
     with torch.no_grad():
         model.classifier.weight.zero_()
         model.classifier.bias.copy_(torch.tensor([0.0, 0, 9, 0, 0]))
-    assert list(tagging().answers(model, ["so  good", "x"], CPU, torch.float32)) == [
+    assert list(tagging().predict(model, ["so  good", "x"], CPU, torch.float32)) == [
         "so/I-person good/I-person\n", "x/I-person\n"]
 
 
 def test_a_window_needs_a_token(tagging):
-    with pytest.raises(ConfigError, match="max_length must be at least 1"):
+    with pytest.raises(ConfigError, match="max_length must be a positive integer, got 0"):
         tagging(max_length=0)

@@ -1,0 +1,93 @@
+"""Examples: texts and their labels, and which texts are refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from minipeft.errors import DataError
+
+# A text this long is a book or a mistake: a model that reads a few hundred tokens of it would judge something else.
+MAX_CHARACTERS = 100_000
+_LINE_BREAK = re.compile(r"<br\s*/?>")
+
+
+@dataclass
+class Examples:
+    """Texts and their labels, in the same order.
+
+    Attributes:
+        texts: a text each or, where words are labelled, a list of words.
+        labels: a label's number, a list with a tag's number for each word, or a list of target texts.
+    """
+
+    texts: list[Any]
+    labels: list[Any]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: Sequence[int]) -> Examples:
+        """The examples at `indices`, in that order."""
+        return Examples([self.texts[i] for i in indices], [self.labels[i] for i in indices])
+
+    def classes(self) -> np.ndarray:
+        """A class for each example, (N,), so that a split can hold its share of each; all 0 where labels are lists."""
+        one_number_each = all(isinstance(label, int) for label in self.labels)
+        return np.asarray(self.labels) if one_number_each else np.zeros(len(self), dtype=np.int64)
+
+    def subset(self, size: int | None, seed: int) -> Examples:
+        """`size` examples, each label in its own share; all of them where there are no more."""
+        if size is None or size >= len(self):
+            return self
+        labels, rng = self.classes(), np.random.default_rng(seed)
+        place = np.empty(len(labels))  # each label's examples evenly spaced in [0, 1), in random order
+        for label in np.unique(labels):
+            rows = rng.permutation(np.flatnonzero(labels == label))
+            place[rows] = (np.arange(len(rows)) + 0.5) / len(rows)
+        return self.take(rng.permutation(np.argsort(place, kind="stable")[:size]).tolist())
+
+
+def clean(text: str) -> str:
+    """IMDb's reviews mark line breaks as HTML; a language model should see a line break."""
+    return _LINE_BREAK.sub("\n", text)
+
+
+def check_texts(texts: Sequence[Any], where: str, what: str = "text") -> None:
+    """Refuse an empty column, and every text that `check_text` refuses.
+
+    Args:
+        where: what to call the file in an error.
+        what: what to call a text in an error.
+
+    Raises:
+        DataError: naming the first such text's row, counted from 1.
+    """
+    if not texts:
+        raise DataError(f"{where}: there is no {what} at all")
+    for row, text in enumerate(texts, start=1):
+        check_text(text, f"{where}, row {row}", what)
+
+
+def check_text(text: Any, where: str, what: str = "text") -> None:
+    """Refuse what is no text, is empty, is not valid UTF-8, or has more than MAX_CHARACTERS characters.
+
+    Raises:
+        DataError: saying where, and what is wrong.
+    """
+    if text is not None and not isinstance(text, str):
+        raise DataError(f"{where}: the {what} {str(text)[:40]!r} is {type(text).__name__}, not text"
+                        + ("; is the file encoded in UTF-8?" if isinstance(text, bytes) else ""))
+    if text is None or not text.strip():
+        raise DataError(f"{where}: the {what} is empty")
+    if len(text) > MAX_CHARACTERS:
+        raise DataError(f"{where}: the {what} has {len(text):,} characters, the limit is {MAX_CHARACTERS:,}; cut it "
+                        "into parts")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half of a character: how Python reads a byte that is not UTF-8
+        raise DataError(f"{where}: the {what} is not valid UTF-8: {error.reason}") from error

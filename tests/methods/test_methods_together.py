@@ -13,6 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from models import HEADED, IDS, MASK, perturb
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minipeft import (
     METHODS,
@@ -315,6 +316,63 @@ def test_on_a_bfloat16_base_what_is_added_is_float32_and_the_output_bfloat16(mak
     assert added and all(parameter.dtype == torch.float32 for parameter in added.values())
     logits = model(IDS, MASK)
     assert logits.dtype == torch.bfloat16 and logits.isfinite().all() and logits.shape == exact.shape
+
+
+# --- hooks and transforms ---------------------------------------------------------------------------------------------
+
+@on([GPT2ForSequenceClassification])
+def test_a_hook_on_a_base_module_keeps_the_output_it_saw(make_model, model_class, config):
+    """Nothing that a method adds is written into a tensor of the base's: tools that keep outputs rely on it."""
+    model, seen, kept = perturb(inject(make_model(model_class), config)), {}, {}
+    added = {part for layer in model.modules() if isinstance(layer, AdapterLayer) for part in layer.modules()
+             if part is not getattr(layer, "base_layer", None)}
+    for name, module in model.named_modules():
+        if module not in added:
+            module.register_forward_hook(lambda module, args, output, name=name: seen.update(
+                {name: output}) or kept.update({name: output.detach().clone()}))
+    model.train()(IDS, MASK).square().mean().backward()
+    assert any(name.endswith("c_attn") or name.endswith("base_layer") for name in seen)
+    for name, output in seen.items():
+        assert torch.equal(output, kept[name]), name
+
+
+@on([GPT2LMHeadModel], {name: CASES[name] for name in ("lora", "vera", "dora")})
+def test_the_base_layer_gives_what_it_gives_in_the_base_model(make_model, model_class, config):
+    base, seen = make_model(model_class), {}
+    base.transformer.h[0].attn.c_attn.register_forward_hook(lambda module, args, output: seen.update(base=output))
+    base(IDS)
+    model = perturb(inject(make_model(model_class), config))
+    layer = model.transformer.h[0].attn.c_attn
+    layer.base_layer.register_forward_hook(lambda module, args, output: seen.update(adapted=output))
+    layer.register_forward_hook(lambda module, args, output: seen.update(whole=output))
+    model(IDS)
+    assert torch.equal(seen["adapted"], seen["base"]) and not torch.allclose(seen["whole"], seen["base"])
+
+
+@on([GPT2ForSequenceClassification], {name: config for name, config in CASES.items() if "dora" not in name})
+@sdpa_kernel(SDPBackend.MATH)  # PyTorch's fused attention kernels have no second derivative; its plain one has
+def test_gradients_can_be_differentiated_again(make_model, model_class, config):
+    """Double backward, as sharpness and meta-learning need it: a gradient's change along a direction, by differences."""
+    model = perturb(inject(make_model(model_class), config)).double()
+    tensors = [p for p in model.parameters() if p.requires_grad]
+    first = torch.autograd.grad(model(IDS, MASK).square().sum(), tensors, create_graph=True)
+    direction = [torch.randn_like(tensor) for tensor in tensors]
+    along = sum((gradient * step).sum() for gradient, step in zip(first, direction))
+    second = torch.autograd.grad(along, tensors)
+
+    def slope(size):
+        with torch.no_grad():
+            for tensor, step in zip(tensors, direction):
+                tensor.add_(size * step)
+        gradients = torch.autograd.grad(model(IDS, MASK).square().sum(), tensors)
+        with torch.no_grad():
+            for tensor, step in zip(tensors, direction):
+                tensor.sub_(size * step)
+        return sum((gradient * step).sum() for gradient, step in zip(gradients, direction))
+
+    expected = (slope(1e-5) - slope(-1e-5)) / 2e-5
+    found = sum((gradient * step).sum() for gradient, step in zip(second, direction))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 # --- on and off -------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ def set_adapter(model: nn.Module, name: str) -> nn.Module:
     _check_name(model, name)
     deactivate(model, [injection for injection in active_injections(model) if injection.name != name])
     activate(model, [injection for injection in all_injections(model)
-                         if injection.name == name and not injection.active])
+                     if injection.name == name and not injection.active])
     return model
 
 
@@ -89,9 +89,9 @@ def merge(model: nn.Module) -> nn.Module:
     if not any(injection.layers for injection in active):
         trained = f": {active[0].method} trains the model's own tensors" if active else ": no method is injected"
         raise InjectionError(f"there is nothing to merge{trained}")
-    plan = [(injection, name, layer, layer.merged()) for injection in active
-            for name, layer in injection.layers.items()]
-    for injection, name, layer, tensors in plan:
+    folded = [(injection, name, layer, layer.merged()) for injection in active
+              for name, layer in injection.layers.items()]  # all of them first: one that cannot be merged raises
+    for injection, name, layer, tensors in folded:
         base = dict(layer.base_layer.named_parameters())
         injection.merged[name] = {key: base[key].data for key in tensors}
         for key, tensor in tensors.items():

@@ -1,15 +1,72 @@
 """BitFit: training the bias terms, and nothing else.
 
 The weight matrices stay as they are; every vector that is added somewhere is trained. The variant "layer_norm" trains
-the LayerNorms' gains and offsets instead.
+the LayerNorms' gains and offsets instead. No layer is added or replaced.
 
-    y = x W^T + b          b (out,) of every linear layer and LayerNorm is trained, W is frozen
+    y = x W^T + b                                     linear layers
+    y = g * (x - mean(x)) / sqrt(var(x) + eps) + b    LayerNorms
+
+                x (batch, seq, in)
+                |
+         W (out, in)  frozen          in a LayerNorm: g (width,), frozen too, except with train="layer_norm"
+                |
+                |  + b (out,)         trained; starts where pretraining left it: step 0 is the base model, exactly
+                |
+                y (batch, seq, out)
+
+Symbols
+    x (batch, seq, in) the layer's input      y (batch, seq, out) its output      W (out, in) frozen
+    b (out,) the layer's own `bias`, trained
+    g (width,) a LayerNorm's own `weight`     mean(x), var(x) (batch, seq, 1), over the width     eps = 1e-5
+    sqrt the square root; in a LayerNorm in = out = width, 768 for GPT-2
+Trained
+    b of every linear layer and LayerNorm of the base; a new classification head. With train="layer_norm" instead g and
+    b of the LayerNorms. Embeddings have no bias.
+Frozen
+    Everything else: `inject` sets requires_grad to False when it carries out the plan. Of what is trained it keeps the
+    base's own values, which `disable_adapter` and `remove` put back.
+At step 0
+    BitFitConfig()                      is the base model, bit for bit: nothing is added, and nothing has moved yet
+    BitFitConfig(train="layer_norm")    is the base model, bit for bit: for the same reason
+Positions and mask
+    Untouched. The same b is added to every token; a text has as many positions as before.
+Saved
+    base_model.model.transformer.h.0.ln_1.bias (768,)
+    base_model.model.transformer.h.0.attn.c_attn.bias (2304,)
+    base_model.model.transformer.h.0.attn.c_proj.bias (768,)
+    base_model.model.transformer.h.0.ln_2.bias (768,)
+    base_model.model.transformer.h.0.mlp.c_fc.bias (3072,)
+    base_model.model.transformer.h.0.mlp.c_proj.bias (768,)
+    base_model.model.transformer.ln_f.bias (768,)
+    base_model.model.score.weight (2, 768)
+    and so for every block: the trained vectors themselves, not what was added to the base's. adapter_config.json must
+    say peft_type MINIPEFT_BITFIT and train. peft has no such method and cannot read the folder.
+Merging
+    Not possible, and not needed: b is the model's own tensor, no layer is added, and the trained model costs at
+    inference what the base does.
+Cost
+    Per block of GPT-2 768 + 2304 + 768 + 768 + 3072 + 768 = 8,448, and 768 of ln_f: 12 * 8,448 + 768 = 102,144.
+    With the head 102,144 + 1,536 = 103,680 trained. With train="layer_norm" (12 * 2 + 1) * 2 * 768 = 38,400 and the
+    head.
+    Forward: not one operation more. Backward: every layer's input gets its gradient through the frozen W, 2 in out
+    operations per token; W's own gradient, as many again, is never computed. b's gradient is the sum of y's gradient
+    over batch and seq. It needs no x, so a linear layer keeps nothing for the backward pass.
+    Optimizer: 8 bytes per trained parameter for AdamW's two means, 829,440 bytes; the base's copy is half of that.
+Errors
+    BitFitConfig(train="all")
+        train must be one of bias, layer_norm, got 'all'
+    inject(inject(model, BitFitConfig()), BitFitConfig(train="layer_norm"))
+        this model already carries bitfit, which does not combine with bitfit: remove it, or start from a fresh model
+    merge(inject(model, BitFitConfig()))
+        there is nothing to merge: bitfit trains the model's own tensors
+Differs from the paper
+    The paper fine-tunes BERT, whose query, key and value have a bias each; in GPT-2 the three are one vector, that of
+    c_attn. The paper also tries two biases per block alone, the query's and that of the feed-forward layer's first
+    matrix; here it is all of them. The variant "layer_norm" is from the second paper.
 
 Papers: Ben Zaken, Ravfogel, Goldberg (2021), "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based
 Masked Language-models", arXiv 2106.10199. Qi, Ruan, Zuo, Li (2022), "Parameter-Efficient Tuning on Layer
 Normalization for Pre-trained Language Models", 2211.08682, for the variant.
-Trained: the biases (or the LayerNorms) and the classification head; the base's values are kept to go back to.
-Costs: L (11 C) + C parameters at an inner width of 4 C (or L (4 C) + 2 C): for GPT-2 102,144 (or 38,400).
 """
 
 from __future__ import annotations
@@ -30,7 +87,7 @@ class BitFitConfig(MethodConfig):
     """Which of the vectors to train. Its adapter files are this library's own: peft has no such method.
 
     Raises:
-        ConfigError: an unknown choice, when injected.
+        ConfigError: an unknown choice.
     """
 
     method: ClassVar[str] = "bitfit"

@@ -1,23 +1,77 @@
-"""DoRA: weight-decomposed low-rank adaptation.
+r"""DoRA: weight-decomposed low-rank adaptation.
 
 LoRA, with the length of each row of the weight matrix trained apart from its direction: the low-rank update turns the
 rows, and a magnitude vector says how long each of them is. Full fine-tuning changes the two independently of each
 other; LoRA alone tends to change them together.
 
-    W' = m * (W + s B A) / ||W + s B A||         norms over each row;  y = x W'^T + bias
+    y = c * (x W^T + s * x A^T B^T) + bias
+    c = m / ||W + s B A||
 
                 x (batch, seq, in)
-                |         \\
-         W (out, in)     A (r, in), B (out, r)       W is frozen, A and B are LoRA's
+                |         \
+         W (out, in)     A (r, in)         W is frozen
+          frozen            |              A starts random, B at zero, m at ||W||: step 0 is the base model, exactly
+                |        B (out, r)
                 |         /  * s
                 +--------+
-                | * c,  c = m / ||W + s B A||        m (out,) starts as ||W||: step 0 is the base model
-                y (batch, seq, out)                  the norm is detached: no gradient flows through it
+                |  * c (out,)              the norm in c is a constant to the backward pass: only m gets a gradient
+                |  + bias
+                |
+                y (batch, seq, out)
 
-Paper: Liu, Wang, Yin, Molchanov, Wang, Cheng, Chen (2024), "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv
-2402.09353 (section 4.3 for the detached norm).
-Trained: A, B and m of each target, and the classification head.
-Costs: r (in + out) + out parameters a target, and one (out, in) product B A in every forward pass.
+Symbols
+    x (batch, seq, in) the layer's input      y (batch, seq, out) its output      r the rank, lora_alpha a number
+    W (out, in), bias (out,) frozen           A (r, in) is lora_A.weight, B (out, r) is lora_B.weight, both trained
+    m (out,) is lora_magnitude_vector, trained: how long each row of the adapted matrix is
+    s = lora_alpha / r, a number; with use_rslora s = lora_alpha / sqrt(r)
+    ||W + s B A|| (out,) the Euclidean length of each row      c (out,) stretches each row to the length that m says
+    With lora_dropout, in training only: y = x W^T + bias + (c - 1) * z W^T + c * s * z A^T B^T, where z = dropout(x)
+Trained
+    A, B and m of each target; a new classification head; biases if `bias` asks for them. By default the targets are all
+    modules called c_attn.
+Frozen
+    Everything else, W and bias first of all: `inject` sets requires_grad to False when it carries out the plan. The
+    norm is computed in every forward pass, as A and B move, but without a gradient (section 4.3 of the paper).
+At step 0
+    DoraConfig()                                is the base model, bit for bit: B = 0 and m = ||W||, so c = 1
+    DoraConfig(init_lora_weights="gaussian")    is the base model, bit for bit: the same; A is normal
+    DoraConfig(init_lora_weights="pissa")       is the base model, up to rounding: m = ||W||, and W - s B A + s B A
+    DoraConfig(init_lora_weights=False)         is not the base model: A and B are both random; m = ||W + s B A||
+Positions and mask
+    Untouched. Each token is updated by itself; a text has as many positions as before.
+Saved
+    base_model.model.transformer.h.0.attn.c_attn.lora_A.weight (8, 768)
+    base_model.model.transformer.h.0.attn.c_attn.lora_B.weight (2304, 8)
+    base_model.model.transformer.h.0.attn.c_attn.lora_magnitude_vector (2304,)
+    base_model.model.score.weight (2, 768)
+    and so for every target. adapter_config.json must say peft_type LORA, use_dora true, r, lora_alpha and
+    target_modules; peft wants fan_in_fan_out true for GPT-2, whose matrices it keeps as (in, out). It is LoRA's format:
+    LoraConfig(use_dora=True) is the same method.
+Merging
+    W <- c * (W + s B A), row by row; the bias stays. `unmerge` puts the kept W back, bit for bit.
+Cost
+    r (in + out) + out parameters per target: 8 * (768 + 2304) + 2304 = 26,880 for a c_attn of GPT-2.
+    In all 12 * 26,880 + 1,536 = 324,096 trained, the head's 2 * 768 = 1,536 among them.
+    Forward: LoRA's 2 r (in + out) operations per token and target, and for the norm the whole product B A once per
+    forward pass: 2 r in out operations, as many as W takes for r tokens, and (out, in) matrices in memory. With
+    lora_dropout, training multiplies by W twice: x W^T and z W^T.
+    Backward: as LoRA's; W's own gradient is never computed. For m's gradient x W^T and x A^T B^T are kept too, both
+    (batch, seq, out). Optimizer: 8 bytes per trained parameter for AdamW's two means, 2,592,768 bytes.
+Errors
+    DoraConfig(r=0)
+        r must be a positive integer, got 0
+    inject(model, DoraConfig(target_modules=["wte"]))
+        target transformer.wte is a Embedding; only linear layers can be targeted: attn.c_attn, attn.c_proj, mlp.c_fc,
+        mlp.c_proj
+    inject(inject(model, LoraConfig()), DoraConfig())
+        transformer.h.0.attn.c_attn already carries a LoRALinear: remove or merge it first
+Differs from the paper
+    The paper writes the length of each column of W; here, as in peft, it is that of each row of W (out, in), one per
+    output. By default only c_attn is adapted; the paper adapts the feed-forward matrices too. rsLoRA and PiSSA together
+    with DoRA are peft's. With LoRA+ (see lora.py) m learns at the raised rate too, as in peft.
+
+Papers: Liu, Wang, Yin, Molchanov, Wang, Cheng, Chen (2024), "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv
+2402.09353. What it builds on is in lora.py.
 """
 
 from __future__ import annotations
@@ -37,7 +91,7 @@ from minipeft.settings import setting
 
 @dataclass
 class DoraConfig(LoraConfig):
-    """LoRA's settings, which are all DoRA has; peft writes it as LoraConfig(use_dora=True), which means the same here.
+    """LoRA's settings, which are all that DoRA has. peft's LoraConfig(use_dora=True) means the same here.
 
     Raises:
         ConfigError: a value of the wrong type or out of range.
@@ -61,15 +115,16 @@ class DoRALinear(ReplacementLayer):
 
     @torch.no_grad()
     def row_norms(self) -> Tensor:
-        """||W + s B A|| over each row, (out,), outside the gradient."""
+        """||W + s B A||, the length of each row, (out,): a constant to the backward pass."""
         update = self.scaling * self.lora_B.weight @ self.lora_A.weight       # (out, r) (r, in) -> (out, in)
         return (self.base_layer.weight.to(update.dtype) + update).norm(dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base_layer(x)                                                # (batch, seq, out)
+        y = self.base_layer(x)                                                # (batch, seq, in) -> (batch, seq, out)
         stretch = self.lora_magnitude_vector / self.row_norms()               # (out,)
         dropped = self.lora_dropout(to_dtype_of(self.lora_A.weight, x))
         update = self.lora_B(self.lora_A(dropped) * self.scaling)             # -> (batch, seq, r) -> (batch, seq, out)
+        # The stretch concerns x W^T without the bias; dropout, where it acts, leaves the base's own y alone.
         if self.training and self.lora_dropout.p > 0:
             product = nn.functional.linear(dropped, self.base_layer.weight.to(dropped.dtype))     # (batch, seq, out)
         else:

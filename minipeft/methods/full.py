@@ -1,8 +1,60 @@
 """Full fine-tuning: every weight is trained. What parameter-efficient methods are compared with.
 
-    theta = theta_0 - learning rate * gradient, for all of theta
+No layer is added or replaced: the model's own tensors move. Any change of W can be reached, where LoRA reaches only a
+product of two thin matrices. The price is memory, and a file as large as the model for every task.
 
-Trained: everything. Costs: a gradient and two AdamW moments for each parameter, three times the model's own memory.
+    y = x W^T + bias
+    theta_next = theta - rate * (mean / (sqrt(square) + eps) + decay * theta)
+
+                x (batch, seq, in)
+                |
+         W (out, in)  trained         its gradient is the sum over batch and seq of (y's gradient) x^T, (out, in)
+                |
+                |  + bias (out,)      trained; its gradient is the sum of y's gradient
+                |
+                y (batch, seq, out)
+
+Symbols
+    x (batch, seq, in) a layer's input      y (batch, seq, out) its output      W (out, in), bias (out,) trained
+    theta any tensor of the model, theta_next what a step of AdamW makes of it; both in its own shape
+    mean, square AdamW's running means of the gradient and of its square, each in theta's shape, their start corrected
+    rate the learning rate     decay the weight decay, 0 for what is no matrix     eps = 1e-8     sqrt the square root
+Trained
+    Everything: embeddings, matrices, biases, LayerNorms, and a new classification head.
+Frozen
+    Nothing: `inject` sets requires_grad to True on every parameter.
+At step 0
+    FullConfig()    is the base model, bit for bit: nothing is added, and nothing has moved yet
+Positions and mask
+    Untouched.
+Saved
+    No adapter folder and no adapter_config.json: `save_adapter` answers "full has no adapter to save: use
+    save_pretrained". `save_pretrained` writes the whole model, config.json and model.safetensors, which transformers
+    loads: all 124,441,344 numbers, under the model's own names, such as transformer.h.0.attn.c_attn.weight.
+Merging
+    Not possible, and not needed: the trained weights are the model's own. No copy of the base is kept, so `remove` and
+    `disable_adapter` are refused.
+Cost
+    wte 50,257 * 768 = 38,597,376, wpe 1,024 * 768 = 786,432, ln_f 2 * 768 = 1,536, the head 2 * 768 = 1,536, and per
+    block (768 * 2304 + 2304) + (768 * 768 + 768) + (768 * 3072 + 3072) + (3072 * 768 + 768) + 4 * 768 = 7,087,872.
+    In all 38,597,376 + 786,432 + 12 * 7,087,872 + 1,536 + 1,536 = 124,441,344 trained.
+    Forward: as ever, 2 in out operations per token and matrix. Backward: twice as many, once for the gradient of x and
+    once for that of W, which needs x: every layer keeps its input. A frozen W needs neither the second half nor x.
+    Optimizer: 8 bytes per parameter for AdamW's two means, 995,530,752 bytes. With the gradient that is 12 bytes per
+    parameter, beside 4 of its own: 16 * 124,441,344 = 1,991,061,504 bytes before any activation.
+Errors
+    inject(inject(model, LoraConfig()), FullConfig())
+        this model already carries lora, which does not combine with full: remove it, or start from a fresh model
+    save_adapter(inject(model, FullConfig()), "folder")
+        full has no adapter to save: use save_pretrained
+    remove(inject(model, FullConfig()))
+        full keeps no copy of the base model's weights: load it anew
+Differs from the paper
+    The first paper unfreezes layer by layer, from the last one down, and gives lower layers smaller learning rates.
+    Here all layers are trained from the start, at one rate.
+
+Papers: Howard, Ruder (2018), "Universal Language Model Fine-tuning for Text Classification", arXiv 1801.06146.
+Loshchilov, Hutter (2017), "Decoupled Weight Decay Regularization", 1711.05101, for AdamW.
 """
 
 from __future__ import annotations
@@ -18,7 +70,7 @@ from minipeft.methods.injection import Plan
 
 @dataclass
 class FullConfig(MethodConfig):
-    """Full fine-tuning has nothing to choose."""
+    """Full fine-tuning has nothing to choose, and leaves a whole model instead of an adapter."""
 
     method: ClassVar[str] = "full"
     saves_adapter: ClassVar[bool] = False

@@ -1,12 +1,61 @@
 """Head-only training: the base model is a fixed feature extractor, and a linear classifier is trained on its output.
 
-Since nothing below the head changes, each text's feature need be computed only once, however many epochs follow.
+Nothing below the head changes, so each text's feature has to be computed only once, however many epochs follow. Also
+known as linear probing. What it reaches is what the base already knows; the other methods are compared with it.
 
-    logits = h_last W^T        h_last (B, C): the last real token's hidden state, constant; W (K, C) trained
+    logits = h_last W^T               text classification
+    logits = dropout(h) W^T + bias    tagging
 
-Also known as linear probing: Alain and Bengio (2016), "Understanding intermediate layers using linear classifier
-probes", arXiv 1610.01644.
-Trained: the head alone. Costs: C K parameters; one pass over the texts, and next to nothing per epoch.
+         input_ids (batch, seq)
+                |
+           base model  frozen
+                |
+         h (batch, seq, width)  the hidden states
+                |
+         h_last (batch, width)  that of the last real token; in tagging every token's
+                |
+         W (labels, width)  trained, starts random
+                |
+         logits (batch, labels)
+
+Symbols
+    h (batch, seq, width) the base model's output, after its last LayerNorm; width is 768 for GPT-2
+    h_last (batch, width) the hidden state of each text's last real token, which has seen the whole text
+    W (labels, width) is score.weight or, in tagging, classifier.weight      bias (labels,) is classifier.bias
+    dropout(h) is h, in training with a share classifier_dropout of it set to zero
+    logits (batch, labels), in tagging (batch, seq, labels): one number per label, before the softmax
+Trained
+    The new head alone: W and, in tagging, bias. Every other method trains it too, beside its own parameters.
+Frozen
+    The whole base model: `inject` sets requires_grad to False when it carries out the plan.
+At step 0
+    HeadConfig()    is the base model, bit for bit: no layer is added. The head is random, and so are the labels.
+Positions and mask
+    Untouched. The attention mask also says which token is a text's last real one: without it, padding is read.
+Saved
+    base_model.model.score.weight (2, 768)
+    in tagging base_model.model.classifier.weight and base_model.model.classifier.bias. adapter_config.json must say
+    peft_type MINIPEFT_HEAD; there are no settings. peft has no such method and cannot read the folder.
+Merging
+    Not possible, and not needed: the head is the model's own, and no layer is added.
+Cost
+    labels * width parameters: 2 * 768 = 1,536 trained.
+    Forward: the base, once per text. In eval mode, without dropout, a text's h_last is the same in every epoch;
+    scripts/train.py computes it once (runs/features.py). From then on a text costs 2 labels width operations.
+    Backward: it ends at the head. W's gradient is all there is; no gradient passes through the base, and none of its
+    activations are kept. Optimizer: 8 bytes per trained parameter for AdamW's two means, 12,288 bytes.
+Errors
+    inject(GPT2LMHeadModel(model.config), HeadConfig())
+        GPT2LMHeadModel has no classification head to train
+    inject(inject(model, HeadConfig()), LoraConfig())
+        this model already carries head, which does not combine with lora: remove it, or start from a fresh model
+    merge(inject(model, HeadConfig()))
+        there is nothing to merge: head trains the model's own tensors
+Differs from the paper
+    The paper puts a probe on every layer, to see what each of them holds, and on image classifiers. Here there is one
+    probe, on the last layer, and its labels are the result.
+
+Paper: Alain, Bengio (2016), "Understanding intermediate layers using linear classifier probes", arXiv 1610.01644.
 """
 
 from __future__ import annotations

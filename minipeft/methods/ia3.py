@@ -1,17 +1,68 @@
 """(IA)^3: infused adapter by inhibiting and amplifying inner activations.
 
-A learned vector rescales the keys, the values and the feed-forward layer's inner activations, element by element. It
-is the smallest of the methods that touch every block, and folds into the weights without a trace.
+A learned vector rescales the keys, the values and the feed-forward layer's inner activations, number by number. It
+trains few parameters in every block, and folds into the weights without a trace.
 
-    c_attn (keys, values; as in peft also queries)    y = l * (x W^T + bias)       l (out, 1)
-    mlp.c_proj (a feed-forward module)                y = (l * x) W^T + bias       l (1, in)
+    y = l * (x W^T + bias)    c_attn: the output is rescaled
+    y = (l * x) W^T + bias    mlp.c_proj, called a feed-forward module: the input is rescaled
 
-l starts at one: step 0 is the base model, exactly.
+               c_attn                               mlp.c_proj
+
+                x (batch, seq, in)                   x (batch, seq, in)
+                |                                    |  * l (1, in)
+         W (out, in)  frozen                  W (out, in)  frozen
+                |  + bias (out,)  frozen             |  + bias (out,)  frozen
+                |  * l (out, 1)                      |
+                |                                    |
+                y (batch, seq, out)                  y (batch, seq, out)       l starts at one: the base model, exactly
+
+Symbols
+    x (batch, seq, in) the layer's input      y (batch, seq, out) its output
+    W (out, in), bias (out,) frozen
+    l is ia3_l, trained, (out, 1) or (1, in): the shape says whether it scales the rows or the columns of W
+    A c_attn's output holds queries, keys and values, a third each. The input of mlp.c_proj is what comes out of GELU.
+Trained
+    l of each target; a new classification head.
+Frozen
+    Everything else, W and bias first of all: `inject` sets requires_grad to False when it carries out the plan.
+At step 0
+    IA3Config()                          is the base model, bit for bit: l = 1
+    IA3Config(init_ia3_weights=False)    is not the base model: l is normal, with mean 0 and deviation 1
+Positions and mask
+    Untouched. Every token is rescaled by the same l; a text has as many positions as before.
+Saved
+    base_model.model.transformer.h.0.attn.c_attn.ia3_l (2304, 1)
+    base_model.model.transformer.h.0.mlp.c_proj.ia3_l (1, 3072)
+    base_model.model.score.weight (2, 768)
+    and so for every block. adapter_config.json must say peft_type IA3, target_modules and feedforward_modules. Each of
+    the latter must stand among the former, word for word. peft wants fan_in_fan_out true for GPT-2, whose matrices it
+    keeps as (in, out).
+Merging
+    W <- l * W. As stored, l (out, 1) scales the rows and l (1, in) the columns. Of c_attn, bias <- l * bias too; the
+    bias of mlp.c_proj stays. `unmerge` puts the kept W and bias back, bit for bit.
+Cost
+    out parameters for a c_attn, in for an mlp.c_proj: 2304 + 3072 = 5,376 per block of GPT-2, 12 * 5,376 = 64,512 in
+    twelve. With the head 12 * 5,376 + 1,536 = 66,048 trained.
+    Forward: one multiplication per number that is rescaled, 5,376 per token and block, beside the 14,155,776 operations
+    of the block's four matrices.
+    Backward: the input's gradient passes through W as in full fine-tuning; W's own gradient, as much work again, is
+    never computed. Kept for l's gradient: what l is multiplied by. Optimizer: 8 bytes per trained parameter for AdamW's
+    two means, 528,384 bytes.
+Errors
+    IA3Config(target_modules=["c_attn"], feedforward_modules=["mlp.c_proj"])
+        feedforward_modules ['mlp.c_proj'] must be among the target_modules ['c_attn']
+    inject(model, IA3Config(target_modules=["ln_1"]))
+        target transformer.h.0.ln_1 is a LayerNorm; only linear layers can be targeted: attn.c_attn, attn.c_proj,
+        mlp.c_fc, mlp.c_proj
+    inject(inject(model, LoraConfig()), IA3Config())
+        transformer.h.0.attn.c_attn already carries a LoRALinear: remove or merge it first
+Differs from the paper
+    The paper rescales keys, values and inner activations. GPT-2 has queries, keys and values in one matrix, c_attn, so
+    here, as in peft, the queries are rescaled too. The paper adds two losses (unlikelihood, length-normalized); here
+    the task's own loss is the only one. The paper's T0 answers in words and needs no new head.
 
 Paper: Liu, Tam, Muqeeth, Mohta, Huang, Bansal, Raffel (2022), "Few-Shot Parameter-Efficient Fine-Tuning is Better and
 Cheaper than In-Context Learning", arXiv 2205.05638.
-Trained: one vector a target, and the classification head.
-Costs: out parameters for an ordinary target, in for a feed-forward one: by default L (3 C + 4 C). For GPT-2: 64,512.
 """
 
 from __future__ import annotations
@@ -36,7 +87,7 @@ class IA3Config(MethodConfig):
     """peft's IA3Config.
 
     Raises:
-        ConfigError: a value of the wrong type, or feed-forward modules that are no targets, when injected.
+        ConfigError: a value of the wrong type, or feed-forward modules that are not among the targets.
     """
 
     method: ClassVar[str] = "ia3"
@@ -50,7 +101,7 @@ class IA3Config(MethodConfig):
     init_ia3_weights: bool = setting(True, "start at one; false: at random")
 
     def check(self) -> None:
-        """Also refuse feed-forward modules that are no targets."""
+        """Also refuse feed-forward modules that are not among the targets."""
         super().check()
         targets, feedforward = self.target_modules, self.feedforward_modules
         if all(isinstance(names, (list, tuple)) for names in (targets, feedforward)) \
@@ -58,8 +109,10 @@ class IA3Config(MethodConfig):
             raise ConfigError(f"feedforward_modules {feedforward} must be among the target_modules {targets}")
 
     def to_saved(self, model: nn.Module, layers: dict[str, AdapterLayer]) -> dict[str, Any]:
-        """What adapter_config.json says other than the fields above: peft wants each feed-forward entry among the
-        targets, literally."""
+        """What adapter_config.json says beyond, or other than, the fields above.
+
+        Modules are written by their full names: peft wants each feed-forward entry among the targets, word for word.
+        """
         return {"target_modules": list(layers), "fan_in_fan_out": True,
                 "feedforward_modules": [name for name, layer in layers.items() if layer.feedforward]}
 
@@ -79,13 +132,13 @@ class IA3Linear(ReplacementLayer):
     def forward(self, x: Tensor) -> Tensor:
         scale = self.ia3_l.flatten()                                          # (in,) or (out,)
         if self.feedforward:
-            return self.base_layer((x * scale).to(x.dtype))                   # (B, T, in) -> (B, T, out)
-        y = self.base_layer(x)                                                # (B, T, out)
+            return self.base_layer((x * scale).to(x.dtype))                   # (batch, seq, in) -> (batch, seq, out)
+        y = self.base_layer(x)                                                # (batch, seq, out)
         return (y * scale).to(y.dtype)
 
     def merged(self) -> dict[str, Tensor]:
-        """W with its rows (and the bias), or its columns, rescaled."""
-        base, scale = self.base_layer, self.ia3_l                             # l broadcasts along (out, in) as stored
+        """l * W: rows rescaled, and the bias with them, or columns."""
+        base, scale = self.base_layer, self.ia3_l                             # (out, 1) or (1, in) beside (out, in)
         tensors = {"weight": (base.weight * scale).to(base.weight.dtype)}
         if not self.feedforward and base.bias is not None:
             tensors["bias"] = (base.bias * scale.flatten()).to(base.bias.dtype)
@@ -105,6 +158,7 @@ def plan(model: nn.Module, config: IA3Config) -> Plan:
 
 
 def _is_feedforward(name: str, feedforward: str | list[str]) -> bool:
+    """Whether a target's input is rescaled. As in peft, an entry is any ending of a name, not only one after a dot."""
     if isinstance(feedforward, str):
         return compiled(feedforward, "feedforward_modules").fullmatch(name) is not None
     return any(name.endswith(entry) for entry in feedforward)

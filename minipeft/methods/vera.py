@@ -1,16 +1,72 @@
-"""VeRA: vector-based random matrix adaptation.
+r"""VeRA: vector-based random matrix adaptation.
 
-LoRA with its two matrices drawn at random once, frozen and shared by all targets: what is trained are two vectors a
+LoRA with its two matrices drawn at random once, frozen, and shared by all targets. What is trained are two vectors per
 target, one between the matrices and one after them. The matrices follow from a seed and need not be stored.
 
-    y = x W^T + bias + b * ((d * (dropout(x) A^T)) B^T)        A (r, max in), B (max out, r): shared, frozen, random
+    y = x W^T + bias + b * ((d * (dropout(x) A^T)) B^T)
 
-d (r,) starts at d_initial, b (out,) at zero: step 0 is the base model, exactly. A target smaller than the largest one
-uses the first of the matrices' columns and rows.
+                x (batch, seq, in)
+                |         \
+                |        A (r, in)            A and B are random and frozen, one pair for all targets
+         W (out, in)        |  * d (r,)       d starts at d_initial
+          frozen            |
+                |        B (out, r)
+                |         /  * b (out,)       b starts at zero: step 0 is the base model, exactly
+                +--------+
+                |
+                y (batch, seq, out)
+
+Symbols
+    x (batch, seq, in) the layer's input      y (batch, seq, out) its output      * multiplies number by number
+    W (out, in), bias (out,) frozen           r the rank; it may be larger than in and out
+    A (r, in) is vera_A, B (out, r) is vera_B: uniform, within sqrt(6 / in) and sqrt(6 / r). They are as large as the
+    largest target needs; a smaller one uses A's first `in` columns and B's first `out` rows.
+    d (r,) is vera_lambda_d, b (out,) is vera_lambda_b: trained, each target has its own
+    dropout(x) is x, in training with a share vera_dropout of it set to zero
+Trained
+    d and b of each target; a new classification head; biases if `bias` asks for them. By default the targets are all
+    modules called c_attn.
+Frozen
+    Everything else: `inject` sets requires_grad to False when it carries out the plan. A and B are buffers, not
+    parameters: no optimizer sees them, and they are not in the model's state_dict.
+At step 0
+    VeraConfig()                 is the base model, bit for bit: b = 0, so the update is 0
+    VeraConfig(d_initial=1.0)    is the base model, bit for bit: whatever d is. No setting starts elsewhere.
+    While b = 0, d's gradient is 0 too: in the first step only b moves.
+Positions and mask
+    Untouched. Each token is updated by itself; a text has as many positions as before.
+Saved
+    base_model.model.transformer.h.0.attn.c_attn.vera_lambda_d (256,)
+    base_model.model.transformer.h.0.attn.c_attn.vera_lambda_b (2304,)
+    base_model.vera_A (256, 768)
+    base_model.vera_B (2304, 256)
+    base_model.model.score.weight (2, 768)
+    and so for every target. With save_projection=False the file holds no A and B: who loads it draws them again from
+    projection_prng_key, the seed. adapter_config.json must say peft_type VERA, r, target_modules, projection_prng_key
+    and save_projection; peft wants fan_in_fan_out true for GPT-2, whose matrices it keeps as (in, out).
+Merging
+    W <- W + diag(b) B diag(d) A, the layer's own `weight`; its bias stays. `unmerge` puts the kept W back, bit for bit.
+Cost
+    r + out parameters per target: 256 + 2304 = 2,560 for a c_attn of GPT-2, and for all twelve 12 * 2,560 = 30,720.
+    With the head 12 * 2,560 + 1,536 = 32,256 trained. A and B are 256 * (768 + 2304) = 786,432 frozen numbers, once.
+    Forward: 2 r (in + out) operations per token and target beside 2 in out, at r = 256 44 % more.
+    Backward: the input's gradient passes through W, and through B and A, 2 r (in + out) operations more. The own
+    gradients of W, A and B are never computed. Optimizer: 8 bytes per trained parameter for AdamW's two means, 258,048
+    bytes.
+Errors
+    VeraConfig(bias="lora_only")
+        bias must be one of none, vera_only, all, got 'lora_only'
+    inject(model, VeraConfig(target_modules=["score"]))
+        target_modules 'score' match nothing; nearest names: attn.c_attn, attn.c_proj, c_attn, c_fc, c_proj, mlp.c_fc,
+        mlp.c_proj
+    inject(inject(model, LoraConfig()), VeraConfig())
+        transformer.h.0.attn.c_attn already carries a LoRALinear: remove or merge it first
+Differs from the paper
+    The paper adapts the query and the value matrix; GPT-2 has query, key and value in one matrix, c_attn, which is
+    adapted whole. The paper keeps only the seed; here, as in peft, A and B are stored too by default, since another
+    version of PyTorch may draw other numbers. That smaller targets use a part of A and B is peft's rule.
 
 Paper: Kopiczko, Blankevoort, Asano (2023), "VeRA: Vector-based Random Matrix Adaptation", arXiv 2310.11454.
-Trained: d and b of each target, and the classification head.
-Costs: r + out parameters a target: GPT-2's twelve c_attn at r = 256, 30,720. Its products cost as LoRA's at that r.
 """
 
 from __future__ import annotations
@@ -35,7 +91,7 @@ class VeraConfig(MethodConfig):
     """peft's VeraConfig, as far as it changes GPT-2's numbers.
 
     Raises:
-        ConfigError: a value of the wrong type or out of range, when injected.
+        ConfigError: a value of the wrong type or out of range.
     """
 
     method: ClassVar[str] = "vera"
@@ -60,16 +116,22 @@ class VeraConfig(MethodConfig):
 
 
 class Projections(nn.Module):
-    """The pair of frozen random matrices that all targets share: U(-sqrt(6 / fan in), sqrt(6 / fan in))."""
+    """The pair of frozen random matrices that all targets share: A (r, in) and B (out, r)."""
 
     def __init__(self, r: int, in_features: int, out_features: int, seed: int, device: torch.device) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        bound = math.sqrt(6 / in_features), math.sqrt(6 / r)
-        vera_A = torch.empty(r, in_features).uniform_(-bound[0], bound[0], generator=generator)
-        vera_B = torch.empty(out_features, r).uniform_(-bound[1], bound[1], generator=generator)
+        # Always drawn on the CPU, so that a seed means the same numbers on every device.
+        vera_A = _uniform((r, in_features), generator)
+        vera_B = _uniform((out_features, r), generator)
         self.register_buffer("vera_A", vera_A.to(device), persistent=False)
         self.register_buffer("vera_B", vera_B.to(device), persistent=False)
+
+
+def _uniform(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """A matrix (out, in) of numbers between -sqrt(6 / in) and sqrt(6 / in): Kaiming's rule."""
+    bound = math.sqrt(6 / shape[1])
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
 class VeRALinear(ReplacementLayer):
@@ -79,23 +141,23 @@ class VeRALinear(ReplacementLayer):
 
     def __init__(self, base_layer: nn.Linear, projections: Projections, config: VeraConfig) -> None:
         super().__init__(base_layer)
-        device, self.save_projection = base_layer.weight.device, config.save_projection
-        self.projections = projections
+        device = base_layer.weight.device
+        self.projections, self.save_projection = projections, config.save_projection
         self.vera_dropout = nn.Dropout(config.vera_dropout)
         self.vera_lambda_d = nn.Parameter(torch.full((config.r,), float(config.d_initial), device=device))
         self.vera_lambda_b = nn.Parameter(torch.zeros(base_layer.out_features, device=device))
 
     def matrices(self) -> tuple[Tensor, Tensor]:
-        """This target's part of A, (r, in), and of B, (out, r)."""
+        """This target's part of the shared matrices: the first columns of A, (r, in), the first rows of B, (out, r)."""
         base = self.base_layer
         return self.projections.vera_A[:, :base.in_features], self.projections.vera_B[:base.out_features]
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base_layer(x)                                                # (B, T, out)
+        y = self.base_layer(x)                                                # (batch, seq, in) -> (batch, seq, out)
         A, B = self.matrices()
         x = self.vera_dropout(to_dtype_of(self.vera_lambda_d, x))
-        inner = self.vera_lambda_d * nn.functional.linear(x, A)               # (B, T, r)
-        update = self.vera_lambda_b * nn.functional.linear(inner, B)          # (B, T, out)
+        inner = self.vera_lambda_d * nn.functional.linear(x, A)               # (batch, seq, r)
+        update = self.vera_lambda_b * nn.functional.linear(inner, B)          # (batch, seq, out)
         return (y + update).to(y.dtype)
 
     def merged(self) -> dict[str, Tensor]:
@@ -105,6 +167,7 @@ class VeRALinear(ReplacementLayer):
         return {"weight": (self.base_layer.weight + update).to(self.base_layer.weight.dtype)}
 
     def stored(self, name: str) -> dict[str, Tensor]:
+        """Also A and B, whole, unless the seed is to say them."""
         shared = {f"base_model.{key}": buffer for key, buffer in self.projections.named_buffers()}
         return super().stored(name) | (shared if self.save_projection else {})
 

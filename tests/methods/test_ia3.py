@@ -160,4 +160,4 @@ def test_counts_at_the_official_sizes(name, trained):
     with torch.device("meta"):
         model = GPT2LMHeadModel(GPT2Config.official(name))
     assert trainable_parameters(inject(model, IA3Config())).trainable == trained
-    assert "GPT-2: 64,512" in ia3.__doc__
+    assert "12 * 5,376 = 64,512" in ia3.__doc__

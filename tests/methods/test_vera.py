@@ -231,4 +231,4 @@ def test_counts_at_the_official_sizes(name, r, trained):
     with torch.device("meta"):
         model = GPT2LMHeadModel(GPT2Config.official(name))
     assert trainable_parameters(inject(model, VeraConfig(r=r))).trainable == trained
-    assert "r = 256, 30,720" in vera.__doc__
+    assert "12 * 2,560 = 30,720" in vera.__doc__

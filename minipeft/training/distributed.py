@@ -5,8 +5,7 @@
 Every process reads the same data and cuts each batch into equal shares, so the global batch, and with it the loss
 curve, is what one process would have seen. After the backward pass the gradients of the trained parameters are averaged
 (DistributedDataParallel; Li et al. 2020, "PyTorch Distributed", arXiv 2006.15704): with LoRA a few hundred kilobytes
-travel where full fine-tuning sends the whole model. `full` can instead keep weights, gradients and optimiser state in
-shards (FSDP2; Zhao et al. 2023, arXiv 2304.11277): each process then holds 1/N of them.
+travel where full fine-tuning sends the whole model. `full` can instead be sharded: see sharding.py.
 
 In a single process every function here does nothing, at no cost.
 """
@@ -27,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from minipeft.data.batches import IGNORED_LABEL, Batch
 from minipeft.errors import HardwareError
+from minipeft.training.sharding import is_sharded
 
 
 @contextmanager
@@ -118,32 +118,16 @@ def gathered(items: Sequence[Any], numbers: Sequence[int], count: int) -> list[A
         # A tensor that is a view would be sent with all that it is a view of; an array is sent by itself.
         plain = [item.numpy() if isinstance(item, Tensor) else item for item in items]
         distributed.all_gather_object(everyone, (plain, list(numbers)))
-    whole = [None] * count
+    together = [None] * count
     for part, its_numbers in everyone:
         for number, item in zip(its_numbers, part):
-            whole[number] = torch.from_numpy(item) if isinstance(item, np.ndarray) else item
-    return whole
+            together[number] = torch.from_numpy(item) if isinstance(item, np.ndarray) else item
+    return together
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
 
-def shard(model: nn.Module) -> None:
-    """Spread weights, gradients and optimiser state over the processes, block by block, in place (FSDP2).
-
-    Raises:
-        HardwareError: there is only one process.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    if world_size() == 1:
-        raise HardwareError("--shard spreads a model over processes: start it with torchrun --nproc-per-node N")
-    mesh = init_device_mesh(next(model.parameters()).device.type, (world_size(),))
-    for block in model.transformer.h:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-
-
-def synchronised(model: nn.Module) -> nn.Module:
+def synchronized(model: nn.Module) -> nn.Module:
     """The model to call in training: one whose backward pass averages gradients over the processes."""
     if world_size() == 1 or any(map(is_sharded, model.parameters())):
         return model  # alone, or sharded: FSDP averages by itself
@@ -151,35 +135,12 @@ def synchronised(model: nn.Module) -> nn.Module:
 
 
 def without_sending(model: nn.Module, more_to_come: bool) -> AbstractContextManager[None]:
-    """While gradients of one step are still being accumulated, they need not travel."""
+    """While gradients of one step are still being added up, they need not travel."""
     held_back = more_to_come and isinstance(model, DistributedDataParallel)
     return model.no_sync() if held_back else nullcontext()
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process holds only a part of it."""
-    return hasattr(tensor, "full_tensor")  # asked so that a single process need not import torch's DTensor
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor as if it had never been sharded. Every process must ask."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
-
-
-def spread_like(parameter: Tensor, value: Tensor) -> Tensor:
-    """A whole tensor on the parameter's device and, where the parameter is sharded, sharded as it is.
-
-    A single number, such as an optimiser's count of steps, is never sharded.
-    """
-    value = value.to(parameter.device)
-    if not is_sharded(parameter) or value.dim() == 0:
-        return value
-    from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(value, parameter.device_mesh, parameter.placements)
-
-
-def reshard(model: nn.Module) -> None:
-    """Forget whole tensors gathered for an evaluation: after the parameters were overwritten they are out of date."""
-    for module in model.modules():
-        if hasattr(module, "reshard"):
-            module.reshard()
+def seed_by_rank(seed: int) -> None:
+    """Give each process but the first a random state of its own: their rows of a batch must not share dropout."""
+    if rank() > 0:
+        torch.manual_seed(seed + rank())

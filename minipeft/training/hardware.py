@@ -15,8 +15,8 @@ import torch.nn as nn
 
 from minipeft.errors import HardwareError
 
-# What a CPU trains on at a time, in numbers of the hidden states (B, T, C): about as much as its caches hold.
-NUMBERS_PER_PASS = 2**20
+# Of a micro-batch's hidden states (B, T, C) on a CPU: about as much as its caches hold.
+NUMBERS_PER_MICRO_BATCH = 2**20
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -59,25 +59,26 @@ def computing_in(precision: torch.dtype, device: torch.device) -> torch.autocast
     return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
 
 
-def tokens_per_pass(device: torch.device, n_embd: int) -> int | None:
-    """How many tokens a forward pass of training had best hold; None: as many as there are.
+def tokens_per_micro_batch(device: torch.device, n_embd: int) -> int | None:
+    """How many tokens training computes at once; None: as many as there are.
 
-    A GPU wants all it can get. A CPU is done no sooner with more than its caches hold, and needs more memory: a LoRA
-    step of GPT-2 124M on 16 texts of 256 tokens, cut into four passes, takes 0.78 of the time and 0.47 of the memory in
-    float32 and, as each pass prepares the weights anew, 1.05 of the time and 0.45 of the memory in bfloat16.
+    A GPU is fastest with all of a batch. A CPU gains nothing beyond what its caches hold, and needs more memory: a LoRA
+    step of GPT-2 124M on 16 texts of 256 tokens, cut into four micro-batches, takes 0.78 of the time and 0.47 of the
+    memory in float32. In bfloat16, where each micro-batch casts the weights anew, it takes 1.05 of the time and 0.45 of
+    the memory.
 
     Args:
-        n_embd: C, numbers a token.
+        n_embd: C, numbers per token.
     """
-    return max(1, NUMBERS_PER_PASS // n_embd) if device.type == "cpu" else None
+    return max(1, NUMBERS_PER_MICRO_BATCH // n_embd) if device.type == "cpu" else None
 
 
 def cast_frozen(model: nn.Module, precision: torch.dtype) -> nn.Module:
     """Keep the frozen weights and biases of linear layers in `precision` only, in place; in float32 nothing changes.
 
-    Autocast casts them anew at every call, to the very same values, and keeps both; half of the memory traffic of
-    generation, which reads all weights for each token, is that. What is trained, embeddings and LayerNorms stay as they
-    are, and an output head that was tied to the embeddings gets weights of its own.
+    Autocast casts them anew at every call, to the very same values, and keeps both: half of the memory traffic of
+    generation, which reads all weights for each token. What is trained, embeddings and LayerNorms stay as they are, and
+    an output head that was tied to the embeddings gets weights of its own.
 
     Returns:
         The model.

@@ -1,7 +1,11 @@
-"""The optimiser and the learning-rate schedule, shared by fine-tuning and pretraining.
+"""The optimizer and the learning-rate schedule, shared by fine-tuning and pretraining.
 
 AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) with decay on matrices only; the rate rises linearly, then falls
 along half a cosine.
+
+LoRA+ (Hayou et al. 2024, arXiv 2402.12354) multiplies the learning rate of LoRA's B, which starts at zero, and leaves
+that of A, which starts at random. With one rate for both, B moves too slowly in a wide model; the paper advises a
+factor of about 16.
 """
 
 from __future__ import annotations
@@ -27,10 +31,11 @@ def adamw(parameters: Iterable[tuple[str, nn.Parameter]], model: nn.Module, lear
     """AdamW over the given named parameters, decaying the weight matrices of linear layers and nothing else.
 
     Biases, LayerNorms, embeddings, prompts and scaling vectors do not decay. Which is which is decided by the module
-    that owns a parameter, never by a parameter's name; so is what LoRA+ trains faster (`AdapterLayer.raised_rate`).
+    that owns a parameter, never by a parameter's name.
 
     Args:
-        loraplus_lr_ratio: LoRA+'s factor on the learning rate of LoRA's B, kept in the group as "rate_factor".
+        loraplus_lr_ratio: LoRA+'s factor on the learning rate of what a layer lists in `raised_rate`: LoRA's B, and
+            DoRA's magnitudes. A group keeps its factor as "rate_factor".
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     matrices = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)} - embeddings

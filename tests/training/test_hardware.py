@@ -1,4 +1,4 @@
-"""hardware.py: device and precision are chosen as asked or as is best, and are in force only where they should be."""
+"""hardware.py: device and precision are chosen as asked or as is best, and apply only where they should."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""training.py: what is refused, that the loop learns what it should and touches nothing else, and that it can be
+"""The loop: what is refused, that the loop learns what it should and touches nothing else, and that it can be
 interrupted anywhere and resumed as if nothing had happened."""
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ METHODS = {"full": FullConfig(), "lora": LoraConfig(r=4, lora_alpha=8, target_mo
 @pytest.mark.parametrize("name", ["epochs", "batch_size", "gradient_accumulation", "evaluations_per_epoch"])
 @pytest.mark.parametrize("value", [0, -1])
 def test_a_count_below_one_is_refused(name, value):
-    with pytest.raises(ConfigError, match=f"{name} must be at least 1, got {value}"):
+    with pytest.raises(ConfigError, match=f"{name} must be a positive integer, got {value}"):
         TrainingConfig(**{name: value})
 
 
@@ -183,11 +183,11 @@ class FixedBatches:
         return iter([collate(*batch) for batch in self.batches[first:]])
 
 
-def test_a_batch_computed_in_passes_takes_the_same_steps(toy):
+def test_a_batch_computed_in_micro_batches_takes_the_same_steps(toy):
     curves, values = [], []
-    for tokens_per_pass in (None, 20, 1):
+    for tokens in (None, 20, 1):
         task = toy("lora", learning_rate=1e-3, epochs=2)
-        curves.append(run(task, tokens_per_pass=tokens_per_pass).curve)
+        curves.append(run(task, tokens_per_micro_batch=tokens).curve)
         values.append(trained_values(task.model))
     for curve, value in zip(curves[1:], values[1:]):
         assert [point["train_loss"] for point in curve] == pytest.approx([p["train_loss"] for p in curves[0]], abs=2e-4)
@@ -334,8 +334,6 @@ def pressing_ctrl_c(*at):
         return loss_sum(logits, batch)
 
     return loss
-
-
 
 
 LONG = {"dropout": 0.2, "epochs": 2, "batch_size": 4, "gradient_accumulation": 2, "evaluations_per_epoch": 2}

@@ -1,0 +1,104 @@
+"""The state to resume a run from: one file of trained values, the optimizer's moments, random state and step.
+
+What else a run has to remember (its curve, its settings) goes along as JSON in the file's header, so that a process
+killed at any moment leaves one whole state, the old one or the new one.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from safetensors.torch import save_file
+
+from minipeft.errors import OutputError, WeightsError
+from minipeft.files import replacing_folder
+from minipeft.model.weights import open_tensors
+from minipeft.training import distributed as parallel
+from minipeft.training.sharding import spread_like, whole
+
+STATE_FILE = "training_state.safetensors"
+
+
+def save_training_state(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int,
+                        extra: dict[str, Any], tensors: dict[str, torch.Tensor] | None = None) -> None:
+    """Write what resuming needs. Of several processes all must call, and the first one writes.
+
+    Args:
+        model: its parameters that require a gradient are stored, under "model/".
+        optimizer: its state of these is stored, under "optimizer/".
+        step: how many optimizer steps have been taken.
+        extra: more to remember, as JSON.
+        tensors: more tensors to remember, under "extra/".
+
+    Raises:
+        OutputError: the folder cannot be written, or the disk is full.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    state = {f"extra/{name}": tensor for name, tensor in (tensors or {}).items()}
+    state |= {f"model/{name}": p.detach() for name, p in trained.items()}
+    for name, parameter in trained.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            state[f"optimizer/{key}/{name}"] = value
+    state["random/cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        state["random/cuda"] = torch.cuda.get_rng_state()
+    state = {name: whole(tensor) for name, tensor in state.items()}
+    if parallel.rank() > 0:
+        return
+    with replacing_folder(folder) as temporary:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, temporary / STATE_FILE,
+                  metadata={"state": json.dumps({"step": step, "extra": extra})})
+
+
+def load_training_state(folder: str | Path, model: nn.Module,
+                        optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any], dict[str, torch.Tensor]]:
+    """Restore a saved run into model, optimizer and torch's generators.
+
+    Returns:
+        (step, extra, tensors) as they were given to `save_training_state`; (0, {}, {}) where `folder` holds nothing.
+
+    Raises:
+        OutputError: the state is damaged, or belongs to a model with other parameters.
+    """
+    folder = Path(folder)
+    if not (folder / STATE_FILE).is_file():
+        return 0, {}, {}
+    step, extra, random_state, tensors = _read(folder)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    stored = _part(tensors, "model")
+    if {name: t.shape for name, t in stored.items()} != {name: p.shape for name, p in trained.items()}:
+        raise OutputError(f"{folder} holds the state of a run with other parameters: delete it or use another folder")
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(spread_like(parameter, stored[name]))
+    for key, tensor in _part(tensors, "optimizer").items():
+        entry, _, name = key.partition("/")
+        optimizer.state[trained[name]][entry] = spread_like(trained[name], tensor)
+    torch.set_rng_state(random_state)
+    if torch.cuda.is_available() and "random/cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random/cuda"])
+    return step, extra, _part(tensors, "extra")
+
+
+def _read(folder: Path) -> tuple[int, dict[str, Any], torch.Tensor, dict[str, torch.Tensor]]:
+    """(step, extra, random state, all other tensors) of a state file.
+
+    Raises:
+        OutputError: the file is damaged.
+    """
+    try:
+        with open_tensors(folder / STATE_FILE) as file:
+            saved = json.loads(file.metadata()["state"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        return saved["step"], saved["extra"], tensors.pop("random/cpu"), tensors
+    except (WeightsError, ValueError, KeyError, TypeError) as error:
+        raise OutputError(f"{folder} holds a damaged training state ({error}): delete it") from error
+
+
+def _part(tensors: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
+    """The tensors of one kind ("model", "optimizer" or "extra"), by what follows it in their names."""
+    return {name.removeprefix(f"{kind}/"): tensor for name, tensor in tensors.items() if name.startswith(f"{kind}/")}

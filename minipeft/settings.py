@@ -112,7 +112,9 @@ def is_a(value: Any, kind: Any) -> bool:
                                                for key, item in value.items())
     if kind in (int, float) and isinstance(value, bool):
         return False
-    return isinstance(value, (int, float) if kind is float else kind)
+    expected = (int, float) if kind is float else outer or kind
+    # What else may be annotated (Any, Literal, Optional, in a user's own task) is not checked.
+    return kind is Any or not isinstance(expected, (type, tuple)) or isinstance(value, expected)
 
 
 def in_words(kind: Any) -> str:

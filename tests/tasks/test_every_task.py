@@ -168,6 +168,18 @@ def test_a_task_of_ones_own_that_writes_trains_and_reloads(options, tmp_path):
     assert task.separator == " !" and type(task).__name__ == "Shouting"
 
 
+def test_a_task_of_ones_own_may_have_fields_of_any_type(tmp_path, tokenizer):
+    (tmp_path / "task.py").write_text(
+        "from dataclasses import dataclass\nfrom typing import Any, Literal, Optional\n\n"
+        "from minipeft.tasks.tagging import Tagging\n\n\n@dataclass\nclass Mine(Tagging):\n    name = 'mine'\n"
+        "    words: tuple[str, ...] = ()\n    how: Any = None\n    side: Literal['left', 'right'] = 'left'\n"
+        "    most: Optional[int] = None\n")
+    mine = find_task(str(tmp_path / "task.py"))
+    assert mine(tokenizer, ["O", "B-x"], words=("a", "b")).details()["words"] == ("a", "b")
+    with pytest.raises(ConfigError, match="words must be"):
+        mine(tokenizer, ["O", "B-x"], words="a")
+
+
 @pytest.mark.parametrize(("line", "name"), [
     ('name, separator = "translation", " !"', "translation"), ('separator = " !"', "translation"),
     ('name, separator = "summarisation", " !"', "summarisation")])

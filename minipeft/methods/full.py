@@ -18,7 +18,8 @@ Symbols
     x (batch, seq, in) a layer's input      y (batch, seq, out) its output      W (out, in), bias (out,) trained
     theta any tensor of the model, theta_next what a step of AdamW makes of it; both in its own shape
     mean, square AdamW's running means of the gradient and of its square, each in theta's shape, their start corrected
-    rate the learning rate     decay the weight decay, 0 for what is no matrix     eps = 1e-8     sqrt the square root
+    rate the learning rate      decay the weight decay, for the matrices of linear layers, else 0      eps = 1e-8
+    sqrt the square root, number by number
 Trained
     Everything: embeddings, matrices, biases, LayerNorms, and a new classification head.
 Frozen

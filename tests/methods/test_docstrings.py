@@ -7,6 +7,7 @@ indented by four more than the call that raises it. Sizes are those of GPT-2 124
 """
 
 import importlib
+import json
 import re
 from pathlib import Path
 
@@ -15,20 +16,26 @@ import torch
 from models import IDS, MASK, build
 
 import minipeft
-from minipeft import METHODS, GPT2Config, GPT2ForSequenceClassification, inject, merge, trainable_parameters
+from minipeft import (
+    METHODS,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    inject,
+    merge,
+    save_adapter,
+    trainable_parameters,
+)
 from minipeft.errors import MinipeftError
 from minipeft.methods.dora import DoraConfig
 from minipeft.methods.injection import active_injections
 from minipeft.methods.saving import _stored
 
-PENDING = {"adapter", "prompt", "ptuning", "prefix"}
-WRITTEN = [method for method in METHODS if method not in PENDING]
 HEADINGS = ["Symbols", "Trained", "Frozen", "At step 0", "Positions and mask", "Saved", "Merging", "Cost", "Errors",
             "Differs from the paper"]
 NAMES = {**vars(minipeft), "DoraConfig": DoraConfig}
 TINY = GPT2Config(vocab_size=97, n_positions=40, n_embd=24, n_layer=2, n_head=3)
 
-each_method = pytest.mark.parametrize("method", WRITTEN)
+each_method = pytest.mark.parametrize("method", METHODS)
 
 
 def docstring(method):
@@ -128,7 +135,18 @@ def test_the_tensors_on_disk_have_the_names_and_shapes_it_lists(method):
     assert listed.items() <= stored.items()
     not_listed = stored.keys() - listed.keys()
     assert all(re.search(r"\.h\.[1-9]\d*\.", name) for name in not_listed), "of block 0, and outside blocks, all"
-    assert f"peft_type {config_class.peft_type}" in text_under(method, "Saved")
+
+
+@each_method
+def test_adapter_config_json_has_the_keys_it_names(method, tmp_path):
+    config_class, text = METHODS[method].config_class, text_under(method, "Saved")
+    if not config_class.saves_adapter:
+        return
+    save_adapter(inject(build(GPT2ForSequenceClassification, TINY), config_class()), tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
+    sentence = re.search(r"adapter_config.json must say ([^.]*)", text)[1]
+    assert sentence.startswith(f"peft_type {written['peft_type']}")
+    assert set(re.findall(r"[a-z]+(?:_[a-z]+)+", sentence)) <= written.keys()
 
 
 @each_method

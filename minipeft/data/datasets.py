@@ -250,7 +250,7 @@ def _read_table(path: Path) -> pa.Table:
         if path.suffix == ".parquet":
             return pyarrow.parquet.read_table(path)
         if path.suffix == ".jsonl":
-            # One block, as a row may not span three; a row of a book's length should be refused as that.
+            # One block: pyarrow fails at a row that spans three, and a row of a book's length has an error of its own.
             return pyarrow.json.read_json(path, pyarrow.json.ReadOptions(block_size=max(1 << 20, path.stat().st_size)))
         return pyarrow.csv.read_csv(path, parse_options=pyarrow.csv.ParseOptions(
             delimiter="\t" if path.suffix == ".tsv" else ",", newlines_in_values=True))

@@ -21,7 +21,7 @@ class Examples:
     """Texts and their labels, in the same order.
 
     Attributes:
-        texts: a text each or, where words are labelled, a list of words.
+        texts: a text each or, where words are labeled, a list of words.
         labels: a label's number, a list with a tag's number for each word, or a list of target texts.
     """
 

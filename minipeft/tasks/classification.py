@@ -140,9 +140,9 @@ def metrics(logits: Tensor, labels: Sequence[int]) -> dict[str, Any]:
 def wilson_interval(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
     """Wilson's score interval for a proportion; z = 1.96 gives 95 %. Stays inside [0, 1], unlike p +- z s."""
     p = correct / total
-    centre = (p + z * z / (2 * total)) / (1 + z * z / total)
+    center = (p + z * z / (2 * total)) / (1 + z * z / total)
     half = z / (1 + z * z / total) * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 def zero_shot_logits(model: GPT2LMHeadModel, tokenizer: Tokenizer, texts: Sequence[str], device: torch.device,

@@ -1,4 +1,4 @@
-"""Generation: a text is answered by a text, a summary or a translation, written by the language model itself.
+"""Generation: the language model reads a source text and writes a target text, its summary or translation.
 
     sequence = source, separator, target, end of text
     loss     = sum over target tokens and the end of -log softmax(lm_head(h before it))[token]
@@ -101,7 +101,7 @@ class Generation(Task):
         return [np.asarray(ids[:self.source_length] + self.separator_ids, dtype=np.int32) for ids in sources]
 
     def encode(self, examples: Examples) -> Encoded:
-        """Training sequences. Of several targets the first is learned; label t is the token after token t."""
+        """Training sequences. The first of several targets is learned; label t is the token after token t."""
         prompts = self.prompts(examples.texts)
         targets = self.tokenizer.encode_batch([" " + references[0].strip() for references in examples.labels])
         longest = self.max_new_tokens - 1
@@ -202,7 +202,7 @@ class Generation(Task):
 
 @dataclass
 class Summarization(Generation):
-    """A summary after "TL;DR:", judged by ROUGE (Lin 2004), of several references by the closest.
+    """A summary after "TL;DR:", judged by ROUGE (Lin 2004); of several references the closest counts.
 
     The package rouge-score compares runs of the letters a to z and digits: it is made for English.
     """
@@ -292,8 +292,7 @@ def source_text(source: Any) -> Any:
 
 
 def first_sentence(source: str | list[str]) -> str:
-    """The first of a list of sentences; of a text what comes up to the first full stop, question or exclamation mark
-    with a space behind it."""
+    """The first of a list of sentences. A text's ends at the first of . ! ? that a space follows."""
     return source[0] if isinstance(source, list) else re.split(r"(?<=[.!?])\s", source, maxsplit=1)[0]
 
 

@@ -36,7 +36,7 @@ class Encoded:
     Attributes:
         examples: what they were made from.
         ids: N arrays, (T,).
-        labels: N numbers or, where tokens are labelled, N arrays (T,), IGNORED_LABEL at a token without a label.
+        labels: N numbers or, where tokens are labeled, N arrays (T,), IGNORED_LABEL at a token without a label.
         owners: for each sequence the number of its example, where a long example makes several sequences.
     """
 
@@ -110,7 +110,7 @@ class Task(Settings, ABC):
 
     @staticmethod
     def loss_sum(logits: Tensor, batch: Batch) -> Tensor:
-        """Cross-entropy in nats, summed over what is labelled: logits (N, K), batch.targets (N,)."""
+        """Cross-entropy in nats, summed over what is labeled: logits (N, K), batch.targets (N,)."""
         return F.cross_entropy(logits.float(), batch.targets, reduction="sum")
 
     @abstractmethod

@@ -1,62 +1,62 @@
-"""The one table of default hyperparameters, by method.
+"""The one table of what a run takes where its user gives nothing, by method.
 
-Learning rates, and how texts are cut, were compared on IMDb's validation split with the mini base
-(results/tuning_*.json). On the whole training split one epoch already is 1,400 steps.
+A configuration made in Python has peft's defaults, so that code written for peft means the same here. A run of
+`scripts/train.py --method NAME` has those of the table below, which suit this library's models and data better:
 
-`method` fills the method's configuration, `training` the TrainingConfig; whatever a user gives replaces an entry.
+    method   field               Config()  --method      why
+    lora     lora_alpha          8         16            twice r, as is usual
+    lora     target_modules      None      all-linear    None is c_attn alone; all need to learn to equal `full` (QLoRA)
+    dora     lora_alpha          8         16            as lora
+    dora     target_modules      None      all-linear    as lora
+    vera     r                   256       64            256 is all of mini's width
+    vera     target_modules      None      all-linear    as lora
+    adapter  reduction_factor    16        8             of mini's 256 channels 16 leaves few
+    prompt   prompt_tuning_init  RANDOM    SAMPLE_VOCAB  real words' vectors are the better start (Lester et al.)
+
+Learning rates and epochs were compared on IMDb's validation split, and on other tasks' own, with the mini base
+(results/tuning_*.json). On IMDb's whole training split one epoch already is 1,400 steps.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+# "method" fills the method's configuration and "training" the TrainingConfig; what a user gives replaces an entry.
+# "rates" are the learning rates of other tasks than classification. Summaries and German are far from what the base has
+# read: every method has to go far from where it starts.
 DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
-    "full": {"method": {}, "training": {"learning_rate": 3e-4, "epochs": 2}},
-    "head": {"method": {}, "training": {"learning_rate": 3e-3, "epochs": 10}},
-    "bitfit": {"method": {}, "training": {"learning_rate": 2e-3, "epochs": 1}},
-    "dora": {"method": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
-             "training": {"learning_rate": 1.5e-3, "epochs": 1}},
-    "vera": {"method": {"r": 64, "target_modules": "all-linear"}, "training": {"learning_rate": 1e-2, "epochs": 1}},
-    "ia3": {"method": {}, "training": {"learning_rate": 5e-3, "epochs": 1}},
-    "adapter": {"method": {"reduction_factor": 8}, "training": {"learning_rate": 1e-3, "epochs": 1}},
-    "prompt": {"method": {"prompt_tuning_init": "SAMPLE_VOCAB"}, "training": {"learning_rate": 1e-2, "epochs": 1}},
-    "ptuning": {"method": {}, "training": {"learning_rate": 1e-3, "epochs": 1}},
-    "prefix": {"method": {}, "training": {"learning_rate": 1e-2, "epochs": 1}},
-    "lora": {"method": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
-             "training": {"learning_rate": 1.5e-3, "epochs": 3}},
-}
-# What other tasks need otherwise, compared on their validation splits with the mini base (results/tuning_*.json).
-BY_TASK: dict[str, dict[str, dict[str, Any]]] = {
-    "tagging": {"bitfit": {"learning_rate": 6e-3}, "ia3": {"learning_rate": 1e-2}},
-    # Summaries and German are far from what the base has read: every method has to go far from where it starts.
-    "summarisation": {"full": {"learning_rate": 1e-3}, "bitfit": {"learning_rate": 2e-2},
-                      "ia3": {"learning_rate": 1e-1}, "adapter": {"learning_rate": 1e-2},
-                      "prompt": {"learning_rate": 1e-1}, "prefix": {"learning_rate": 1e-1},
-                      "lora": {"learning_rate": 1e-2}},
-    "translation": {"full": {"learning_rate": 2e-3}, "bitfit": {"learning_rate": 6e-2},
-                    "ia3": {"learning_rate": 3e-1}, "adapter": {"learning_rate": 1e-2},
-                    "prompt": {"learning_rate": 3e-1}, "prefix": {"learning_rate": 1e-1},
-                    "lora": {"learning_rate": 1e-2}},
+    "full": {"method": {}, "training": {"learning_rate": 3e-4, "epochs": 2},
+             "rates": {"summarization": 1e-3, "translation": 2e-3}},
+    "head": {"method": {}, "training": {"learning_rate": 3e-3, "epochs": 10}, "rates": {}},
+    "bitfit": {"method": {}, "training": {"learning_rate": 2e-3, "epochs": 1},
+               "rates": {"tagging": 6e-3, "summarization": 2e-2, "translation": 6e-2}},
+    "lora": {"method": {"lora_alpha": 16, "target_modules": "all-linear"},
+             "training": {"learning_rate": 1.5e-3, "epochs": 3},
+             "rates": {"summarization": 1e-2, "translation": 1e-2}},
+    "dora": {"method": {"lora_alpha": 16, "target_modules": "all-linear"},
+             "training": {"learning_rate": 1.5e-3, "epochs": 1}, "rates": {}},
+    "vera": {"method": {"r": 64, "target_modules": "all-linear"},
+             "training": {"learning_rate": 1e-2, "epochs": 1}, "rates": {}},
+    "ia3": {"method": {}, "training": {"learning_rate": 5e-3, "epochs": 1},
+            "rates": {"tagging": 1e-2, "summarization": 1e-1, "translation": 3e-1}},
+    "adapter": {"method": {"reduction_factor": 8}, "training": {"learning_rate": 1e-3, "epochs": 1},
+                "rates": {"summarization": 1e-2, "translation": 1e-2}},
+    "prompt": {"method": {"prompt_tuning_init": "SAMPLE_VOCAB"}, "training": {"learning_rate": 1e-2, "epochs": 1},
+               "rates": {"summarization": 1e-1, "translation": 3e-1}},
+    "ptuning": {"method": {}, "training": {"learning_rate": 1e-3, "epochs": 1}, "rates": {}},
+    "prefix": {"method": {}, "training": {"learning_rate": 1e-2, "epochs": 1},
+               "rates": {"summarization": 1e-1, "translation": 1e-1}},
 }
 
 
 def table(method: str, task: str = "classification") -> dict[str, dict[str, Any]]:
-    """The defaults of a method on a task: what fills its configuration, and what the TrainingConfig."""
+    """The defaults of a method on a task: {"method": fields of its configuration, "training": of TrainingConfig}."""
     found = DEFAULTS[method]
-    return {"method": found["method"], "training": {**found["training"], **BY_TASK.get(task, {}).get(method, {})}}
+    rate = found["rates"].get(task, found["training"]["learning_rate"])
+    return {"method": found["method"], "training": {**found["training"], "learning_rate": rate}}
 
 
-# Reading: how long a text may be, in tokens, and what is cut from a longer one. A summary's source is longer than most
-# texts: mini's 512 positions are used but for those that virtual tokens may need.
-MAX_LENGTH, TRUNCATION = 384, "head_tail"
-MAX_SUMMARY_LENGTH = 480
-# The part of these tokens that is kept free for what is to be written; a summary is a small part of its source.
-TARGET_SHARE, SUMMARY_SHARE = 1 / 3, 1 / 6
-# Sizes used on a CPU unless --full is given: enough to see a method work in minutes.
-CPU_TRAIN_SIZE, CPU_VALIDATION_SIZE, CPU_TEST_SIZE = 4000, 500, 2000
-# Texts per forward pass in evaluation: on a CPU as many as fit its cache, on a GPU enough to keep it busy.
-EVALUATION_BATCH_SIZE = {"cpu": 16, "cuda": 128}
-# Prompts continued at a time: one token of each is little work, so more of them than texts that are read.
-GENERATION_BATCH_SIZE = {"cpu": 32, "cuda": 256}
+# Examples used on a CPU unless --full is given: enough to see a method work in minutes.
+CPU_SIZES = {"train": 4000, "validation": 500, "test": 2000}
 # On little data the table's epochs are too few steps to learn anything: more are taken, up to a limit.
 MINIMUM_STEPS, MAXIMUM_EPOCHS = 500, 10

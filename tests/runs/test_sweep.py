@@ -6,9 +6,9 @@ import pytest
 from helpers import files_below, read_json, write_csv, write_tiny_model
 
 from minipeft.errors import ConfigError
-from minipeft.runs import finetune
-from minipeft.runs.finetune import Options
+from minipeft.runs.plan import Options
 from minipeft.runs.sweep import tune
+from minipeft.tasks.task import Task
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def test_tuning_compares_trials_on_the_validation_split_and_never_reads_the_test
     def no_test(*arguments):
         raise AssertionError("the test split was read")
 
-    monkeypatch.setattr(finetune, "_test", no_test)
+    monkeypatch.setattr(Task, "test", no_test)
     trials = [{"learning_rate": 1e-3}, {"r": 4, "max_length": 32, "epochs": 1}]
     results = tune(options, trials)
     assert results == read_json(tmp_path / "results" / "tuning_lora.json")

@@ -1,0 +1,252 @@
+"""Choosing: from what a user asked for to the plan of a run, each choice with its reason."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from minipeft.data.datasets import SPLITS, Dataset, choose_dataset, load_dataset
+from minipeft.errors import ConfigError
+from minipeft.methods import METHODS
+from minipeft.methods.injection import positions_left
+from minipeft.model.hub import find
+from minipeft.model.tokenizer import VOCABULARY_FILE, Tokenizer, get_tokenizer
+from minipeft.runs import defaults
+from minipeft.runs.trained import check_vocabulary
+from minipeft.settings import POSITIVE_INTEGER, Settings, setting
+from minipeft.tasks import task_for
+from minipeft.tasks.task import Task
+from minipeft.training.hardware import choose_device, choose_precision
+from minipeft.training.loop import TrainingConfig
+
+Say = Callable[[str], None]
+
+
+def silent(line: str) -> None:
+    """Say nothing: what `say` is where nobody listens."""
+
+
+@dataclass
+class Options(Settings):
+    """What a user asked for; None means: choose for me, and say why.
+
+    Raises:
+        ConfigError: a value of the wrong type, or out of range.
+    """
+
+    method: str = "lora"
+    model: str | None = None
+    dataset: str | None = None
+    task: str | None = None
+    data_dir: str | Path | None = None
+    text_column: str | None = None
+    label_column: str | None = None
+    full: bool = False
+    train_size: int | None = setting(None, within=POSITIVE_INTEGER)
+    validation_size: int | None = setting(None, within=POSITIVE_INTEGER)
+    test_size: int | None = setting(None, within=POSITIVE_INTEGER)
+    max_length: int | None = None
+    truncation: str | None = None
+    max_new_tokens: int | None = None
+    dropout: float | None = None
+    device: str | None = None
+    precision: str = "auto"
+    compile: bool = False
+    gradient_checkpointing: bool = False
+    recompute_features: bool = False
+    shard: bool = False
+    resume: bool = False
+    output: str | Path | None = None
+    results_dir: str | Path = "results"
+    method_values: dict = setting({})
+    training_values: dict = setting({})
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Everything that is decided before a model exists.
+
+    Attributes:
+        options: what the user asked for.
+        model_name: name or folder of the base model.
+        precision: of matrix products.
+        data: the dataset, each split cut to its size in `sizes`.
+        tokenizer: of the base model.
+        method_config: the method's configuration; None for a baseline, which has no method.
+        training: how to train; a baseline takes its seed.
+        folder: of the best model so far and of the state to resume from; None keeps nothing.
+        choices: in words what was chosen, and why.
+    """
+
+    options: Options
+    model_name: str
+    device: torch.device
+    precision: torch.dtype
+    data: Dataset
+    sizes: dict[str, int]
+    tokenizer: Tokenizer
+    method_config: Any
+    training: TrainingConfig
+    folder: Path | None
+    choices: dict[str, str]
+
+
+def choose(options: Options, say: Say = silent, baseline: bool = False) -> RunPlan:
+    """Decide what a run does, say it, and read its data.
+
+    Args:
+        say: prints a line: each choice with its reason, before the work that follows from it.
+        baseline: plan a test without any training: `options.method` and its values do not matter.
+
+    Raises:
+        MinipeftError: whatever is wrong with the request.
+    """
+    check_options(options, baseline)
+    device = choose_device(options.device)
+    precision = choose_precision(options.precision, device)
+    model_name = options.model or ("gpt2" if device.type == "cuda" else "mini")
+    dataset, why = (options.dataset, "asked for") if options.dataset else choose_dataset(options.data_dir)
+    folder = find(model_name)
+    choices = {"device": _because(device.type, options.device, "what this machine has"),
+               "precision": _because(dtype_name(precision), options.precision != "auto", "best here"),
+               "model": _because(model_name, options.model, f"default on {device.type}"),
+               "dataset": f"{dataset} ({why})"}
+    say("\n".join(_line(*choice) for choice in choices.items()))
+
+    tokenizer = get_tokenizer(folder if (folder / VOCABULARY_FILE).is_file() else "gpt2")
+    data = _load(dataset, options, tokenizer)
+    choices["task"] = data.task.name
+    say(_line("task", choices["task"]))
+    data, choices["sizes"] = _cut(data, options, small=device.type == "cpu" and not options.full)
+    sizes = {split: len(getattr(data, split)) for split in SPLITS}
+    say(_line("sizes", choices["sizes"]))
+    method_config, training = _configs(options, data.task.name, baseline)
+    if not baseline and "epochs" not in options.training_values:
+        training = dataclasses.replace(training, epochs=_epochs(training, sizes["train"]))
+        choices["epochs"] = str(training.epochs)
+        say(_line("epochs", choices["epochs"]))
+    return RunPlan(options, model_name, device, precision, data, sizes, tokenizer, method_config, training,
+                   Path(options.output or f"checkpoints/{options.method}_finetuned"), choices)
+
+
+def check_options(options: Options, baseline: bool = False) -> None:
+    """Refuse what can be seen to be wrong before any data is read.
+
+    Args:
+        baseline: the method and its values do not matter.
+
+    Raises:
+        ConfigError: an unknown method, or a bad value.
+    """
+    options.check()
+    if not baseline:
+        if options.shard and options.method != "full":
+            raise ConfigError("--shard is for full fine-tuning: what the other methods train is too small to be "
+                              "worth it")
+        check_method(options.method, also=("baseline",))
+    _configs(options, "classification", baseline)
+
+
+def check_method(method: str, also: Sequence[str] = ()) -> None:
+    """Refuse a name that is neither a method's nor among the others.
+
+    Raises:
+        ConfigError: saying which names there are.
+    """
+    if method not in (*also, *METHODS):
+        raise ConfigError(f"unknown method {method!r}: use {', '.join((*also, *METHODS))}")
+
+
+def make_task(plan: RunPlan, model: nn.Module) -> Task:
+    """The dataset's task, set up for this model: texts as long as asked for, else as fit beside its virtual tokens.
+
+    Raises:
+        ConfigError: more tokens than fit.
+        WeightsError: a vocabulary that is larger than the model's.
+    """
+    check_vocabulary(plan.tokenizer, model)
+    task, asked, left = plan.data.task, plan.options.max_length, positions_left(model)
+    if asked is not None and asked > left:
+        taken = model.config.n_positions - left
+        raise ConfigError(f"max_length={asked} is more than the model's {model.config.n_positions} positions"
+                          f"{f', of which {taken} hold virtual tokens: {left} tokens fit' if taken else ''}")
+    values = {"max_length": min(task.max_length, left), **_task_values(task, plan.options)}
+    return task(plan.tokenizer, plan.data.label_names, **values)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """"float32" rather than "torch.float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
+# --- one choice each --------------------------------------------------------------------------------------------------
+
+def _load(dataset: str, options: Options, tokenizer: Tokenizer) -> Dataset:
+    """The whole dataset. What its task refuses is known before any data is read.
+
+    Raises:
+        ConfigError: a bad value of the task's, a package missing for its metric, or a task that --shard is not for.
+    """
+    task = task_for(dataset, options.task)
+    task(tokenizer, [], **_task_values(task, options))
+    task.check_installed()
+    if options.shard and task.model_class.head == "lm_head":
+        raise ConfigError("--shard is not for tasks that write: processes finish their texts at different times, and a "
+                          "sharded model computes in step")
+    return load_dataset(dataset, task, options.data_dir, options.text_column, options.label_column)
+
+
+def _task_values(task: type[Task], options: Options) -> dict[str, Any]:
+    """The fields of a task that a user gave.
+
+    Raises:
+        ConfigError: one that this task does not have.
+    """
+    given = {name: getattr(options, name) for name in ("max_length", "truncation", "max_new_tokens")}
+    values = {name: value for name, value in given.items() if value is not None}
+    for name in values:
+        if name not in task.__dataclass_fields__:
+            raise ConfigError(f"{name} means nothing to {task.name}")
+    return values
+
+
+def _cut(data: Dataset, options: Options, small: bool) -> tuple[Dataset, str]:
+    """The dataset with as many examples as were asked for or, if `small`, as take minutes; and in words how many."""
+    cut, not_all = {}, False
+    for split in SPLITS:
+        examples, asked = getattr(data, split), getattr(options, f"{split}_size")
+        size = asked or (defaults.CPU_SIZES[split] if small else None)
+        cut[split] = examples.subset(size, options.training_values.get("seed", 0))
+        not_all |= asked is None and len(cut[split]) < len(examples)
+    words = ", ".join(f"{len(examples):,} {split}" for split, examples in cut.items())
+    return (dataclasses.replace(data, **cut),
+            f"{words} (a subset, as this is a CPU; --full takes everything)" if not_all else words)
+
+
+def _configs(options: Options, task: str, baseline: bool) -> tuple[Any, TrainingConfig]:
+    """The configurations of method and training: a user's values on top of the table's."""
+    if baseline:
+        return None, TrainingConfig(**options.training_values)
+    table = defaults.table(options.method, task)
+    return (METHODS[options.method].config(**{**table["method"], **options.method_values}),
+            TrainingConfig(**{**table["training"], **options.training_values}))
+
+
+def _epochs(config: TrainingConfig, examples: int) -> int:
+    """The table's epochs or, on little data, as many as make enough steps to learn from."""
+    steps = -(-examples // (config.batch_size * config.gradient_accumulation))
+    return max(config.epochs, min(defaults.MAXIMUM_EPOCHS, -(-defaults.MINIMUM_STEPS // steps)))
+
+
+def _because(value: str, asked: Any, why: str) -> str:
+    return f"{value} ({'asked for' if asked else why})"
+
+
+def _line(what: str, choice: str) -> str:
+    return f"{what:10} {choice}"

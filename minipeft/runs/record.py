@@ -1,0 +1,35 @@
+"""What one run writes: the name of its results file, what every such file says, and its headline for people."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from minipeft.runs.plan import RunPlan, dtype_name
+from minipeft.tasks.task import Task
+from minipeft.training import distributed as parallel
+from minipeft.training.hardware import machine, peak_memory_bytes, versions
+
+
+def results_path(folder: str | Path, name: str, dataset: str) -> Path:
+    """`results/<name>_results.json`, with the dataset's name before `_results` unless it is IMDb."""
+    return Path(folder) / f"{name}{'' if dataset == 'imdb' else f'_{dataset}'}_results.json"
+
+
+def headline(task: Task, metrics: dict[str, Any]) -> str:
+    """The metric of a test that counts most, with its interval where there is one, as a line for people."""
+    low, high = metrics.get(f"{task.headline}_95_interval", (None, None))
+    interval = "" if low is None else f" (95 % interval {low:.4f} to {high:.4f})"
+    return f"{task.headline} {metrics[task.headline]:.4f}{interval}"
+
+
+def described(plan: RunPlan, task: Task, base_fingerprint: str) -> dict[str, Any]:
+    """What the results file of every run says: on what, with what and where it ran."""
+    options, data = plan.options, plan.data
+    return {"base_model": {"name": plan.model_name, "fingerprint": base_fingerprint},
+            "task": task.name, "headline": task.headline,
+            "dataset": {"name": data.name, "source": data.source, "sizes": plan.sizes,
+                        **{key: value for key, value in task.details().items() if key != "task"}},
+            "choices": plan.choices, "precision": dtype_name(plan.precision), "compile": options.compile,
+            "processes": parallel.world_size(), "sharded": options.shard, "machine": machine(),
+            "versions": versions(), "seed": plan.training.seed, "peak_memory_bytes": peak_memory_bytes(plan.device)}

@@ -1,0 +1,43 @@
+"""defaults.py: where a run starts from, and that its docstring says where that differs from a configuration's own."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+
+from minipeft.methods import METHODS
+from minipeft.runs import defaults
+from minipeft.tasks import TASKS
+from minipeft.training.loop import TrainingConfig
+
+
+def test_the_docstring_lists_every_default_that_differs_between_python_and_a_run():
+    written = {(method, field): (own, ours) for method, field, own, ours in re.findall(
+        r"^    (\w+) +(\w+) +(\S+) +(\S+)  +\S", defaults.__doc__, re.MULTILINE) if method != "method"}
+    differ = {}
+    for method, found in defaults.DEFAULTS.items():
+        own = {field.name: field.default for field in dataclasses.fields(METHODS[method].config_class)}
+        differ |= {(method, field): (str(own[field]), str(value)) for field, value in found["method"].items()}
+    assert written == differ
+    assert all(own != ours for own, ours in differ.values())
+
+
+def test_every_method_has_a_row_that_makes_its_configurations():
+    assert defaults.DEFAULTS.keys() == METHODS.keys()
+    for method in METHODS:
+        table = defaults.table(method)
+        METHODS[method].config(**table["method"])
+        TrainingConfig(**table["training"])
+        assert set(defaults.DEFAULTS[method]["rates"]) <= set(TASKS) - {"classification"}
+
+
+@pytest.mark.parametrize(("method", "task", "rate"), [
+    ("bitfit", "classification", 2e-3), ("bitfit", "tagging", 6e-3), ("lora", "tagging", 1.5e-3),
+    ("prefix", "translation", 1e-1), ("ia3", "translation", 3e-1), ("vera", "summarization", 1e-2),
+    ("full", "a user's own", 3e-4)])
+def test_a_task_has_its_own_learning_rate_where_one_was_found_and_nothing_else(method, task, rate):
+    table = defaults.table(method, task)
+    assert table["training"] == {**defaults.DEFAULTS[method]["training"], "learning_rate": rate}
+    assert table["method"] == defaults.DEFAULTS[method]["method"]

@@ -1,0 +1,188 @@
+"""plan.py: what a run chooses for its user, what it is told, and what it refuses before it reads any data."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from helpers import files_below, write_imdb
+
+from minipeft import GPT2ForSequenceClassification, LoraConfig, PromptTuningConfig, inject
+from minipeft.errors import ConfigError, DataError
+from minipeft.runs import defaults
+from minipeft.runs import plan as planning
+from minipeft.runs.finetune import finetune
+from minipeft.runs.plan import Options, check_options, choose, make_task
+
+# --- choices ----------------------------------------------------------------------------------------------------------
+
+def test_an_explicit_choice_is_never_replaced_and_is_told_from_a_default(options, monkeypatch, tmp_path):
+    monkeypatch.setattr(planning, "choose_dataset", lambda *a: pytest.fail("chose a dataset although one was named"))
+    monkeypatch.setitem(defaults.CPU_SIZES, "train", 4)
+    said = []
+    results = finetune(options(
+        train_size=20, device="cpu", precision="bf16", max_length=33, truncation="head", dropout=0.0,
+        method_values={"r": 2, "lora_alpha": 3.0, "target_modules": ["c_fc"]},
+        training_values={"epochs": 1, "seed": 3, "weight_decay": 0.5}), said.append)
+    assert results["choices"]["dataset"] == f"{tmp_path / 'films.csv'} (asked for)"
+    assert results["choices"]["model"].endswith("(asked for)")
+    assert results["choices"]["device"] == "cpu (asked for)"
+    assert results["choices"]["precision"] == "bfloat16 (asked for)"
+    assert results["precision"] == "bfloat16"
+    assert results["dataset"]["sizes"]["train"] == 20
+    assert (results["dataset"]["max_length"], results["dataset"]["truncation"]) == (33, "head")
+    assert (results["method_config"]["r"], results["method_config"]["lora_alpha"]) == (2, 3.0)
+    assert results["method_config"]["target_modules"] == ["c_fc"]
+    training = results["training_config"]
+    assert (training["epochs"], training["seed"], training["weight_decay"]) == (1, 3, 0.5)
+
+
+def test_what_was_chosen_is_said_before_anything_else(options, monkeypatch):
+    said = []
+    monkeypatch.setattr(planning, "load_dataset", lambda *a, **k: pytest.fail("read data before saying which"))
+    with pytest.raises(pytest.fail.Exception):
+        finetune(options(device=None, precision="auto"), said.append)
+    printed = "\n".join(said)
+    for word in ("device", "precision", "model", "dataset", "asked for", "what this machine has", "best here"):
+        assert word in printed
+
+
+@pytest.mark.parametrize(("cuda", "model"), [(False, "mini"), (True, "gpt2")])
+def test_without_a_model_gpt2_is_taken_on_cuda_and_mini_on_a_cpu(options, monkeypatch, cuda, model):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    said = []
+
+    def stop(name):
+        said.append(name)
+        raise DataError("far enough")
+
+    monkeypatch.setattr(planning, "find", stop)
+    with pytest.raises(DataError, match="far enough"):
+        finetune(options(model=None, device=None))
+    assert said == [model]
+
+
+def test_on_a_cpu_a_subset_is_taken_unless_all_is_asked_for(options, monkeypatch, tmp_path):
+    for split, size in (("train", 8), ("validation", 2), ("test", 2)):
+        monkeypatch.setitem(defaults.CPU_SIZES, split, size)
+    subset = finetune(options(training_values={"epochs": 1}))
+    assert subset["dataset"]["sizes"] == {"train": 8, "validation": 2, "test": 2}
+    assert "--full" in subset["choices"]["sizes"]
+    everything = finetune(options(training_values={"epochs": 1}, full=True))
+    assert everything["dataset"]["sizes"] == {"train": 32, "validation": 4, "test": 4}
+    assert "--full" not in everything["choices"]["sizes"]
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_split_of_any_size_can_be_asked_for(options, split, size):
+    results = finetune(options(training_values={"epochs": 1}, **{f"{split}_size": size}))
+    assert results["dataset"]["sizes"][split] == size
+
+
+def test_imdb_is_found_in_the_data_folder_without_being_named(options, tmp_path):
+    write_imdb(tmp_path, train=40, test=20)
+    results = finetune(options(dataset=None, data_dir=str(tmp_path), training_values={"epochs": 1}))
+    assert results["dataset"]["name"] == "imdb"
+    assert f"found in {tmp_path}" in results["choices"]["dataset"]
+    assert (tmp_path / "results" / "fine_tuned_lora_results.json").is_file()
+
+
+def test_a_plan_is_complete_and_cannot_be_changed(options, tmp_path):
+    said = []
+    plan = choose(options(device="cpu", train_size=20, training_values={"seed": 3}), said.append)
+    assert (plan.device.type, plan.precision, plan.sizes) == ("cpu", torch.float32, {
+        "train": 20, "validation": 4, "test": 4})
+    assert {split: len(getattr(plan.data, split)) for split in plan.sizes} == plan.sizes
+    assert plan.method_config == LoraConfig(lora_alpha=16, target_modules="all-linear")
+    assert (plan.training.seed, plan.training.epochs, plan.training.weight_decay) == (3, 3, 0.01)
+    assert plan.folder == tmp_path / "output" / "lora"
+    assert [line.split()[0] for line in "\n".join(said).splitlines()] == list(plan.choices)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.folder = None
+
+
+def test_on_little_data_more_epochs_are_taken_up_to_a_limit_unless_their_number_is_given(options):
+    def epochs(**training):
+        changes = options(training_values=training)
+        if "epochs" not in training:
+            del changes.training_values["epochs"]
+        plan = choose(changes)
+        return plan.training.epochs, plan.choices.get("epochs")
+
+    assert epochs() == (10, "10")                  # 8 steps each; 500 would be 63
+    assert epochs(batch_size=1) == (10, "10")      # 32 steps each
+    assert epochs(epochs=2) == (2, None)
+
+
+def test_a_baselines_plan_has_a_seed_and_no_method(options):
+    plan = choose(options("none", training_values={"seed": 4}), baseline=True)
+    assert plan.method_config is None and plan.training.seed == 4 and "epochs" not in plan.choices
+
+
+# --- length -----------------------------------------------------------------------------------------------------------
+
+def test_a_text_length_beyond_the_models_positions_is_refused_not_replaced(options):
+    with pytest.raises(ConfigError, match=r"max_length.*64"):
+        finetune(options(max_length=500))
+
+
+def test_the_default_text_length_fits_the_model(options):
+    results = finetune(options(max_length=None, training_values={"epochs": 1}))
+    assert results["dataset"]["max_length"] == 64
+
+
+def test_virtual_tokens_leave_less_room_for_the_text_and_the_message_says_how_much(options):
+    with pytest.raises(ConfigError, match="of which 20 hold virtual tokens: 44 tokens fit"):
+        finetune(options("prompt"))
+
+
+def test_the_default_length_makes_room_for_virtual_tokens(options):
+    assert finetune(options("prefix", max_length=None))["dataset"]["max_length"] == 44
+
+
+def test_a_task_is_made_for_the_model_that_it_will_read_with(options, tiny_model):
+    plan = choose(options(max_length=None, truncation="head"))
+    model = GPT2ForSequenceClassification.from_pretrained(tiny_model)
+    assert (make_task(plan, model).max_length, make_task(plan, model).truncation) == (64, "head")
+    inject(model, PromptTuningConfig(num_virtual_tokens=5))
+    assert make_task(plan, model).max_length == 59
+
+
+# --- refusals come before the work ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("changes", "error", "message"), [
+    ({"method": "lore"}, ConfigError, "unknown method 'lore': use baseline, full, head"),
+    ({"method_values": {"rank": 8}}, ConfigError, "LoraConfig has no field rank"),
+    ({"method_values": {"r": 0}}, ConfigError, "r must be a positive integer"),
+    ({"max_length": 0}, ConfigError, "max_length must be a positive integer, got 0"),
+    ({"truncation": "tail"}, ConfigError, "truncation must be one of"),
+    ({"test_size": 0}, ConfigError, "test_size must be a positive integer, got 0"),
+    ({"training_values": {"seed": -1}}, ConfigError, "seed"),
+    ({"dropout": 1.0}, ConfigError, "probability")])
+def test_an_impossible_request_is_refused_before_anything_is_written(
+        options, tmp_path, no_work, changes, error, message):
+    with pytest.raises(error, match=message):
+        finetune(options(**changes))
+    assert files_below(tmp_path) == [str(tmp_path / "films.csv")]
+    assert not (tmp_path / "output").exists(), "an empty output folder was left behind"
+
+
+@pytest.mark.parametrize("changes", [{"train_size": "many"}, {"full": "yes"}, {"training_values": [1]}, {"model": 2}])
+def test_an_option_of_the_wrong_type_is_refused_by_its_name(changes):
+    with pytest.raises(ConfigError, match=f"^{next(iter(changes))} must be "):
+        Options(**changes)
+
+
+def test_options_changed_after_they_were_made_are_checked_too(options):
+    request = options()
+    request.test_size = 0
+    with pytest.raises(ConfigError, match="test_size must be a positive integer, got 0"):
+        check_options(request)
+
+
+def test_only_full_fine_tuning_can_be_sharded(options):
+    with pytest.raises(ConfigError, match="--shard is for full fine-tuning"):
+        choose(options("lora", shard=True))
+    check_options(options("full", shard=True))

@@ -1,23 +1,96 @@
-"""Bottleneck adapters: small two-layer networks beside or after the sub-layers of each block.
+r"""Bottleneck adapters: small two-layer networks after or beside the sub-layers of each block.
 
-An adapter narrows the hidden state to a few dimensions, applies a nonlinearity, widens it again and adds the result:
-what a task needs is learned in the bottleneck, while attention and feed-forward layers stay frozen.
+An adapter narrows a vector of C channels to m, applies a nonlinearity, widens it again and adds the result. What a
+task needs is learned in the bottleneck of m channels, while attention and feed-forward layers stay frozen.
 
-    adapter(h) = up( act( down( h ) ) )        down (m, C), up (C, m), with biases; optionally a LayerNorm on h first
+    y = h + s * dropout(act(z W_down^T + b_down) W_up^T + b_up)
 
-    houlsby     h <- h + s * adapter(h)        h: what attention, and what the feed-forward layer, would add
-    pfeiffer    the same, after the feed-forward layer only
-    parallel    h <- h + s * adapter(x)        x: what went into the feed-forward layer (He et al.: s = 4)
+            z (batch, seq, C)       what the adapter reads
+            |
+        W_down (m, C), b_down       from C = 768 channels to m = 48; starts random
+            |
+           act                      relu by default
+            |
+        W_up (C, m), b_up           back to C channels; starts at zero: step 0 is the base model, exactly
+            |  * s
+            +------ h (batch, seq, C)      what the sub-layer puts out
+            |
+            y (batch, seq, C)       what the block adds to its residual stream instead of h
 
-`up` starts at zero: step 0 is the base model, exactly.
+`architecture` says which sub-layers of a block get an adapter, and what z is:
+
+    houlsby     after attention, h = z = attn(ln_1(x)), and after the feed-forward layer, h = z = mlp(ln_2(x))
+    pfeiffer    after the feed-forward layer only, h = z = mlp(ln_2(x))
+    parallel    beside the feed-forward layer, h = mlp(ln_2(x)) and z = ln_2(x), what went into it
+
+By hand, with C = 2, m = 1, s = 2: h = z = (3, 1), W_down = (1, -1), b_down = 1 give 3 - 1 + 1 = 3, and relu keeps it.
+W_up = (2, 3)^T, b_up = (0.5, -0.5) give (6.5, 8.5). So y = (3, 1) + 2 * (6.5, 8.5) = (16, 18).
+
+Symbols
+    z (batch, seq, C) the adapter's input     h (batch, seq, C) the sub-layer's output     y (batch, seq, C) the new one
+    W_down (m, C), b_down (m,) are down       W_up (C, m), b_up (C,) are up                all four trained
+    m = bottleneck_size, or C / reduction_factor rounded        s = scaling, a number      C = n_embd, the channels
+    act is non_linearity; dropout has adapter_dropout as its probability, 0 by default; x is the block's input
+Trained
+    W_down, b_down, W_up and b_up of every adapter, in float32 whatever the base's dtype; a new classification head.
+    With layer_norm=True z first passes a LayerNorm of the adapter's own, which is trained, too.
+Frozen
+    Everything else, the base's own LayerNorms among it: `inject` sets requires_grad to False when it carries out the
+    plan, so no gradient is computed for it and the optimizer never sees it.
+At step 0
+    BottleneckConfig()                                            is the base model, bit for bit: W_up and b_up are 0
+    BottleneckConfig(layer_norm=True)                             is the base model, bit for bit: for the same reason
+    BottleneckConfig(architecture="parallel", scaling=4.0)        is the base model, bit for bit: for the same reason
+    No setting changes that. W_down starts uniform between -1 / sqrt(C) and 1 / sqrt(C). The first step's gradient
+    reaches W_up and b_up only: on its way to W_down it is multiplied by W_up, which is still zero.
+Positions and mask
+    Untouched. Each token is changed by itself; a text has as many positions as before, and a KV cache holds what it
+    holds without adapters: one key and one value per token and block. Under gradient checkpointing an adapter is a part
+    of its block and is computed again with it.
+Saved
+    base_model.model.transformer.h.0.attn.adapter.down.weight (48, 768)
+    base_model.model.transformer.h.0.attn.adapter.down.bias (48,)
+    base_model.model.transformer.h.0.attn.adapter.up.weight (768, 48)
+    base_model.model.transformer.h.0.attn.adapter.up.bias (768,)
+    base_model.model.transformer.h.0.mlp.adapter.down.weight (48, 768)
+    base_model.model.transformer.h.0.mlp.adapter.down.bias (48,)
+    base_model.model.transformer.h.0.mlp.adapter.up.weight (768, 48)
+    base_model.model.transformer.h.0.mlp.adapter.up.bias (768,)
+    base_model.model.score.weight (2, 768)
+    and so for every block. adapter_config.json must say peft_type MINIPEFT_BOTTLENECK, and each field that is not at
+    its default. peft has no such method: only this library reads the folder.
+Merging
+    Not possible: act stands between the two matrices, so what is added is no matrix times the input, and no weight of
+    the base can take it in. The adapters stay and are computed at each prediction. `merge` refuses non_linearity none,
+    too.
+Cost
+    2 C m + C + m parameters per adapter, 2 * 768 * 48 + 768 + 48 = 74,544; a LayerNorm has 2 C more. Two adapters per
+    block for houlsby, 24 * 74,544 = 1,789,056, one for the others. In all 24 * 74,544 + 1,536 = 1,790,592 trained, the
+    head's 2 * 768 = 1,536 among them.
+    Forward: 4 C m operations per token and adapter, 2 * 4 * 768 * 48 = 294,912 per block beside the 14,155,776 of its
+    own matrices, 2.1 % more. Each adapter is two products that wait for each other; parallel does not wait for h.
+    Backward: from the loss down to the lowest adapter the gradient passes through the frozen matrices as in full
+    fine-tuning; their own gradients, a third of the work on them, are never computed. Optimizer: 8 bytes per trained
+    parameter for AdamW's two means, 14,324,736 bytes.
+Errors
+    BottleneckConfig(non_linearity="silu")
+        non_linearity must be one of relu, gelu, swish, tanh, none, got 'silu'
+    inject(model, BottleneckConfig(layers_to_transform=[12]))
+        layers_to_transform=[12]: this model has the blocks 0 to 11
+    inject(model, BottleneckConfig(reduction_factor=1000))
+        reduction_factor must lie between 0 and the model's width 768, got 1000
+    merge(inject(model, BottleneckConfig()))
+        BottleneckAdapter cannot be merged: it is not a change of weights
+Differs from the paper
+    Houlsby et al. adapt BERT, whose LayerNorms follow the sub-layers, and train these LayerNorms, too; GPT-2's come
+    before the sub-layers and stay frozen here. Their W_up starts near zero, here at zero. He et al. set s = 4 for
+    parallel, here s is 1 unless `scaling` says otherwise. Pfeiffer et al. go on to combine the adapters of several
+    tasks by a trained attention, AdapterFusion, which is not in this file.
 
 Papers: Houlsby, Giurgiu, Jastrzebski, Morrone, de Laroussilhe, Gesmundo, Attariyan, Gelly (2019), "Parameter-Efficient
 Transfer Learning for NLP", arXiv 1902.00751. Pfeiffer, Kamath, Rueckle, Cho, Gurevych (2020), "AdapterFusion:
 Non-Destructive Task Composition for Transfer Learning", 2005.00247. He, Zhou, Ma, Berg-Kirkpatrick, Neubig (2021),
 "Towards a Unified View of Parameter-Efficient Transfer Learning", 2110.04366.
-Trained: the adapters and the classification head.
-Costs: 2 C m + C + m parameters an adapter (2 C more with a LayerNorm), two adapters a block for houlsby and one for the
-others. GPT-2, houlsby, m = 48: 1,789,056. Not a change of weights: it cannot be merged.
 """
 
 from __future__ import annotations
@@ -42,10 +115,10 @@ PLACES = {"houlsby": ("attn", "mlp"), "pfeiffer": ("mlp",), "parallel": ("mlp",)
 
 @dataclass
 class BottleneckConfig(MethodConfig):
-    """Shape and place of the adapters. Their files are this library's own: peft has no such method.
+    """Shape and place of the adapters. peft has no such method: the files are this library's own.
 
     Raises:
-        ConfigError: a value of the wrong type or out of range, when injected.
+        ConfigError: a value of the wrong type or out of range.
     """
 
     method: ClassVar[str] = "adapter"
@@ -57,13 +130,19 @@ class BottleneckConfig(MethodConfig):
     reduction_factor: float = setting(16, "n_embd / m, where m is not given", POSITIVE)
     non_linearity: str = setting("relu", "inner activation", choices=tuple(ACTIVATIONS))
     scaling: float = setting(1.0, "s, the factor on what the adapter adds", FINITE)
-    layer_norm: bool = setting(False, "normalise the adapter's input")
+    layer_norm: bool = setting(False, "normalize the adapter's input")
     adapter_dropout: float = setting(0.0, "dropout on what the adapter adds", PROBABILITY)
     layers_to_transform: int | list[int] | None = setting(None, "numbers of the blocks to adapt; default all")
 
 
 class BottleneckAdapter(AddedLayer):
-    """One adapter, added to an attention or a feed-forward module."""
+    """One adapter, a child of the attention or feed-forward module whose output it changes.
+
+    Args:
+        width: C.
+        bottleneck_size: m.
+        like: a tensor on the device where the adapter's own shall be.
+    """
 
     def __init__(self, width: int, bottleneck_size: int, config: BottleneckConfig, like: Tensor) -> None:
         super().__init__()
@@ -74,6 +153,7 @@ class BottleneckAdapter(AddedLayer):
         self.down = nn.Linear(width, bottleneck_size, device=like.device)
         self.up = nn.Linear(bottleneck_size, width, device=like.device)
         self.dropout = nn.Dropout(config.adapter_dropout)
+        # U(-1 / sqrt(C), 1 / sqrt(C)). nn.Linear has drawn that already; all recorded results are of this second draw.
         nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
         for tensor in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(tensor)
@@ -82,13 +162,16 @@ class BottleneckAdapter(AddedLayer):
     def trained(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.named_parameters())
 
-    def forward(self, h: Tensor) -> Tensor:
-        h = self.layer_norm(to_dtype_of(self.down.weight, h))
-        inner = self.activation(self.down(h))                                 # (B, T, C) -> (B, T, m)
-        return self.scaling * self.dropout(self.up(inner))                    # (B, T, m) -> (B, T, C)
+    def forward(self, z: Tensor) -> Tensor:
+        """What is added to h, from z."""
+        z = self.layer_norm(to_dtype_of(self.down.weight, z))
+        inner = self.activation(self.down(z))                                 # (batch, seq, C) -> (batch, seq, m)
+        return self.scaling * self.dropout(self.up(inner))                    # (batch, seq, m) -> (batch, seq, C)
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        return (output + self(args[0] if self.parallel else output)).to(output.dtype)
+        """y: the module's output, h in the equation, with what the adapter adds."""
+        z = args[0] if self.parallel else output                              # (batch, seq, C)
+        return (output + self(z)).to(output.dtype)
 
 
 def plan(model: nn.Module, config: BottleneckConfig) -> Plan:

@@ -1,17 +1,101 @@
-"""Prefix tuning: learned keys and values before the text, in every block.
+r"""Prefix tuning: learned keys and values before the text, in every block.
 
 Attention finds, before the text's own keys and values, V more that no token produced: a learned key-value cache. They
-are all that is trained. Unlike a prompt's vectors they act on every block directly and pass through none.
+are all that is trained. A prompt's vectors enter at the bottom and pass through all blocks; a prefix acts on every
+block directly and passes through none.
 
-    attention(q, [P_k; k], [P_v; v])        P_k, P_v (V, C) of each block trained; every query sees all V
+    o = softmax(q [P_k; k]^T / sqrt(D) + mask) [P_v; v]
 
-With `prefix_projection` the table is made by a trained network, P = tanh(E W_1^T + b_1) W_2^T + b_2, of which only the
-result is stored.
+                          learned                      from the text
+                    +-----------------+      +-----+------+-----+------+------+
+            keys    |       P_k       |  ;   |                k               |
+            values  |       P_v       |  ;   |                v               |
+                    +-----------------+      +-----+------+-----+------+------+
+                          V = 20               The   film   was   very   good
+            position      none                 20    21     22    23     24
+
+            The sees      all V                x
+            film sees     all V                x     x
+            was sees      all V                x     x      x                    and so on
+
+By hand, one head with D = 1 and V = 1: P_k = 0, P_v = 4, and one token of the text with q = 1, k = ln 3, v = 1. The
+scores are 0 and ln 3, their exponentials 1 and 3, so o = 1/4 * 4 + 3/4 * 1 = 1.75. Without the prefix o = 1.
+
+Symbols
+    q, k, v (batch, H, seq, D) the text's queries, keys, values in one block; H heads of D = 64 make C = n_embd = 768
+    P_k, P_v (batch, H, V, D) that block's part of the table, the same for every text        V = num_virtual_tokens
+    [P_k; k] stacks along the sequence: (batch, H, V + seq, D)      mask (seq, V + seq): 0 where seen, else -infinity
+    o (batch, H, seq, D) what attention puts out, before c_proj     L = n_layer, the number of blocks
+    softmax makes shares of the V + seq scores that add up to 1     sqrt is the square root
+    P (V, 2 L C) the table, trained, or made by a network if prefix_projection is true:
+    P = tanh(E W_1^T + b_1) W_2^T + b_2, with E (V, C), W_1 (h, C), b_1 (h,), W_2 (2 L C, h), b_2 (2 L C,) trained and
+    h = encoder_hidden_size, by default C
+Trained
+    P, called prefix_tuning.encoder.weight, in float32 whatever the base's dtype; a new classification head. With
+    prefix_projection, E and the network instead of P; a model that loads a saved adapter has P as a plain table, and
+    trains that.
+Frozen
+    Everything else: `inject` sets requires_grad to False when it carries out the plan, so no gradient is computed for
+    it and the optimizer never sees it.
+At step 0
+    PrefixTuningConfig()                            is not the base model: P is standard normal
+    PrefixTuningConfig(init_weights="zero")         is not the base model: a key of zeros takes its share, see below
+    PrefixTuningConfig(prefix_projection=True)      is not the base model: P is random
+    No start is. A key of zeros scores 0 with every query, and exp(0) = 1: V of them take V / (V + the sum of exp(score)
+    over the text's tokens) of a softmax. Where these scores are 0, too, and a query sees t tokens of the text, the
+    prefix takes V of V + t shares: 20 of 25 at the fifth token, and a fifth of the base's attention output is left.
+    init_weights is not read with prefix_projection.
+Positions and mask
+    With V = 20 and a text of 5 tokens:
+    Positions. The text stands at 20 to 24, and so do position_ids 0 to 4 that a caller gives: 20 is added to them.
+    Nothing stands at 0 to 19, and P has no wpe added. A text may have 1,024 - 20 = 1,004 tokens. One more is refused
+    when it is read: "1025 tokens do not fit this model: it has 1024 positions; truncate the text".
+    Mask. A mask (batch, 5) gets 20 ones on its left: 1 1 1 0 0 becomes twenty 1, then 1 1 1 0 0. With a mask or
+    without, a token of the text sees all 20 and the text up to itself. Pads are seen by no other token, on either side;
+    with padding on the left, 0 0 1 1 1, position_ids 0 0 0 1 2 become 20 20 20 21 22. There are no virtual queries, so
+    nothing is cut off the output.
+    KV cache. Before the first call's tokens every block's cache is filled with the 20 keys and values; after them it
+    holds 25. A call without a cache is given one that is dropped afterwards. A later call with one token finds 25 in
+    the cache and puts nothing in: the token gets position 25, a mask (batch, 6) becomes (batch, 26), and the cache then
+    holds 26.
+    Gradient checkpointing. A block adds its keys and values to a copy of the cache. So when it is computed again in the
+    backward pass, it finds the 20 there, and not its own 5 besides.
+Saved
+    prompt_embeddings (20, 18432)
+    base_model.score.weight (2, 768)
+    The first is P, also with prefix_projection: E and the network are not kept. Row i is virtual token i. Its
+    2 * 12 * 768 = 18,432 columns are, block after block, its key and then its value: 0 to 767 the key of block 0, 768
+    to 1,535 the value of block 0, 1,536 to 2,303 the key of block 1. Within 768 the heads follow each other, 64 each.
+    adapter_config.json must say peft_type PREFIX_TUNING, task_type and num_virtual_tokens. token_dim 768, num_layers
+    12, num_attention_heads 12 and num_transformer_submodules 1 are written for peft and, where they are there, must be
+    the model's.
+Merging
+    Not possible: keys and values are a part of what attention reads, not a change of weights. They are put in before
+    each text.
+Cost
+    2 V L C parameters: 2 * 20 * 12 * 768 = 368,640. In all 2 * 20 * 12 * 768 + 1,536 = 370,176 trained, the head's
+    2 * 768 = 1,536 among them. With prefix_projection V C + C h + h + 2 L C h + 2 L C and the head:
+    20 * 768 + 768 * 768 + 768 + 18,432 * 768 + 18,432 + 1,536 = 14,781,696; once saved and loaded 370,176 again.
+    Forward: not a token more. Each query scores V keys more and adds V values more: 4 V C operations per token and
+    block, 4 * 20 * 768 = 61,440 beside the 14,155,776 of the block's matrices, 0.4 %. Attention is given a mask where
+    the base needs none. The network, if there is one, runs once per call; a loaded adapter has none.
+    Backward: the gradient passes through all blocks down to the first one's attention; no frozen matrix's own gradient,
+    a third of the work on it, is computed. Optimizer: 8 bytes per trained parameter for AdamW's two means, 2,961,408
+    bytes.
+Errors
+    PrefixTuningConfig(init_weights="zeros")
+        init_weights must be one of None, zero, got 'zeros'
+    inject(model, PrefixTuningConfig(num_virtual_tokens=1024))
+        num_virtual_tokens=1024: this model has 1024 positions left, so between 1 and 1023 virtual tokens fit before a
+        text
+    inject(inject(model, PromptTuningConfig()), PrefixTuningConfig())
+        this model already carries prompt, which does not combine with prefix: remove it, or start from a fresh model
+Differs from the paper
+    Li and Liang train the network, as they find the training of P alone unstable; peft's default, and this one, is P
+    alone. With little data they start from the keys and values of real words; here P starts random or zero. They
+    generate text and have no new head; a classifier's new head is trained along here.
 
 Paper: Li, Liang (2021), "Prefix-Tuning: Optimizing Continuous Prompts for Generation", arXiv 2101.00190.
-Trained: the prefix (or the network that makes it) and the classification head.
-Costs: 2 V L C parameters: GPT-2 at V = 20, 368,640; with the network V C + C h + h + 2 L C h + 2 L C to train. Not the
-base model at step 0: even zero keys take their share of the softmax.
 """
 
 from __future__ import annotations
@@ -41,7 +125,7 @@ class PrefixTuningConfig(VirtualTokensConfig):
     """peft's PrefixTuningConfig.
 
     Raises:
-        ConfigError: a value of the wrong type or out of range, when injected.
+        ConfigError: a value of the wrong type or out of range.
     """
 
     method: ClassVar[str] = "prefix"
@@ -54,7 +138,13 @@ class PrefixTuningConfig(VirtualTokensConfig):
 
 
 class PrefixProjection(nn.Module):
-    """V trained embeddings and the two layers that widen them to keys and values."""
+    """E, the V trained embeddings, and the two layers that widen them to keys and values.
+
+    Args:
+        width: C.
+        hidden: h.
+        out: 2 L C.
+    """
 
     def __init__(self, num_virtual_tokens: int, width: int, hidden: int, out: int, device: torch.device) -> None:
         super().__init__()
@@ -74,9 +164,9 @@ class Prefix(VirtualTokens):
         self.n_layer, self.n_head = n_layer, n_head
 
     def keys_and_values(self, batch: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-        """For each block a key and a value, (batch, H, V, D)."""
-        # A row of the table holds, for one virtual token, block after block, its key and then its value.
-        table = self.encoder().to(dtype)                                                 # (V, L * 2 * C)
+        """P_k and P_v for every block, each (batch, H, V, D): the table, laid out as keys and values of tokens are."""
+        # A row, one virtual token's, holds block after block its key and then its value, C columns each.
+        table = self.encoder().to(dtype)                                                 # (V, 2 L C)
         table = table.view(self.num_virtual_tokens, self.n_layer, 2, self.n_head, -1)    # (V, L, 2, H, D)
         table = table.permute(1, 2, 3, 0, 4)                                             # (L, 2, H, V, D)
         table = table.unsqueeze(2).expand(-1, -1, batch, -1, -1, -1)                     # (L, 2, batch, H, V, D)
@@ -87,7 +177,7 @@ class Prefix(VirtualTokens):
             call["position_ids"] = call["position_ids"] + self.num_virtual_tokens
         if call["cache"] is None:
             call["cache"] = KVCache()
-        if call["cache"].length == 0:
+        if call["cache"].length == 0:  # later calls find the prefix in the cache
             tokens = call["input_ids"] if call["inputs_embeds"] is None else call["inputs_embeds"]
             call["cache"].layers = self.keys_and_values(len(tokens), compute_dtype(module.wte.weight))
 
@@ -96,7 +186,7 @@ def plan(model: nn.Module, config: PrefixTuningConfig) -> Plan:
     """Put V learned keys and values before every text, in every block.
 
     Raises:
-        ConfigError: more virtual tokens than positions.
+        ConfigError: as many virtual tokens as positions or more.
     """
     check_room(model, config.num_virtual_tokens)
     base, device = base_of(model).config, base_of(model).wte.weight.device

@@ -1,13 +1,86 @@
-"""Prompt tuning: learned input vectors before the text.
+r"""Prompt tuning: learned input vectors before the text.
 
 The frozen model is given V vectors that are no words' embeddings, and reads them before the text. They are all that is
-trained. On the way out the virtual positions are cut off: heads and losses see the text alone.
+trained, and every text gets the same ones. On the way out their positions are cut off: heads and losses see the text
+alone.
 
-    x = [P; wte[ids]] + wpe[0 .. V + T - 1]        P (V, C) trained;        output: positions V .. V + T - 1
+    x = [P; wte[ids]] + wpe[positions]
+    y = blocks(x)[V:]
+
+    position     0     1   ...   19     20     21     22     23     24         V = 20, a text of 5 tokens
+    x            P_0   P_1 ...   P_19   The    film   was    very   good       each + wpe[position]
+                 |     |         |      |      |      |      |      |
+             the frozen blocks: each position sees itself and all to its left
+                 |     |         |      |      |      |      |      |
+    y            cut off ............   y_0    y_1    y_2    y_3    y_4        (batch, seq, C)
+
+By hand, with C = 2, V = 1: P = (0.5, -1), wpe[0] = (0.1, 0), wpe[1] = (0, 0.2) and a text of one token of embedding
+(3, 1) give x = (0.6, -1), (3, 1.2). Without the prompt the token would stand at position 0: x = (3.1, 1).
+
+Symbols
+    ids (batch, seq) the text's token ids       wte (vocabulary, C), wpe (n_positions, C) the frozen embeddings
+    P (V, C) the prompt, trained                V = num_virtual_tokens       C = n_embd, 768 in GPT-2 124M
+    [P; ...] stacks along the sequence          positions (V + seq,) are 0, 1, 2, ...
+    x (batch, V + seq, C) what enters the blocks                y (batch, seq, C) what the head gets, after ln_f
+Trained
+    P, a (V, C) table called prompt_tuning.encoder.weight, in float32 whatever the base's dtype; a new classification
+    head.
+Frozen
+    Everything else, wte first of all: `inject` sets requires_grad to False when it carries out the plan, so no gradient
+    is computed for it and the optimizer never sees it. A prompt that starts from words is a copy of their rows of wte:
+    training it does not move the words.
+At step 0
+    PromptTuningConfig()                                      is not the base model: P is standard normal
+    PromptTuningConfig(prompt_tuning_init="SAMPLE_VOCAB")     is not the base model: P is V rows of wte, drawn at random
+    With prompt_tuning_init="TEXT" P is the rows of prompt_tuning_init_text's tokens, repeated or cut to V: the base
+    model with these words before each text, which is not the base model on the text either. No start is: a text's
+    tokens stand V positions later, and each spends a part of its attention on the prompt. Where all scores are equal,
+    one that sees t tokens of the text gives V of V + t shares to the prompt: the first token of a text 20 of 21.
+Positions and mask
+    With V = 20 and a text of 5 tokens:
+    Positions. The prompt stands at 0 to 19, the text at 20 to 24. position_ids 0 to 4 that a caller gives mean the
+    same: 20 is added to them, and 0 to 19 come before. A text may have 1,024 - 20 = 1,004 tokens. One more is refused
+    when it is read: "1025 tokens do not fit this model: it has 1024 positions; truncate the text".
+    Mask. None stays None, plain causal attention over 25 tokens. A mask (batch, 5) gets 20 ones on its left:
+    1 1 1 0 0 becomes twenty 1, then 1 1 1 0 0. Virtual token i sees the virtual tokens 0 to i, a token of the text all
+    20 and the text up to itself. In a text padded on the left, 0 0 1 1 1, the pads stand between prompt and text and
+    no other token sees them; position_ids 0 0 0 1 2 become 20 20 20 21 22.
+    KV cache. After the first call every block holds 25 keys and values, 20 of the prompt and 5 of the text. A later
+    call with one token finds the prompt there, so nothing is put in and nothing is cut off: the token gets position
+    25, a mask (batch, 6) becomes (batch, 26), and the cache then holds 26.
+    Gradient checkpointing. The prompt is put in before the first block, and only blocks are computed a second time.
+Saved
+    prompt_embeddings (20, 768)
+    base_model.score.weight (2, 768)
+    adapter_config.json must say peft_type PROMPT_TUNING, task_type and num_virtual_tokens. token_dim 768, num_layers
+    12, num_attention_heads 12 and num_transformer_submodules 1 are written for peft and, where they are there, must be
+    the model's. With prompt_tuning_init TEXT peft wants tokenizer_name_or_path, too.
+Merging
+    Not possible: the prompt is input, not a change of weights. It is read before each text.
+Cost
+    V C parameters: 20 * 768 = 15,360. In all 20 * 768 + 1,536 = 16,896 trained, the head's 2 * 768 = 1,536 among them.
+    Forward: V tokens more per text in every block: 276 instead of 256 is 8 % more, 25 instead of 5 five times as much.
+    With a KV cache a text pays for them once, in its first call.
+    Backward: the gradient passes through all blocks down to the input; no frozen matrix's own gradient, a third of the
+    work on it, is computed. Optimizer: 8 bytes per trained parameter for AdamW's two means, 135,168 bytes.
+Errors
+    PromptTuningConfig(prompt_tuning_init="random")
+        prompt_tuning_init must be one of RANDOM, SAMPLE_VOCAB, TEXT, got 'random'
+    inject(model, PromptTuningConfig(prompt_tuning_init="TEXT"))
+        prompt_tuning_init TEXT needs a prompt_tuning_init_text, and it is empty
+    inject(model, PromptTuningConfig(num_virtual_tokens=1024))
+        num_virtual_tokens=1024: this model has 1024 positions left, so between 1 and 1023 virtual tokens fit before a
+        text
+    inject(inject(model, PromptTuningConfig()), PrefixTuningConfig())
+        this model already carries prompt, which does not combine with prefix: remove it, or start from a fresh model
+Differs from the paper
+    Lester et al. tune T5, which writes the label as a word and needs no new head. T5's positions are relative, so that
+    a prompt uses none up; here, as in peft, virtual tokens have positions as words have. They start P from the labels'
+    words, from frequent words, or uniform in [-0.5, 0.5]. peft's default, and this one, is standard normal: vectors
+    several times as long as a word's. SAMPLE_VOCAB draws from the whole vocabulary. Their ensembles of prompts are not
+    in this file.
 
 Paper: Lester, Al-Rfou, Constant (2021), "The Power of Scale for Parameter-Efficient Prompt Tuning", arXiv 2104.08691.
-Trained: P and the classification head.
-Costs: V C parameters; every text is V tokens longer. GPT-2 at V = 20: 15,360. Not the base model at step 0.
 """
 
 from __future__ import annotations
@@ -33,7 +106,7 @@ class PromptTuningConfig(VirtualTokensConfig):
     """peft's PromptTuningConfig.
 
     Raises:
-        ConfigError: a value of the wrong type or out of range, when injected.
+        ConfigError: a value of the wrong type or out of range.
     """
 
     method: ClassVar[str] = "prompt"
@@ -65,11 +138,12 @@ class Prompt(VirtualTokens):
 
     def put_into(self, call: dict[str, Any], module: nn.Module) -> None:
         V, positions = self.num_virtual_tokens, call["position_ids"]
-        first = call["cache"] is None or call["cache"].length == 0  # later calls find the virtual tokens in the cache
+        first = call["cache"] is None or call["cache"].length == 0  # later calls find the prompt in the cache
         if positions is not None:
             positions = torch.atleast_2d(positions) + V                                  # (batch or 1, seq)
             virtual = torch.arange(V, device=positions.device).expand(len(positions), V)  # (batch or 1, V)
             call["position_ids"] = torch.cat((virtual, positions), dim=1) if first else positions
+            # The first call's are (batch or 1, V + seq).
         if first:
             x = module.wte(call["input_ids"]) if call["inputs_embeds"] is None else call["inputs_embeds"]
             prompt = self.encoder().to(x.dtype).expand(len(x), -1, -1)                   # (batch, V, C)
@@ -82,10 +156,11 @@ class Prompt(VirtualTokens):
 
     @staticmethod
     def _prompt_is_in(output: Tensor, cache: KVCache | None) -> bool:
-        """Whether this call was a text's first, which the prompt was put before.
+        """Whether the prompt was put before this call's tokens, as it is at a text's first call.
 
-        After the call a cache holds this call's tokens and those of calls before it. Where it holds no more than this
-        call's, there was none before; and it holds none at all under gradient checkpointing, which uses copies of it.
+        Without a cache every call is a first one. A cache holds, after the call, this call's tokens and those of all
+        calls before. If that is as many as the call put out, there were no calls before: 25 and 25. At a later call of
+        one token it is more: 26 and 1. Under gradient checkpointing the blocks fill copies, and the cache stays empty.
         """
         return cache is None or cache.length == 0 or cache.length == output.shape[1]
 
@@ -94,7 +169,8 @@ def plan(model: nn.Module, config: PromptTuningConfig) -> Plan:
     """Put V learned vectors before every text.
 
     Raises:
-        ConfigError: more virtual tokens than positions, or no text to start from.
+        ConfigError: as many virtual tokens as positions or more, no text to start from, or another model's tokenizer.
+        WeightsError: a tokenizer that is not found.
     """
     check_room(model, config.num_virtual_tokens)
     prompt = Prompt(Table(_initial_rows(model, config)), config.num_virtual_tokens)
@@ -103,7 +179,7 @@ def plan(model: nn.Module, config: PromptTuningConfig) -> Plan:
 
 @torch.no_grad()
 def _initial_rows(model: nn.Module, config: PromptTuningConfig) -> Tensor:
-    """(V, C), float32."""
+    """P as it starts, (V, C) in float32: random, or copies of rows of wte."""
     wte, V = base_of(model).wte.weight, config.num_virtual_tokens
     if config.prompt_tuning_init == "RANDOM":
         return torch.randn(V, wte.shape[1], device=wte.device)
@@ -116,4 +192,4 @@ def _initial_rows(model: nn.Module, config: PromptTuningConfig) -> Tensor:
     if max(ids) >= len(wte):
         raise ConfigError(f"the tokenizer gives ids up to {max(ids)}, the model has {len(wte)} words: name the model's "
                           "own tokenizer_name_or_path")
-    return wte[(ids * V)[:V]].float().clone()
+    return wte[(ids * V)[:V]].float().clone()  # the text V times over, of which the first V tokens are taken

@@ -1,14 +1,99 @@
-"""P-tuning (v1): a prompt that a small network produces.
+r"""P-tuning (v1): a prompt that a small network produces.
 
-As prompt tuning, but the V vectors are not trained directly: they are what an MLP or an LSTM makes of V trained
-embeddings, which ties them together and makes them easier to train. After training only the result is kept.
+V learned vectors stand before every text, as in prompt tuning. They are not trained directly: they are what a network,
+an MLP or an LSTM, makes of V trained embeddings. The network's weights tie the vectors together. After training only
+what it makes is kept.
 
-    P = encoder(E)        E (V, C) trained, encoder an MLP (C, h, h, C) or a bidirectional LSTM and an MLP (2h, 2h, C)
-    x = [P; wte[ids]] + wpe[0 .. V + T - 1]
+    P = relu(relu(E W_1^T + b_1) W_2^T + b_2) W_3^T + b_3        MLP, the default
+    x = [P; wte[ids]] + wpe[positions]
+    y = blocks(x)[V:]
+
+                 E (V, C)      trained, starts standard normal
+                 |
+              encoder          3 linear layers with relu between, trained
+                 |
+                 P (V, C)      the same for every text
+                 |
+    position     0 ... 19      20     21     22     23     24         V = 20, a text of 5 tokens
+    x            P_0 . P_19    The    film   was    very   good       each + wpe[position]
+                 |     |       |      |      |      |      |
+             the frozen blocks: each position sees itself and all to its left
+                 |     |       |      |      |      |      |
+    y            cut off ...   y_0    y_1    y_2    y_3    y_4        (batch, seq, C)
+
+With encoder_reparameterization_type="LSTM" two directions of an LSTM read E as a sequence of V, and two linear layers
+narrow what they say: P = relu(lstm(E) W_1^T + b_1) W_2^T + b_2, where lstm(E) is (V, 2 h).
+
+By hand, with V = 1, C = 2, h = 1: E = (1, 2), W_1 = (1, 1), b_1 = 1 give 1 + 2 + 1 = 4; W_2 = 2, b_2 = -1 give
+2 * 4 - 1 = 7; W_3 = (1, -1)^T, b_3 = (0, 10) give P = (7, 3). relu changes nothing here.
+
+Symbols
+    E (V, C) is encoder.embedding.weight        h = encoder_hidden_size, the network's width, by default C
+    W_1 (h, C), b_1 (h,), W_2 (h, h), b_2 (h,), W_3 (C, h), b_3 (C,) are the linear layers of encoder.mlp_head; with the
+    LSTM W_1 is (2 h, 2 h) and W_2 (C, 2 h)     E, the W and the b are all trained
+    relu(x) = max(x, 0)       P (V, C) the prompt       V = num_virtual_tokens       C = n_embd, 768 in GPT-2 124M
+    ids (batch, seq) the text's token ids       wte (vocabulary, C), wpe (n_positions, C) the frozen embeddings
+    [P; ...] stacks along the sequence          positions (V + seq,) are 0, 1, 2, ...
+    x (batch, V + seq, C) what enters the frozen blocks         y (batch, seq, C) what the head gets, after ln_f
+Trained
+    E and the network, in float32 whatever the base's dtype; a new classification head. A model that loads a saved
+    adapter has P as a plain table: if it is trained further, then P itself is, as in prompt tuning.
+Frozen
+    Everything else, wte first of all: `inject` sets requires_grad to False when it carries out the plan, so no gradient
+    is computed for it and the optimizer never sees it.
+At step 0
+    PromptEncoderConfig()                                             is not the base model: P is random
+    PromptEncoderConfig(encoder_reparameterization_type="LSTM")       is not the base model: P is random
+    No start is: a text's tokens stand V positions later, and each spends a part of its attention on the prompt. Where
+    all scores are equal, one that sees t tokens of the text gives V of V + t shares to the prompt: the first token of a
+    text 20 of 21.
+Positions and mask
+    With V = 20 and a text of 5 tokens:
+    Positions. The prompt stands at 0 to 19, the text at 20 to 24. position_ids 0 to 4 that a caller gives mean the
+    same: 20 is added to them, and 0 to 19 come before. A text may have 1,024 - 20 = 1,004 tokens. One more is refused
+    when it is read: "1025 tokens do not fit this model: it has 1024 positions; truncate the text".
+    Mask. None stays None, plain causal attention over 25 tokens. A mask (batch, 5) gets 20 ones on its left:
+    1 1 1 0 0 becomes twenty 1, then 1 1 1 0 0. Virtual token i sees the virtual tokens 0 to i, a token of the text all
+    20 and the text up to itself. In a text padded on the left, 0 0 1 1 1, the pads stand between prompt and text and
+    no other token sees them; position_ids 0 0 0 1 2 become 20 20 20 21 22.
+    KV cache. After the first call every block holds 25 keys and values, 20 of the prompt and 5 of the text. A later
+    call with one token finds the prompt there, so nothing is put in and nothing is cut off: the token gets position
+    25, a mask (batch, 6) becomes (batch, 26), and the cache then holds 26.
+    Gradient checkpointing. The network runs before the first block, and only blocks are computed a second time.
+    All of this is prompt.py's class Prompt; this file adds the network alone.
+Saved
+    prompt_embeddings (20, 768)
+    base_model.score.weight (2, 768)
+    P alone: E and the network are not kept, and P is made without dropout. adapter_config.json must say peft_type
+    P_TUNING, task_type and num_virtual_tokens. token_dim 768, num_layers 12, num_attention_heads 12 and
+    num_transformer_submodules 1 are written for peft and, where they are there, must be the model's.
+Merging
+    Not possible: the prompt is input, not a change of weights. It is read before each text.
+Cost
+    V C + (C h + h) + (h^2 + h) + (h C + C) parameters: 20 * 768 + 3 * (768 * 768 + 768) = 1,787,136 by default.
+    In all 1,787,136 + 1,536 = 1,788,672 trained, the head's 2 * 768 = 1,536 among them. Once saved and loaded,
+    20 * 768 + 1,536 = 16,896. The LSTM has 27,175,680 to train, the head's among them.
+    Forward: V tokens more per text in every block: 276 instead of 256 is 8 % more, 25 instead of 5 five times as much.
+    With a KV cache a text pays for them once, in its first call. The network runs once per call, not per text, and
+    the MLP takes fewer operations than one token of text; a loaded adapter has no network.
+    Backward: the gradient passes through all blocks down to the input and then through the network; no frozen matrix's
+    own gradient, a third of the work on it, is computed. Optimizer: 8 bytes per trained parameter for AdamW's two
+    means, 14,309,376 bytes.
+Errors
+    PromptEncoderConfig(encoder_reparameterization_type="GRU")
+        encoder_reparameterization_type must be one of MLP, LSTM, got 'GRU'
+    inject(model, PromptEncoderConfig(num_virtual_tokens=1024))
+        num_virtual_tokens=1024: this model has 1024 positions left, so between 1 and 1023 virtual tokens fit before a
+        text
+    inject(inject(model, PromptTuningConfig()), PromptEncoderConfig())
+        this model already carries prompt, which does not combine with ptuning: remove it, or start from a fresh model
+Differs from the paper
+    Liu et al. place the vectors anywhere in a template, before, between and after the words, with single words of the
+    task among them, and have the model fill in a word. Here, as in peft, all stand before the text, and a new head
+    gives the label. They use the LSTM; peft's default, and this one, is the MLP. They report training the language
+    model along with the prompt, too; here it is frozen.
 
 Paper: Liu, Zheng, Du, Ding, Qian, Yang, Tang (2021), "GPT Understands, Too", arXiv 2103.10385.
-Trained: E, the encoder, and the classification head. Stored: P alone.
-Costs: V C + C h + h^2 + h C + 2 h + C parameters with the MLP; as many as prompt tuning once trained.
 """
 
 from __future__ import annotations
@@ -29,10 +114,10 @@ from minipeft.settings import POSITIVE_INTEGER, PROBABILITY, setting
 
 @dataclass
 class PromptEncoderConfig(VirtualTokensConfig):
-    """peft's PromptEncoderConfig.
+    """peft's PromptEncoderConfig. encoder_num_layers and encoder_dropout concern the LSTM; the MLP has neither.
 
     Raises:
-        ConfigError: a value of the wrong type or out of range, when injected.
+        ConfigError: a value of the wrong type or out of range.
     """
 
     method: ClassVar[str] = "ptuning"
@@ -46,7 +131,12 @@ class PromptEncoderConfig(VirtualTokensConfig):
 
 
 class PromptEncoder(nn.Module):
-    """V trained embeddings and the network that turns them into the prompt."""
+    """E, the V trained embeddings, and the network that turns them into P.
+
+    Args:
+        width: C.
+        hidden: h.
+    """
 
     def __init__(self, width: int, hidden: int, config: PromptEncoderConfig, device: torch.device) -> None:
         super().__init__()
@@ -59,12 +149,13 @@ class PromptEncoder(nn.Module):
         else:
             sizes = [width, hidden, hidden, width]
         layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b, device=device), nn.ReLU())]
-        self.mlp_head = nn.Sequential(*layers[:-1])
+        self.mlp_head = nn.Sequential(*layers[:-1])  # no relu after the last
 
     def forward(self) -> Tensor:
         x = self.embedding.weight                                             # (V, C)
         if self.lstm is not None:
-            x = self.lstm(x[None])[0][0]                                      # (V, 2h)
+            outputs, _ = self.lstm(x[None])                                   # (1, V, 2 h), as a batch of one
+            x = outputs[0]                                                    # (V, 2 h)
         return self.mlp_head(x)                                               # (V, C)
 
 
@@ -72,7 +163,7 @@ def plan(model: nn.Module, config: PromptEncoderConfig) -> Plan:
     """Put V vectors, made by a trained network, before every text.
 
     Raises:
-        ConfigError: more virtual tokens than positions.
+        ConfigError: as many virtual tokens as positions or more.
     """
     check_room(model, config.num_virtual_tokens)
     wte = base_of(model).wte.weight                                           # (vocab, C)

@@ -1,7 +1,16 @@
-"""What prompt tuning, P-tuning and prefix tuning share: learned tokens before the text.
+"""What prompt tuning, P-tuning and prefix tuning share: V learned tokens before the text.
 
-The virtual tokens are one module of the base model, computed by an encoder (a plain table, or a small network that only
-training needs) as a table of V rows. They take the first V positions, and the text's own come after them.
+The tokens are one layer, `VirtualTokens`, a child of the base model (GPT2Model). Its forward hooks see each call of the
+base model, whichever head asks for it:
+
+    before the call     the mask gets V ones on its left, (batch, seq) -> (batch, V + seq): here, in `before`
+                        the tokens are put in, the text's positions move on by V: `put_into`, in prompt.py and prefix.py
+    the call            the base model, unchanged
+    after the call      prompt.py cuts the V virtual positions off, so that heads and losses see the text alone
+
+What the tokens are comes from an encoder, which is called without arguments and gives a table of V rows: a plain
+`Table`, or a small network that makes the table. Only the table is saved, as `prompt_embeddings`. So a model that loads
+an adapter always has a `Table`, whatever network it was trained with.
 """
 
 from __future__ import annotations
@@ -23,7 +32,7 @@ _ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "cache", "inputs_em
 
 
 class Table(nn.Module):
-    """Virtual tokens stored as they are: a (V, width) matrix."""
+    """Virtual tokens stored as they are: a (V, width) matrix. width is C for a prompt, 2 L C for a prefix."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -37,7 +46,7 @@ class VirtualTokens(AddedLayer):
     """Learned tokens before the text. Subclasses say what they are: input vectors, or keys and values.
 
     Attributes:
-        encoder: called without arguments, gives the (V, width) table.
+        encoder: called without arguments, gives the (V, width) table. All of its parameters are trained.
         num_virtual_tokens: V.
     """
 
@@ -50,7 +59,7 @@ class VirtualTokens(AddedLayer):
         return tuple(name for name, _ in self.named_parameters())
 
     def stored(self, name: str) -> dict[str, Tensor]:
-        """Only the table: the network that made it is not needed any more. It is made in eval mode, without dropout."""
+        """The table alone, as the encoder makes it in eval mode, without dropout."""
         training = self.encoder.training
         with torch.enable_grad():  # without a gradient an LSTM takes another kernel, which rounds differently
             table = self.encoder.eval()().detach()
@@ -58,30 +67,37 @@ class VirtualTokens(AddedLayer):
         return {"prompt_embeddings": table}
 
     def restore(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Take over a saved table, in place of the encoder that there was."""
         device = next(self.parameters()).device
         self.encoder = Table(tensors["prompt_embeddings"].float().to(device))
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """The base model's arguments, all by name, with the virtual tokens in the mask and wherever else they go."""
-        call = dict.fromkeys(_ARGUMENTS) | dict(zip(_ARGUMENTS, args)) | kwargs
+        call = dict.fromkeys(_ARGUMENTS) | dict(zip(_ARGUMENTS, args)) | kwargs     # those not given are None
         if call["attention_mask"] is not None:
+            # (batch, seq) -> (batch, V + seq). seq counts cached tokens, and a caller does not know of the virtual ones
+            # among them: so the mask gets them at later calls, too.
             call["attention_mask"] = F.pad(call["attention_mask"], (self.num_virtual_tokens, 0), value=1)
-            # (batch, seq) -> (batch, V + seq): every token sees the virtual ones
         self.put_into(call, module)
         return (), call
 
     def put_into(self, call: dict[str, Any], module: nn.Module) -> None:
-        """Change the arguments of one call of the base model, each of them there and perhaps None."""
+        """Put the virtual tokens into one call of the base model.
+
+        Args:
+            call: the call's arguments by name, to be changed in place. Each is there; those not given are None.
+            module: the base model.
+        """
         raise NotImplementedError
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of what the blocks compute."""
+    """The dtype of the keys and values that the blocks compute: autocast's where it is on, x's otherwise."""
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
 def check_room(model: nn.Module, num_virtual_tokens: int) -> None:
-    """Refuse more virtual tokens than fit, at least one position being the text's.
+    """Refuse more virtual tokens than fit: at least one position is left to the text.
 
     Raises:
         ConfigError: saying how many fit.
@@ -93,13 +109,16 @@ def check_room(model: nn.Module, num_virtual_tokens: int) -> None:
 
 
 def place_of(model: nn.Module, child: str) -> str:
-    """The name of a child added to the base model."""
+    """The name that a child of the base model has in `model`, which is the base model or one with a head."""
     return f"transformer.{child}" if base_of(model) is not model else child
 
 
 @dataclass
 class VirtualTokensConfig(MethodConfig):
-    """How adapter_config.json describes virtual tokens: the fields that all three methods add and check."""
+    """How adapter_config.json describes virtual tokens: the fields that all three methods write and check.
+
+    peft names the base's own tensors, the head's here, without the second "model." that other methods' files have.
+    """
 
     base_prefix: ClassVar[str] = "base_model."
     needs_task: ClassVar[bool] = True
@@ -115,7 +134,7 @@ class VirtualTokensConfig(MethodConfig):
         """A configuration from adapter_config.json's values.
 
         Raises:
-            ConfigError: it describes a model of other dimensions.
+            ConfigError: it describes a model of other dimensions, or does not say num_virtual_tokens.
         """
         for key, wanted in _dimensions(model).items():
             if values.pop(key, None) not in (None, wanted):
@@ -126,6 +145,7 @@ class VirtualTokensConfig(MethodConfig):
 
 
 def _dimensions(model: nn.Module) -> dict[str, int]:
+    """The base model's dimensions, which fix the shape of the table, in peft's words."""
     config = model.config
     return {"token_dim": config.n_embd, "num_layers": config.n_layer, "num_attention_heads": config.n_head,
             "num_transformer_submodules": 1}

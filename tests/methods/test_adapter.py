@@ -193,4 +193,4 @@ def test_counts_at_gpt2s_size(fields, trained):
     with torch.device("meta"):
         model = GPT2LMHeadModel(GPT2Config.official("gpt2"))
     assert trainable_parameters(inject(model, BottleneckConfig(**fields))).trainable == trained
-    assert "m = 48: 1,789,056" in adapter_module.__doc__
+    assert "24 * 74,544 = 1,789,056" in adapter_module.__doc__

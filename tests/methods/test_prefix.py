@@ -187,4 +187,4 @@ def test_counts_at_the_official_sizes(name, trained):
     with torch.device("meta"):
         model = GPT2LMHeadModel(GPT2Config.official(name))
     assert trainable_parameters(inject(model, PrefixTuningConfig())).trainable == trained
-    assert "V = 20, 368,640" in prefix.__doc__
+    assert "2 * 20 * 12 * 768 = 368,640" in prefix.__doc__

@@ -136,4 +136,4 @@ def test_the_count_at_gpt2s_size():
     with torch.device("meta"):
         model = GPT2ForSequenceClassification(GPT2Config.official("gpt2"))
     assert trainable_parameters(inject(model, PromptTuningConfig())).trainable == 15_360 + 2 * 768
-    assert "V = 20: 15,360" in prompt.__doc__
+    assert "20 * 768 = 15,360" in prompt.__doc__

@@ -118,6 +118,27 @@ def test_the_largest_number_that_fits_leaves_one_position(make_tuned, make_ids, 
     assert model(make_ids(3, 1)).isfinite().all()
 
 
+@every_method
+def test_20_virtual_tokens_and_a_text_of_5_have_the_positions_masks_and_caches_of_the_docstrings(make_tuned, make_ids,
+                                                                                                 config):
+    model = make_tuned(GPT2LMHeadModel, dataclasses.replace(config, num_virtual_tokens=20))
+    ids, cache = make_ids(1, 5), KVCache()
+    virtual = [] if isinstance(config, PrefixTuningConfig) else list(range(20))
+    positions, masks = [], []
+    model.transformer.wpe.register_forward_pre_hook(lambda _, args: positions.append(args[0].tolist()))
+    model.transformer.register_forward_pre_hook(lambda _, args, call: masks.append(call["attention_mask"]),
+                                                with_kwargs=True)                # after the virtual tokens' own hook
+    model(ids, torch.tensor([[1, 1, 1, 0, 0]]))
+    assert positions[-1] == virtual + [20, 21, 22, 23, 24]
+    assert masks[-1].tolist() == [[1] * 20 + [1, 1, 1, 0, 0]]
+    model(ids, torch.tensor([[0, 0, 1, 1, 1]]), torch.tensor([[0, 0, 0, 1, 2]]))
+    assert positions[-1] == [virtual + [20, 20, 20, 21, 22]]
+    assert masks[-1].tolist() == [[1] * 20 + [0, 0, 1, 1, 1]]
+    assert model(ids, cache=cache).shape[1] == 5 and masks[-1] is None and cache.length == 25
+    assert model(ids[:, :1], torch.ones(1, 6), cache=cache).shape[1] == 1 and cache.length == 26
+    assert positions[-1] == [25] and masks[-1].shape == (1, 26)
+
+
 # --- padding and pooling ----------------------------------------------------------------------------------------------
 
 @every_method

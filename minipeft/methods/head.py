@@ -22,7 +22,7 @@ Symbols
     h (batch, seq, width) the base model's output, after its last LayerNorm; width is 768 for GPT-2
     h_last (batch, width) the hidden state of each text's last real token, which has seen the whole text
     W (labels, width) is score.weight or, in tagging, classifier.weight      bias (labels,) is classifier.bias
-    dropout(h) is h, in training with a share classifier_dropout of it set to zero
+    dropout(h) is h, in training with a share p = classifier_dropout of it set to zero and the rest divided by 1 - p
     logits (batch, labels), in tagging (batch, seq, labels): one number per label, before the softmax
 Trained
     The new head alone: W and, in tagging, bias. Every other method trains it too, beside its own parameters.

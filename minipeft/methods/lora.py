@@ -19,7 +19,7 @@ Symbols
     x (batch, seq, in) the layer's input      y (batch, seq, out) its output      r the rank, lora_alpha a number
     W (out, in), bias (out,) frozen           A (r, in) is lora_A.weight, B (out, r) is lora_B.weight, both trained
     s = lora_alpha / r, a number; with use_rslora s = lora_alpha / sqrt(r), which keeps the update's size as r grows
-    dropout(x) is x, in training with a share lora_dropout of it set to zero
+    dropout(x) is x, in training with a share lora_dropout of it set to zero and the rest divided by 1 - lora_dropout
 Trained
     A and B of each target; a new classification head; biases if `bias` asks for them. By default the targets are all
     modules called c_attn.

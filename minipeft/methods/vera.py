@@ -22,7 +22,7 @@ Symbols
     A (r, in) is vera_A, B (out, r) is vera_B: uniform, within sqrt(6 / in) and sqrt(6 / r). They are as large as the
     largest target needs; a smaller one uses A's first `in` columns and B's first `out` rows.
     d (r,) is vera_lambda_d, b (out,) is vera_lambda_b: trained, each target has its own
-    dropout(x) is x, in training with a share vera_dropout of it set to zero
+    dropout(x) is x, in training with a share vera_dropout of it set to zero and the rest divided by 1 - vera_dropout
 Trained
     d and b of each target; a new classification head; biases if `bias` asks for them. By default the targets are all
     modules called c_attn.

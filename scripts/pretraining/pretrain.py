@@ -14,13 +14,13 @@ import torch
 from recipe import PackedWindows, PretrainingConfig, bits_per_byte, pretrain, validation_loss
 
 from minipeft.data.datasets import data_folder, read_parquet_split, stratified_split
+from minipeft.data.examples import clean
 from minipeft.errors import ConfigError, DataError
 from minipeft.files import check_writable, write_json_file
-from minipeft.model import weights
+from minipeft.model import hub
 from minipeft.model.gpt2 import GPT2Config, GPT2LMHeadModel
 from minipeft.model.tokenizer import VOCABULARY_FILE, get_tokenizer, train_vocabulary
 from minipeft.runs.command_line import run
-from minipeft.tasks.classification import clean
 from minipeft.training.hardware import choose_device, machine, versions
 
 
@@ -29,7 +29,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     where = parser.add_argument_group("where")
     where.add_argument("--data-dir", help="folder that holds imdb/*.parquet (default: MINIPEFT_DATA)")
-    where.add_argument("--output", type=Path, default=weights.MINI_FOLDER, help="model folder to write")
+    where.add_argument("--output", type=Path, default=hub.MINI_FOLDER, help="model folder to write")
     where.add_argument("--state", type=Path, default=Path("checkpoints/pretraining_state"),
                        help="folder of the resumable state")
     where.add_argument("--results", type=Path, default=Path("results/pretraining_mini.json"))
@@ -52,6 +52,7 @@ def parse() -> argparse.Namespace:
     how.add_argument("--warmup-steps", type=int, default=recipe.warmup_steps)
     how.add_argument("--dropout", type=float, default=0.0, help="for runs of several epochs")
     how.add_argument("--evaluate-every", type=int, default=recipe.evaluate_every, help="steps between evaluations")
+    how.add_argument("--save-every", type=int, default=recipe.save_every, help="steps between saves of the state")
     how.add_argument("--seed", type=int, default=recipe.seed)
     machine_group = parser.add_argument_group("machine")
     machine_group.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
@@ -109,7 +110,7 @@ def main() -> None:
                                micro_batch=options.micro_batch, muon=not options.adamw,
                                weight_decay=options.weight_decay, decay_ratio=options.decay_ratio,
                                learning_rate=options.learning_rate, warmup_steps=options.warmup_steps,
-                               seed=options.seed, evaluate_every=options.evaluate_every)
+                               seed=options.seed, evaluate_every=options.evaluate_every, save_every=options.save_every)
     device = choose_device(options.device)
     if not 257 <= options.vocab_size <= 2**16:
         raise ConfigError(f"vocab_size must lie between 257 and 65,536, got {options.vocab_size}")

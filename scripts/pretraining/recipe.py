@@ -13,20 +13,23 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from forward import hidden_states
 from torch import Tensor
 from tqdm import tqdm
 
 from minipeft.errors import ConfigError
-from minipeft.methods.saving import load_training_state, save_training_state
 from minipeft.model.gpt2 import GPT2LMHeadModel
 from minipeft.training.hardware import computing_in
 from minipeft.training.optimizer import adamw
+from minipeft.training.state import load_training_state, save_training_state
 
 
 @dataclass
@@ -54,9 +57,10 @@ class PretrainingConfig:
     max_grad_norm: float = 1.0
     seed: int = 0
     evaluate_every: int = 500
+    save_every: int = 50
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "window", "batch_size", "micro_batch", "evaluate_every"):
+        for name in ("tokens", "window", "batch_size", "micro_batch", "evaluate_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.learning_rate < math.inf:
@@ -156,31 +160,33 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, embedding: Tensor, targets: Tensor, rows: int) -> Tensor:
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_grad = torch.empty_like(hidden)                                   # (N, C)
-        embedding_grad = torch.zeros_like(embedding, dtype=torch.float32)        # (vocab, C)
+        embedding_grad = torch.zeros_like(embedding)                             # (vocab, C)
+        weight = embedding.to(hidden.dtype)
         for start in range(0, len(hidden), rows):
             part = hidden[start:start + rows]                                    # (n, C)
-            logits = F.linear(part, embedding)                                   # (n, vocab)
-            error, part_loss = _softmax_error(logits, targets[start:start + rows], len(hidden))
+            logits = F.linear(part, weight)                                      # (n, vocab)
+            error, part_loss = _softmax(logits, targets[start:start + rows])
             loss += part_loss
-            hidden_grad[start:start + rows] = error @ embedding                  # (n, C)
+            error[torch.arange(len(error), device=error.device), targets[start:start + rows]] -= 1
+            hidden_grad[start:start + rows] = error @ weight                     # (n, C)
             embedding_grad += error.t() @ part                                   # (vocab, C)
-        ctx.save_for_backward(hidden_grad, embedding_grad.to(embedding.dtype))
-        return loss
+        ctx.save_for_backward(hidden_grad, embedding_grad)
+        return loss / len(hidden)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         hidden_grad, embedding_grad = ctx.saved_tensors
-        return hidden_grad * grad.to(hidden_grad.dtype), embedding_grad * grad.to(embedding_grad.dtype), None, None
+        grad = grad / len(hidden_grad)
+        return hidden_grad * grad.to(hidden_grad.dtype), embedding_grad * grad, None, None
 
 
 @torch.compile(dynamic=False)
-def _softmax_error(logits: Tensor, targets: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """d loss / d logits (n, vocab) in the logits' dtype, and the rows' share of the mean loss."""
+def _softmax(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax(logits) (n, vocab) in the logits' dtype, and the sum of the rows' losses in float32."""
     logits_f32 = logits.float()
     log_sum = torch.logsumexp(logits_f32, dim=1, keepdim=True)                   # (n, 1)
-    loss = (log_sum[:, 0] - logits_f32.gather(1, targets[:, None])[:, 0]).sum() / count
-    hit = torch.arange(logits.shape[1], device=logits.device)[None] == targets[:, None]
-    return ((torch.exp(logits_f32 - log_sum) - hit.float()) / count).to(logits.dtype), loss
+    loss = (log_sum[:, 0] - logits_f32.gather(1, targets[:, None])[:, 0]).sum()
+    return torch.exp(logits_f32 - log_sum).to(logits.dtype), loss
 
 
 def next_token_loss(hidden: Tensor, embedding: Tensor, targets: Tensor, rows: int = 1024) -> Tensor:
@@ -193,7 +199,7 @@ def next_token_loss(hidden: Tensor, embedding: Tensor, targets: Tensor, rows: in
         rows: positions scored at a time.
     """
     hidden = hidden.flatten(0, 1)                                                # (B T, C)
-    return _ChunkedCrossEntropy.apply(hidden, embedding.to(hidden.dtype), targets.flatten(), rows)
+    return _ChunkedCrossEntropy.apply(hidden, embedding, targets.flatten(), rows)
 
 
 @torch.no_grad()
@@ -218,7 +224,7 @@ def validation_loss(model: GPT2LMHeadModel, texts: Sequence[np.ndarray], eos_tok
 
 def pretrain(model: GPT2LMHeadModel, train: PackedWindows, evaluate: Callable[[], float], config: PretrainingConfig,
              state_folder: Path, precision: torch.dtype = torch.bfloat16, compile_model: bool = True) -> dict:
-    """Train `model` in place for `config.steps` steps, saving resumable state at every evaluation.
+    """Train `model` in place for `config.steps` steps, saving resumable state as it goes.
 
     Args:
         model: on the device to train on.
@@ -233,43 +239,57 @@ def pretrain(model: GPT2LMHeadModel, train: PackedWindows, evaluate: Callable[[]
     optimizer = MuonAndAdamW(model, config) if config.muon else adamw(
         model.named_parameters(), model, config.learning_rate, config.weight_decay, config.betas)
     step, extra, _ = load_training_state(state_folder, model, optimizer)
-    curve, seconds_before = extra.get("curve", []), extra.get("seconds", 0.0)
+    curve, seconds_before, losses = extra.get("curve", []), extra.get("seconds", 0.0), extra.get("losses", [])
     device = model.lm_head.weight.device
-    body: nn.Module = torch.compile(model.transformer, dynamic=False) if compile_model else model.transformer
-    started, running = time.perf_counter(), []
+    body = model.transformer
+    if compile_model:
+        fast = device.type == "cpu" and precision == torch.bfloat16
+        body = torch.compile(partial(hidden_states, model.transformer) if fast else model.transformer, dynamic=False)
+    started = time.perf_counter()
     model.train()
     bar = tqdm(total=config.steps, initial=step, unit="step", desc="pretraining", mininterval=5)
     while step < config.steps:
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * learning_rate_factor(step, config)
-        batch, losses = train.batch(step).to(device), []                         # (B, T + 1)
-        for tokens in batch.split(config.micro_batch):
-            with computing_in(precision, device):
-                hidden = body(tokens[:, :-1])                                    # (micro-batch, T, C)
-                if precision != torch.float32:
-                    hidden = hidden.to(precision)
-                loss = next_token_loss(hidden, model.lm_head.weight, tokens[:, 1:]) * (len(tokens) / len(batch))
-            loss.backward()
-            losses.append(loss.detach())
-        nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        losses.append(train_step(model, body, optimizer, train.batch(step).to(device), config, precision))
         step += 1
-        running.append(torch.stack(losses).sum())
         if step % 20 == 0:
-            bar.set_postfix(loss=f"{torch.stack(running[-20:]).mean().item():.3f}", refresh=False)
+            bar.set_postfix(loss=f"{np.mean(losses[-20:]):.3f}", refresh=False)
         bar.update()
+        seconds = seconds_before + time.perf_counter() - started
         if step % config.evaluate_every == 0 or step == config.steps:
-            seconds = seconds_before + time.perf_counter() - started
             point = {"step": step, "tokens": step * config.window * config.batch_size, "seconds": round(seconds, 1),
-                     "train_loss": round(torch.stack(running).mean().item(), 4),
-                     "validation_loss": round(evaluate(), 4)}
+                     "train_loss": round(float(np.mean(losses)), 4), "validation_loss": round(evaluate(), 4)}
             curve.append(point)
-            running = []
-            save_training_state(state_folder, model, optimizer, step, extra={"curve": curve, "seconds": seconds})
+            losses = []
             bar.write(f"step {step}: train {point['train_loss']:.3f}, validation {point['validation_loss']:.3f}")
+        if step % config.save_every == 0 or not losses:
+            save_training_state(state_folder, model, optimizer, step,
+                                extra={"curve": curve, "seconds": seconds, "losses": losses})
     bar.close()
     return {"curve": curve, "seconds": curve[-1]["seconds"] if curve else 0.0}
+
+
+def train_step(model: GPT2LMHeadModel, body: Callable[[Tensor], Tensor], optimizer: Any, batch: Tensor,
+               config: PretrainingConfig, precision: torch.dtype) -> float:
+    """One optimizer step on a batch of (B, T + 1) token ids, cut into micro-batches; returns the batch's mean loss.
+
+    Args:
+        body: what computes the hidden states from token ids.
+    """
+    total = 0.0
+    for tokens in batch.split(config.micro_batch):
+        with computing_in(precision, batch.device):
+            hidden = body(tokens[:, :-1])                                        # (micro-batch, T, C)
+            if precision != torch.float32:
+                hidden = hidden.to(precision)
+            loss = next_token_loss(hidden, model.lm_head.weight, tokens[:, 1:]) * (len(tokens) / len(batch))
+        loss.backward()
+        total += loss.item()
+    nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total
 
 
 def bits_per_byte(nats_per_token: float, tokens: int, utf8_bytes: int) -> float:

@@ -23,7 +23,7 @@ from minipeft.data.batches import BucketedBatches, collate
 from minipeft.errors import ConfigError
 from minipeft.tasks.classification import Classification, metrics, predict_logits
 from minipeft.training import loop as training
-from minipeft.training.loop import TrainingConfig, train
+from minipeft.training.loop import Learner, Schedule, TrainingConfig, optimizer_step, train
 
 loss_sum = Classification.loss_sum
 CPU = torch.device("cpu")
@@ -445,3 +445,34 @@ def test_resuming_from_nothing_starts_at_the_beginning(toy, tmp_path):
 def test_without_resume_an_old_state_is_ignored(toy, tmp_path):
     run(toy(), loss_sum=pressing_ctrl_c(3), state_folder=tmp_path)
     assert run(toy(learning_rate=5e-3), state_folder=tmp_path).samples == 3 * 64
+
+
+# --- the parts --------------------------------------------------------------------------------------------------------
+
+def test_a_schedule_counts_steps_and_puts_the_last_validation_at_the_end():
+    schedule = Schedule.of(TrainingConfig(epochs=2, gradient_accumulation=2, evaluations_per_epoch=2), batches=9)
+    assert (schedule.steps_per_epoch, schedule.steps, schedule.evaluate_every) == (5, 10, 2)
+    assert [step for step in range(1, 11) if schedule.validates_after(step)] == [2, 4, 6, 8, 10]
+    schedule = Schedule.of(TrainingConfig(epochs=1, evaluations_per_epoch=3), batches=11)
+    assert [step for step in range(1, 12) if schedule.validates_after(step)] == [3, 6, 11]  # 9 is too near to the end
+
+
+def test_an_optimizer_step_lowers_the_loss_and_returns_it_with_the_hits_of_each_micro_batch(toy):
+    task = toy("lora")
+    learner = Learner(task.model, task.loss_sum, task.config, torch.float32, compile_model=False,
+                      tokens_per_micro_batch=20)
+    batch = collate(*toy_texts(8))
+    parts = batch.micro_batches(20)
+    assert len(parts) > 1
+    losses = []
+    for _ in range(5):
+        with torch.no_grad():
+            logits = [task.model(**part.arguments()) for part in parts]
+        sums = optimizer_step(learner, [batch], rate=1e-2)
+        assert len(sums) == len(parts)
+        for found, row, part in zip(sums, logits, parts):
+            loss, hits = loss_sum(row, part).item(), (row.argmax(dim=1) == part.labels).sum().item()
+            assert found.tolist() == pytest.approx([loss, hits], abs=1e-4)
+        losses.append(sum(found[0].item() for found in sums))
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(p.grad is None for p in task.model.parameters())

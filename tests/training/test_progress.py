@@ -1,0 +1,95 @@
+"""progress.py: what a run knows of itself comes back after an interruption. What train does with it: test_loop.py."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+
+from minipeft.data.batches import collate
+from minipeft.errors import ConfigError
+from minipeft.training.optimizer import adamw
+from minipeft.training.progress import Progress, Stopwatch
+
+BATCH = collate([np.array([1, 2]), np.array([3]), np.array([4, 5])], [0, 1, 0])
+
+
+def new_progress(folder=None, best_by="accuracy", **settings):
+    model = nn.Linear(2, 2)
+    optimizer = adamw(model.named_parameters(), model, learning_rate=1e-2)
+    return Progress(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), best_by, folder, settings)
+
+
+def found(accuracy, loss, **more):
+    return {"accuracy": accuracy, "loss": loss, **more}
+
+
+def test_a_stopwatch_goes_on_from_an_earlier_sitting():
+    clock = Stopwatch(seconds=100.0, core_seconds=50.0)
+    assert 100 <= clock.seconds < 101 and 50 <= clock.core_seconds < 51
+    assert clock.seconds <= clock.seconds
+
+
+def test_a_point_of_the_curve_has_the_means_since_the_last_one():
+    progress = new_progress()
+    for losses in ([3.0, 0.0], [6.0, 3.0]):
+        progress.count([BATCH], [torch.tensor(losses)])
+    assert (progress.step, progress.samples) == (2, 6)
+    assert progress.validated(found(0.5, 0.7), rate=0.1, steps_per_epoch=4)
+    progress.count([BATCH, BATCH], [torch.tensor([1.5, 1.0]), torch.tensor([1.5, 2.0])])
+    assert not progress.validated(found(0.4, 0.9), rate=0.2, steps_per_epoch=4)
+    assert [(point["train_loss"], point["train_accuracy"], point["epoch"]) for point in progress.curve] == [
+        (1.5, 0.5, 0.5), (0.5, 0.5, 0.75)]
+    assert progress.best == {"step": 2, "accuracy": 0.5, "loss": 0.7}
+    assert progress.line(8) == "step 3/8: train loss 0.500, validation loss 0.900, validation accuracy 0.4000"
+
+
+@pytest.mark.parametrize(("best_by", "validations", "best"), [
+    ("accuracy", [found(0.5, 0.9), found(0.6, 1.9)], 1), ("loss", [found(0.5, 0.9), found(0.6, 1.9)], 0),
+    ("accuracy", [found(0.5, 0.9), found(0.5, 0.8), found(0.5, 0.8)], 1),
+    ("f1", [found(0.9, 0.1, f1=0.0), found(0.8, 0.3, f1=0.2)], 1),
+    ("loss", [found(0.5, 0.9), found(0.9, math.nan)], 0)])
+def test_the_best_validation_is_the_first_of_the_highest_figure_or_the_lowest_loss(best_by, validations, best):
+    progress = new_progress(best_by=best_by)
+    improved = []
+    for validation in validations:
+        progress.count([BATCH], [torch.tensor([1.0, 1.0])])
+        improved.append(progress.validated(validation, 0.1, 4))
+    assert progress.best["step"] == best + 1
+    assert [number for number, is_best in enumerate(improved) if is_best][-1] == best
+
+
+def test_the_best_values_come_back_and_later_ones_do_not(tmp_path):
+    progress = new_progress(tmp_path, learning_rate=1e-2)
+    progress.count([BATCH], [torch.tensor([1.0, 1.0])])
+    progress.validated(found(0.5, 0.9), 0.1, 4)
+    best = progress.model.weight.detach().clone()
+    with torch.no_grad():
+        progress.model.weight.add_(1.0)
+    progress.count([BATCH], [torch.tensor([1.25, 2.0])])
+    progress.save()
+
+    resumed = new_progress(tmp_path, learning_rate=1e-2)
+    resumed.resume()
+    assert (resumed.step, resumed.samples, resumed.curve, resumed.best) == (
+        2, 6, progress.curve, progress.best)
+    assert torch.equal(resumed.model.weight, best + 1.0)
+    resumed.restore_best()
+    assert torch.equal(resumed.model.weight, best)
+    resumed.validated(found(0.5, 0.8), 0.1, 4)
+    assert resumed.curve[-1]["train_loss"] == round(1.25 / 3, 4), "the sums since the last validation came along"
+
+
+def test_nothing_is_resumed_from_nothing_or_from_a_run_with_other_settings(tmp_path):
+    for folder in (None, tmp_path / "empty"):
+        progress = new_progress(folder)
+        progress.resume()
+        assert (progress.step, progress.curve, progress.best) == (0, [], {})
+    progress = new_progress(tmp_path, epochs=3)
+    progress.count([BATCH], [torch.tensor([1.0, 1.0])])
+    progress.save()
+    with pytest.raises(ConfigError, match=r"other settings \(epochs\): .* without --resume"):
+        new_progress(tmp_path, epochs=4).resume()

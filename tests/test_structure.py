@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import io
+import runpy
 import sys
 import textwrap
 import tokenize
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import write_csv, write_tiny_model
 
 import minipeft
 from minipeft import GPT2LMHeadModel, LoraConfig, inject
@@ -128,6 +130,25 @@ def test_from_inject_to_the_line_that_makes_a_and_to_the_formula(tiny_config):
     assert sum(map(lines_of_code, on_the_way)) <= 120, {code.co_name: lines_of_code(code) for code in on_the_way}
     chain = {Path(code.co_filename).name for code in [*injecting[low_rank_pair.__code__], LoRALinear.forward.__code__]}
     assert chain == {"__init__.py", "lora.py"}
+
+
+def test_from_the_script_to_the_line_that_makes_a_and_to_the_formula(tmp_path, monkeypatch, tiny_config):
+    """At most 8 calls one inside the other, the script's main counted, and 250 lines with `inject`'s helpers."""
+    arguments = ["--model", write_tiny_model(tmp_path / "model"), "--dataset", write_csv(tmp_path / "films.csv"),
+                 "--epochs", 1, "--max-length", 16, "--output", tmp_path / "adapter", "--results-dir", tmp_path]
+    monkeypatch.setattr(sys, "argv", ["train.py", "--full", "--device", "cpu", *map(str, arguments)])
+    main = runpy.run_path(str(ROOT / "scripts" / "train.py"))["main"]
+    calls = own_calls(main)
+    to_a, to_formula = calls[low_rank_pair.__code__], calls[LoRALinear.forward.__code__]
+    base = {code for code in to_formula if Path(code.co_filename).name == "gpt2.py"}  # the model itself is no detour
+    assert names(to_a) == ["finetune", "prepare", "inject", "plan", "__init__", "low_rank_pair"]
+    assert len(to_a) + 1 <= 8 and len(set(to_formula) - base) + 1 <= 8
+    model, config = GPT2LMHeadModel(tiny_config), LoraConfig()
+    inject_alone = own_calls(lambda: inject(model, config))
+    inject_alone = {code for code, chain in inject_alone.items()
+                    if not any(name.startswith("check") for name in names(chain))}
+    on_the_way = {main.__code__, *to_a, *to_formula, *inject_alone} - base
+    assert sum(map(lines_of_code, on_the_way)) <= 250, {code.co_name: lines_of_code(code) for code in on_the_way}
 
 
 def test_the_line_counter_counts_code_only():

@@ -1,30 +1,58 @@
-"""GPT-2, written out by hand: from token ids to the three heads.
+"""GPT-2, written out by hand: the whole base model in one file.
 
 A decoder-only Transformer reads a sequence of token ids and gives, at every position, a vector that has seen that
 position and everything before it. Three heads turn these vectors into next-token scores, one label per text, or one
 label per token.
 
-    x   = wte[ids] + wpe[positions]
+    x   = wte[ids] + wpe[positions]                                       (B, T, C)
     x   = x + attn.c_proj( softmax(q k^T / sqrt(D) + causal mask) v )     q, k, v = split(attn.c_attn(ln_1(x)))
-    x   = x + mlp.c_proj( gelu(mlp.c_fc(ln_2(x))) )                       once per block
-    out = ln_f(x)
+    x   = x + mlp.c_proj( gelu(mlp.c_fc(ln_2(x))) )                       these two once per block
+    out = ln_f(x)                                                         (B, T, C)
 
-Paper: Radford, Wu, Child, Luan, Amodei, Sutskever (2019), "Language Models are Unsupervised Multitask Learners".
-LayerNorm stands before each sub-layer, gelu is the tanh approximation, input and output embeddings are one tensor.
-
-Modules carry the names of the official weights (`wte`, `h.0.attn.c_attn`, ...). The official matrices are stored
-(in, out); `weights.py` transposes them once while loading, so every projection here is a plain `nn.Linear`. How
-parameters start, and how they are read from a file, stands in `pretrained.py`.
-
-The dimensions, in this file and in every other:
+The dimensions in this file and all files of data, tasks and training:
 
     B batch    T tokens    S tokens seen by attention (cached + T)    C channels (n_embd)
-    H heads    D head size (C / H)    r rank    V virtual tokens    K labels
+    H heads    D head size (C / H)    K labels
+
+Attention
+    c_attn makes (B, T, 3C) from (B, T, C). Split in three, and each in H heads, that is q, k and v, (B, H, T, D). The
+    scores q k^T / sqrt(D) are (B, H, T, S). softmax makes shares of each query's S scores, which weigh the values:
+    (B, H, T, D), heads side by side again (B, T, C), and c_proj mixes them.
+Causal mask
+    A query sees its own token and those before it, cached ones too. Three tokens, and three after two cached ones:
+        1 0 0          1 1 1 0 0
+        1 1 0          1 1 1 1 0
+        1 1 1          1 1 1 1 1
+Padding
+    attention_mask (B, S) is nonzero at real tokens; GPT-2 has no pad token, so any id may stand at the others. Pads on
+    the right, 1 1 1 0 0, need no mask inside, as no real token looks to its right; what comes out at a pad means
+    nothing. Pads on the left, 0 0 1 1 1, are hidden from all but themselves: a query that sees no key has no softmax.
+Positions
+    0 to T - 1, or on from the cache's length; n_positions at most. Pads count. So with pads on the left a caller gives
+    position_ids 0 0 0 1 2, by which each text starts at 0.
+Cache
+    After 5 tokens a KVCache holds k and v (B, H, 5, D) of every block. A call with the next token alone then has T = 1
+    and S = 6 and gives (B, 1, C). Its work in attention grows with the tokens before; all other work is one token's.
+    The mask of such a call counts cached tokens, too: (B, 6).
+Heads
+    `lm_head` gives (B, T, vocabulary) by wte's own matrix: the two are one tensor, counted and trained as one. `score`
+    gives (B, K) from each text's last real token, which has seen the whole text; `classifier` gives (B, T, K).
+    Pretraining knows neither of the last two: they start random, and every method trains them.
+Initialization
+    Matrices and embeddings are normal with deviation 0.02, each c_proj with 0.02 / sqrt(2 n_layer); biases are 0,
+    LayerNorms 1 (see pretrained.py). Dropout, in training only: after wte + wpe, on attention's shares, after c_proj.
+Size
+    wte, wpe, blocks and ln_f of GPT-2 124M: 50,257 * 768 + 1,024 * 768 + 12 * (12 * 768 * 768 + 13 * 768) + 2 * 768
+    = 124,439,808 parameters.
+
+Paper: Radford, Wu, Child, Luan, Amodei, Sutskever (2019), "Language Models are Unsupervised Multitask Learners".
+LayerNorm stands before each sub-layer, and gelu is the tanh approximation.
+
+Modules carry the names of the official weights (`wte`, `h.0.attn.c_attn`, ...). The official matrices are stored
+(in, out); `weights.py` transposes them once while loading, so every projection here is a plain `nn.Linear`.
 """
 
 from __future__ import annotations
-
-from typing import ClassVar
 
 import torch
 import torch.nn as nn

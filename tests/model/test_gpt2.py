@@ -31,6 +31,14 @@ def close(actual, expected, tolerance=1e-5):
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
+def test_every_class_says_what_it_is_for_and_whether_its_head_is_new():
+    said = {cls: (cls.prefix, cls.head, cls.has_new_head, cls.task_type) for cls in EVERY_CLASS}
+    assert said == {GPT2Model: ("", None, False, "FEATURE_EXTRACTION"),
+                    GPT2LMHeadModel: ("transformer.", "lm_head", False, "CAUSAL_LM"),
+                    GPT2ForSequenceClassification: ("transformer.", "score", True, "SEQ_CLS"),
+                    GPT2ForTokenClassification: ("transformer.", "classifier", True, "TOKEN_CLS")}
+
+
 # --- configuration ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, "8", True, None])

@@ -15,9 +15,10 @@ import textwrap
 import threading
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import close_session
+from huggingface_hub import constants as hub_constants
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -631,8 +632,8 @@ def online(monkeypatch):
     """online(endpoint): the session may look for the hub, at this address."""
 
     def endpoint(url):
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+        monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(hub_constants, "ENDPOINT", url)
 
     return endpoint
 
@@ -641,11 +642,11 @@ def test_the_hub_is_reachable_when_its_endpoint_answers(monkeypatch, online):
     with StandInHub("openai-community/gpt2", {}) as server:
         online(server.address)
         assert hub.hub_is_reachable()
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
         assert not hub.hub_is_reachable()
         online(server.address)
         assert hub.hub_is_reachable()
-    huggingface_hub.close_session()                                               # it keeps a connection open
+    close_session()                                               # it keeps a connection open
     assert not hub.hub_is_reachable()
 
 

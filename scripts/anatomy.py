@@ -14,31 +14,17 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from minipeft.data.batches import number_of_passes
-from minipeft.errors import ConfigError
-from minipeft.explain.anatomy import counts_table, injected, render, shapes_only, tree
-from minipeft.explain.memory import traffic_table, training_memory
-from minipeft.explain.pictures import TITLES, draw
-from minipeft.files import check_writable, replacing_folder
+from minipeft.explain.anatomy import config_of, injected, render, shapes_only, tree
+from minipeft.explain.memory import memory_table, traffic_table
+from minipeft.explain.pictures import draw, gallery
 from minipeft.methods import METHODS
-from minipeft.methods.injection import positions_left, trainable_parameters
-from minipeft.model.config import GPT2Config
-from minipeft.model.weights import HUB_NAMES, find, read_config
-from minipeft.runs.command_line import add_dataclass_options, given, run
-from minipeft.runs.defaults import DEFAULTS, MAX_LENGTH
-from minipeft.training.hardware import PRECISIONS, tokens_per_pass
+from minipeft.methods.injection import trainable_parameters
+from minipeft.runs.command_line import add_method_options, given, run
+from minipeft.tasks.task import MAX_LENGTH
 
 
 def parse() -> argparse.Namespace:
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--method", default="lora")
-    chosen = first.parse_known_args()[0].method
-    if chosen not in METHODS:
-        raise ConfigError(f"unknown method {chosen!r}: use {', '.join(METHODS)}")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", default="lora", help=f"{', '.join(METHODS)}; default lora")
     parser.add_argument("--model", default="mini", help="mini, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder; "
@@ -54,95 +40,32 @@ def parse() -> argparse.Namespace:
     memory.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="whose kernels; default cpu")
     parser.add_argument("--traffic", action="store_true",
                         help="what each of 8, 64 and 512 GPUs sends in a step of every method")
-    if METHODS[chosen].config_class.__dataclass_fields__:
-        add_dataclass_options(parser.add_argument_group(f"method {chosen}"), METHODS[chosen].config_class,
-                              DEFAULTS[chosen]["method"], leave_out=METHODS[chosen].fixed)
+    add_method_options(parser)
     return parser.parse_args()
 
 
-def config_of(name: str) -> GPT2Config:
-    """A model's sizes, without its weights."""
-    return GPT2Config.official(name) if name in HUB_NAMES else GPT2Config.from_dict(read_config(find(name)))
-
-
-def gallery(folder: Path, model_name: str) -> None:
-    """A picture of every method and a README that shows them beside the table of counts."""
-    check_writable(folder)
-    for method in METHODS:
-        draw(injected(config_of(model_name), method), method, folder / f"{method}.png")
-        print(f"wrote {folder / method}.png")
-    table = counts_table({name: config_of(name) for name in ("mini", *HUB_NAMES)})
-    pictures = "\n\n".join(f"## {TITLES[method]}\n\n![{TITLES[method]}]({method}.png)" for method in METHODS)
-    text = f"""# Anatomy of the methods
-
-Written by `python scripts/anatomy.py --all`. Trained parameters of each method in its default configuration (the
-table in `minipeft/defaults.py`), the two-label head included, counted on models of the official shapes:
-
-{table}
-
-One block of `{model_name}` with each method's parts:
-
-{pictures}
-"""
-    with replacing_folder(folder) as temporary:
-        (temporary / "README.md").write_text(text, encoding="utf-8")
-    print(f"wrote {folder / 'README.md'}")
-
-
-def memory_table(options: argparse.Namespace, config: GPT2Config, values: dict[str, Any]) -> str:
-    """The predicted memory of a training step in each precision, with and without checkpointing, beside `full`.
-
-    Raises:
-        ConfigError: sizes below 1, or a length beyond the model's positions.
-    """
-    left = positions_left(injected(config, options.method, **values))
-    length = min(MAX_LENGTH, left) if options.length is None else options.length
-    if options.batch_size < 1 or length < 1:
-        raise ConfigError(f"batch_size and length must be at least 1, got {options.batch_size} and {length}")
-    if length > left:
-        raise ConfigError(f"length={length} is more than the {left} tokens that fit {options.model} with "
-                          f"{options.method}")
-    tokens = tokens_per_pass(torch.device(options.device), config.n_embd)
-    passes = number_of_passes(options.batch_size, length, tokens)
-    lines = [f"one training step of {options.model}, {options.batch_size} texts of {length} tokens"
-             f"{f' in {passes} passes' if passes > 1 else ''}, {options.device}; GiB",
-             f"{'':28}{'weights':>9}{'gradients':>11}{'optimiser':>11}{'activations':>13}{'peak':>9}"]
-    for method in dict.fromkeys((options.method, "full")):
-        for name, precision in PRECISIONS.items():
-            if name == "fp16" and options.device == "cpu":
-                continue
-            for checkpointing in (False, True):
-                memory = training_memory(config, method, options.batch_size, length, precision, checkpointing,
-                                         options.device, tokens, **(values if method == options.method else {}))
-                gib = {key: value / 2**30 for key, value in vars(memory).items()}
-                what = f"{method}, {name}{', checkpointing' if checkpointing else ''}"
-                lines.append(f"{what:28}{gib['weights']:9.3f}{gib['gradients']:11.4f}{gib['optimiser']:11.4f}"
-                             f"{gib['activations']:13.3f}{gib['peak']:9.3f}")
-    return "\n".join([*lines, "peak: the most alive at once; Python, PyTorch and drivers take their own on top"])
-
-
 def main() -> None:
-    options = parse()
-    if options.all:
-        gallery(options.output, options.model)
+    arguments = parse()
+    if arguments.all:
+        for path in gallery(arguments.output, arguments.model):
+            print(f"wrote {path}")
         return
-    config = config_of(options.model)
-    values = given(options, METHODS[options.method].config_class)
-    if options.traffic:
+    config, method = config_of(arguments.model), arguments.method
+    values = given(arguments, METHODS[method].config_class)
+    if arguments.traffic:
         print(traffic_table(config))
-        return
-    if options.memory:
-        print(memory_table(options, config, values))
-        return
-    model = injected(config, options.method, **values)
-    if options.picture:
-        draw(model, options.method, options.picture)
-        print(f"wrote {options.picture}")
-        return
-    colour = sys.stdout.isatty()
-    print(f"{options.model} before:\n{render(tree(shapes_only(config).requires_grad_(False)), colour)}\n")
-    print(f"{options.model} with {options.method}, what is trained marked *:\n{render(tree(model), colour)}\n")
-    print(trainable_parameters(model))
+    elif arguments.memory:
+        print(memory_table(config, arguments.model, method, values, arguments.batch_size, arguments.length,
+                           arguments.device))
+    elif arguments.picture:
+        draw(injected(config, method, **values), method, arguments.picture)
+        print(f"wrote {arguments.picture}")
+    else:
+        model, color = injected(config, method, **values), sys.stdout.isatty()
+        before = render(tree(shapes_only(config).requires_grad_(False)), color)
+        print(f"{arguments.model} before:\n{before}\n")
+        print(f"{arguments.model} with {method}, what is trained marked *:\n{render(tree(model), color)}\n")
+        print(trainable_parameters(model))
 
 
 if __name__ == "__main__":

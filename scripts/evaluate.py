@@ -7,16 +7,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from minipeft.data.datasets import KNOWN, choose_dataset, load_dataset
-from minipeft.errors import ConfigError, DataError
 from minipeft.files import check_writable, write_json_file
-from minipeft.methods.saving import read_details
-from minipeft.runs import defaults
-from minipeft.runs.command_line import add_data_options, add_machine_options, run
-from minipeft.runs.finetune import headline
-from minipeft.runs.trained import load_finetuned
-from minipeft.training.hardware import cast_frozen, choose_device, choose_precision
+from minipeft.runs.command_line import add_data_options, add_machine_options, options_of, run
+from minipeft.runs.inference import evaluate, load
+from minipeft.runs.record import headline
 
 
 def parse() -> argparse.Namespace:
@@ -33,45 +29,28 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    options = parse()
-    device = choose_device(options.device)
-    precision = choose_precision(options.precision, device)
-    model, task = load_finetuned(options.adapter, options.model, device, options.task)
-    cast_frozen(model.requires_grad_(False), precision)
-    trained_on = read_details(options.adapter).get("dataset")
-    if options.dataset is not None:
-        name, why = options.dataset, "asked for"
-    elif trained_on in (*KNOWN, "sample"):
-        name, why = trained_on, "which the model was trained on"
-    elif task.name != "classification":
-        raise DataError(f"{options.adapter} was trained on {trained_on}, a file of your own: name it with --dataset")
-    else:
-        name, why = choose_dataset(options.data_dir)
-    print(f"dataset    {name} ({why})")
-    data = load_dataset(name, options.data_dir, options.text_column, options.label_column,
-                        task=options.task or task.name, label_names=task.label_names or None)
-    task.check_installed()
-    if options.json:
-        check_writable(options.json.parent)
-    if data.label_names != task.label_names:
-        raise DataError(f"{name} has the labels {', '.join(data.label_names)}, but {options.adapter} was trained for "
-                        f"{', '.join(task.label_names)}")
-    if options.test_size is not None and options.test_size < 1:
-        raise ConfigError(f"test_size must be at least 1, got {options.test_size}")
-    small = device.type == "cpu" and not options.full
-    test = data.test.subset(options.test_size or (defaults.CPU_TEST_SIZE if small else None), seed=0)
-    found = task.test(model, test, device, precision, progress="testing")
-    more = " (--full takes all)" if len(test) < len(data.test) else ""
-    print(f"{name}, {len(test):,} of {len(data.test):,} test examples{more}")
-    print(headline(task, found))
-    print("   ".join(f"{key} {value:.4f}" for key, value in found.items() if isinstance(value, float)))
-    if "confusion_matrix" in found:
-        print_confusion_matrix(found["confusion_matrix"], data.label_names)
-    for kind, row in found.get("by_type", {}).items():
-        print(f"{kind:>20}  " + "   ".join(f"{key} {value:.4f}" for key, value in row.items() if key != "entities")
-              + f"   of {row['entities']:,}")
-    if options.json:
-        write_json_file(options.json, {"adapter": str(options.adapter), "dataset": name, "metrics": found})
+    arguments = parse()
+    options = options_of(arguments)
+    if arguments.json:
+        check_writable(arguments.json.parent)
+    trained = load(arguments.adapter, options)
+    found = evaluate(trained, options, print)
+    more = " (--full takes all)" if found.examples < found.of else ""
+    print(f"{found.dataset}, {found.examples:,} of {found.of:,} test examples{more}")
+    print(headline(trained.task, found.metrics))
+    print_metrics(found.metrics)
+    if "confusion_matrix" in found.metrics:
+        print_confusion_matrix(found.metrics["confusion_matrix"], trained.task.label_names)
+    if "by_type" in found.metrics:
+        print_by_type(found.metrics["by_type"])
+    if arguments.json:
+        write_json_file(arguments.json, {"adapter": arguments.adapter, "dataset": found.dataset,
+                                         "metrics": found.metrics})
+
+
+def print_metrics(metrics: dict[str, Any]) -> None:
+    """All that are one number, on a line."""
+    print("   ".join(f"{key} {value:.4f}" for key, value in metrics.items() if isinstance(value, float)))
 
 
 def print_confusion_matrix(matrix: list[list[int]], label_names: list[str]) -> None:
@@ -80,6 +59,13 @@ def print_confusion_matrix(matrix: list[list[int]], label_names: list[str]) -> N
     print(f"{'true / predicted':>{width + 10}}" + "".join(f"{label:>{width}}" for label in label_names))
     for label, row in zip(label_names, matrix):
         print(f"{label:>{width + 10}}" + "".join(f"{count:>{width},}" for count in row))
+
+
+def print_by_type(rows: dict[str, dict[str, Any]]) -> None:
+    """A line for each type of entity: its metrics, and how many of it there are."""
+    for kind, row in rows.items():
+        metrics = "   ".join(f"{key} {value:.4f}" for key, value in row.items() if key != "entities")
+        print(f"{kind:>20}  {metrics}   of {row['entities']:,}")
 
 
 if __name__ == "__main__":

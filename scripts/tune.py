@@ -2,17 +2,26 @@
 
     python scripts/tune.py --method lora --train-size 4000 \\
         --try '{"learning_rate": 1e-3}' --try '{"learning_rate": 3e-3, "r": 16}'
+
+`--method NAME --help` adds the method's own options, which all trials share.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from typing import Any
 
 from minipeft.errors import ConfigError
 from minipeft.methods import METHODS
-from minipeft.runs.command_line import LENGTH_HELP, add_data_options, add_machine_options, run
-from minipeft.runs.finetune import Options
+from minipeft.runs.command_line import (
+    LENGTH_HELP,
+    add_data_options,
+    add_machine_options,
+    add_method_options,
+    options_of,
+    run,
+)
 from minipeft.runs.sweep import tune
 
 
@@ -29,10 +38,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, help=LENGTH_HELP)
     parser.add_argument("--results-dir", default="results")
     add_machine_options(parser)
+    add_method_options(parser)
     return parser.parse_args()
 
 
-def read_trial(text: str) -> dict:
+def read_trial(text: str) -> dict[str, Any]:
     """One trial from the command line."""
     try:
         trial = json.loads(text)
@@ -45,9 +55,7 @@ def read_trial(text: str) -> dict:
 
 def main() -> None:
     arguments = parse()
-    trials = [read_trial(text) for text in arguments.trials]
-    fields = Options.__dataclass_fields__
-    tune(Options(**{key: value for key, value in vars(arguments).items() if key in fields}), trials, print)
+    tune(options_of(arguments), [read_trial(text) for text in arguments.trials], print)
 
 
 if __name__ == "__main__":

@@ -1,84 +1,144 @@
-"""README says what is true: its example runs, its table is the results', its files exist."""
+"""README says what is true: its example trains, its tables are the code's and the results', and it is short."""
 
 import json
 import re
-import shlex
-import subprocess
-from pathlib import Path
 
 import pytest
-from helpers import ScriptRunner, write_tiny_model
+import torch
+from documents import README, ROOT, code_blocks, results_changed, tables
 
-from minipeft.explain.memory import traffic_table
-from minipeft.model.config import GPT2Config
+from minipeft import GPT2Config, GPT2ForSequenceClassification, LoraConfig, inject, merge, trainable_parameters
+from minipeft.data.batches import BucketedBatches
+from minipeft.errors import InjectionError
+from minipeft.methods import METHODS
+from minipeft.methods.injection import active_injections
+from minipeft.methods.layers import ReplacementLayer
 from minipeft.model.hub import MINI_FOLDER
-from minipeft.runs.results import replace_tables
+from minipeft.runs.defaults import DEFAULTS
+from minipeft.runs.results import results_table
 
-ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def test_the_python_example_runs_as_printed_and_has_ten_lines_at_most(capsys):
-    example = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
-    assert len([line for line in example.splitlines() if line.strip()]) <= 10
-    exec(compile(example, "README.md", "exec"), {})
-    assert "trainable params: " in capsys.readouterr().out
+TEXT = README.read_text(encoding="utf-8")
+METHOD_ROWS, RESULT_ROWS = tables(TEXT)
 
 
-def test_the_example_of_a_new_task_trains_and_answers_as_printed(tmp_path, monkeypatch, capsys):
-    content = re.search(r"```python\n(# truecase\.py\n.*?)```", README, re.DOTALL).group(1)
-    assert len(content.splitlines()) < 100
-    (tmp_path / "truecase.py").write_text(content)
-    commands = re.findall(r"^python scripts/(\S+) (--task truecase\.py.*)$", README, re.MULTILINE)
+def test_it_is_short_and_the_picture_comes_first():
+    assert len(TEXT.encode()) <= 9000
+    assert TEXT.index("results/anatomy/lora.png") < TEXT.index("make train") < TEXT.index("```python")
+
+
+def test_the_python_example_trains_as_printed(tmp_path, monkeypatch, capsys):
+    """Every line as it is printed; only an epoch ends after two batches."""
+    (example,) = code_blocks(TEXT, "python")
+    assert len([line for line in example.splitlines() if line.strip()]) <= 25
+    whole_epoch = BucketedBatches.epoch
+    monkeypatch.setattr(BucketedBatches, "epoch", lambda self, number: [
+        batch for batch, _ in zip(whole_epoch(self, number), range(2))])
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "minipeft").symlink_to(ROOT / "minipeft")
-    script = ScriptRunner(monkeypatch, capsys)
-    quick = {"train.py": ("--epochs", 1, "--model", write_tiny_model(tmp_path / "tiny")), "predict.py": ()}
-    for name, options in commands:
-        outcome = script(name, *shlex.split(options), *quick[name])
-        assert outcome.code == 0, outcome.err
-    assert outcome.out.lower() == "the film was shot in paris. i loved it.\n"
+    found = {}
+    exec(compile(example, "README.md", "exec"), found)
+    output = capsys.readouterr().out
+    assert "trainable params: " in output and "% of the test split" in output
+    assert found["logits"].shape == (16, 2) and type(found["logits"]) is torch.Tensor
+    assert {path.name for path in (tmp_path / "checkpoints/first").iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "minipeft.json"}
 
 
-@pytest.mark.parametrize("file", ["README.md", "results/README.md"])
-def test_tables_are_what_the_results_files_say(file):
-    changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no", "results/*.json"], cwd=ROOT,
-                             capture_output=True, text=True).stdout
-    if changed:  # by whoever trains here; a clean clone, such as CI's, has the committed ones
-        pytest.skip("results were measured anew here; scripts/report.py writes them into README.md")
-    text = (ROOT / file).read_text(encoding="utf-8")
-    assert replace_tables(text, ROOT / "results") == text
+# --- the table of methods ---------------------------------------------------------------------------------------------
+
+def config_of(row):
+    """The configuration that a row's second column links to."""
+    call, file = re.fullmatch(r"\[`(.+)`\]\((.+)\)", row[1]).groups()
+    assert (ROOT / file).stem == row[0].strip("`")
+    name, arguments = re.fullmatch(r"(\w+)(\(.*\))?", call).groups()
+    classes = {method.config_class.__name__: method.config_class for method in METHODS.values()}
+    return eval(f"{name}{arguments or '()'}", classes)
 
 
-def test_the_signatures_of_bleu_and_chrf_are_those_of_every_result():
-    text = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
-    for path in (ROOT / "results").glob("fine_tuned_*_multi30k_results.json"):
-        found = json.loads(path.read_text(encoding="utf-8"))["metrics"]["test"]
-        assert f"`{found['bleu_signature']}`" in text and f"`{found['chrf_signature']}`" in text
+def test_each_method_has_a_row():
+    assert [row[0] for row in METHOD_ROWS] == [f"`{method}`" for method in METHODS]
+    assert [config_of(row).method for row in METHOD_ROWS] == list(METHODS)
 
 
-def test_the_gain_from_cached_features_is_what_was_measured():
-    once, each_epoch = (json.loads((ROOT / f"results/head_features/{run}/fine_tuned_head_results.json").read_text())
-                        ["seconds"]["train_on_cores"] for run in ("once", "each_epoch"))
-    for figure in (once, each_epoch, each_epoch / once):
-        assert f"{figure:.1f}" in README
+each_row = pytest.mark.parametrize("row", METHOD_ROWS, ids=[row[0].strip("`") for row in METHOD_ROWS])
 
 
-def test_the_traffic_is_what_the_ledger_says():
-    lines = traffic_table(GPT2Config.official("gpt2")).splitlines()
-    for line in lines[:2] + [line for line in lines if line.startswith(("| full |", "| lora |", "| ia3 |"))]:
-        assert line in README.splitlines()
+def on_gpt2(config):
+    """GPT-2 124M's shape with a two-label head and the method."""
+    with torch.device("meta"):
+        model = GPT2ForSequenceClassification(GPT2Config.official("gpt2"))
+    return inject(model, config)
 
 
-def test_the_memory_is_what_the_ledger_says(monkeypatch, capsys):
-    (block,) = re.findall(r"^\$ python scripts/(anatomy.py) (--memory .*)\n((?:.+\n)+?)\.\.\.$", README, re.MULTILINE)
-    outcome = ScriptRunner(monkeypatch, capsys)(block[0], *shlex.split(block[1]))
-    assert outcome.code == 0 and outcome.out.startswith(block[2])
+@each_row
+def test_the_parameters_of_a_method_are_those_of_gpt2(row):
+    assert row[4] == f"{trainable_parameters(on_gpt2(config_of(row))).trainable:,}"
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README))))
-def test_a_linked_file_exists(path):
-    assert (ROOT / path).exists()
+@each_row
+def test_the_shapes_in_a_row_are_those_of_the_layers(row):
+    """Every matrix of a layer has its shape in the row, and every shape in the row is some tensor's."""
+    config = config_of(row)
+    model = on_gpt2(config)
+    layers = active_injections(model)[0].layers.values()
+    if not layers:
+        return  # trains the model's own tensors
+    sizes = {"C": model.config.n_embd, "L": model.config.n_layer, "r": getattr(config, "r", None),
+             "V": getattr(config, "num_virtual_tokens", None)}
+    stated, found = set(re.findall(r"\(([^()]+)\)", row[3])), set()
+    for layer in layers:
+        if isinstance(layer, ReplacementLayer):
+            sizes |= {"out": layer.base_layer.out_features, "width": layer.base_layer.in_features}
+        # in is a word of Python's, and · is no sign of its own
+        shapes = {text: eval(f"({text.replace('in', 'width').replace('·', '*')},)", sizes) for text in stated}
+        actual = {tuple(layer.get_parameter(name).shape) for name in layer.trained}
+        assert {shape for shape in actual if len(shape) == 2} <= set(shapes.values())
+        found |= {text for text, shape in shapes.items() if shape in actual}
+    assert found == stated
+    assert (sizes["C"], sizes["L"]) == (768, 12) and sizes["V"] in (None, 20), "as the text above the table says"
+
+
+@each_row
+def test_a_method_starts_as_the_base_or_not_and_merges_or_not_as_the_table_says(row, make_model, make_ids):
+    model, ids = make_model(GPT2ForSequenceClassification), make_ids(2, 7)
+    base = model(ids)
+    inject(model, config_of(row))
+    assert row[5] == ("yes" if torch.equal(model(ids), base) else "no")
+    try:
+        merge(model)
+    except InjectionError as error:
+        assert row[6] == ("-" if "there is nothing to merge" in str(error) else "no")
+    else:
+        assert row[6] == "yes"
+
+
+def test_every_method_trains_the_head_and_its_parameters_are_counted():
+    model = on_gpt2(METHODS["head"].config_class())
+    assert f"{sum(p.numel() for p in model.score.parameters()):,} are trained by every method" in " ".join(TEXT.split())
+
+
+def test_loras_two_sets_of_defaults_are_as_it_says():
+    ours = DEFAULTS["lora"]["method"]
+    assert (LoraConfig().lora_alpha, LoraConfig().target_modules) == (8, None)   # None is c_attn: see test_lora.py
+    assert ours == {"lora_alpha": 16, "target_modules": "all-linear"}
+    words = " ".join(TEXT.split())
+    assert "peft's defaults (`lora_alpha` 8, `c_attn` alone)" in words and "`mini` (16, all linear layers)" in words
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+def test_the_results_are_rows_of_the_table_of_all():
+    if results_changed():
+        pytest.skip("results were measured anew here; the rows are those of results/README.md")
+    whole = [[cell.strip() for cell in line.split("|")[1:-1]] for line in results_table(ROOT / "results").splitlines()]
+    kept = [[row[column] for column in (0, 2, 4, 5, 6)] for row in whole[2:]]
+    assert len(RESULT_ROWS) == 5 and all(row in kept for row in RESULT_ROWS), kept
+
+
+def test_what_imdb_makes_of_the_two_commands_is_what_was_measured():
+    if results_changed():
+        pytest.skip("results were measured anew here")
+    found = json.loads((ROOT / "results/fine_tuned_lora_results.json").read_text(encoding="utf-8"))
+    assert f"IMDb makes that {100 * found['metrics']['test']['accuracy']:.1f} %" in " ".join(TEXT.split())
 
 
 def test_the_bundled_model_is_small_and_complete():

@@ -1,25 +1,27 @@
-"""What a method does to a model, for the eye: the module tree with what is trained, and counts for every method.
+"""What a method does to a model, as text: the module tree with what is trained, and counts for every method.
 
-All of it is read off a model that really was injected. Shapes are enough: on the meta device no weight exists.
+All of it is read off a model that was injected. Shapes are enough: on the meta device no weight exists.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import groupby
 from typing import Any
 
 import torch
 import torch.nn as nn
 
 from minipeft.methods import METHODS, inject
-from minipeft.methods.injection import ParameterCount, trainable_parameters
+from minipeft.methods.injection import trainable_parameters
 from minipeft.model.config import GPT2Config
 from minipeft.model.gpt2 import GPT2ForSequenceClassification
+from minipeft.model.hub import HUB_NAMES, find
+from minipeft.model.weights import read_config
 from minipeft.runs.defaults import DEFAULTS
 from minipeft.runs.results import markdown_table
 
-GREY, ORANGE, PLAIN = "\033[90m", "\033[1;33m", "\033[0m"
+GRAY, ORANGE, PLAIN = "\033[90m", "\033[1;33m", "\033[0m"
 
 
 @dataclass
@@ -35,6 +37,18 @@ class Line:
     text: str
     count: int
     trained: int
+
+
+def config_of(name_or_folder: str) -> GPT2Config:
+    """A model's sizes, without its weights.
+
+    Raises:
+        WeightsError: neither a folder nor a name of a model.
+        ConfigError: a config.json that is no GPT-2's.
+    """
+    if name_or_folder in HUB_NAMES:
+        return GPT2Config.official(name_or_folder)
+    return GPT2Config.from_dict(read_config(find(name_or_folder)))
 
 
 def shapes_only(config: GPT2Config) -> GPT2ForSequenceClassification:
@@ -58,33 +72,34 @@ def injected(config: GPT2Config, method: str, **values: Any) -> GPT2ForSequenceC
 
 def tree(model: nn.Module) -> list[Line]:
     """The module tree, one line for each module and parameter; blocks that look like the one before are folded."""
-    lines: list[Line] = []
+    return _subtree("model", model, depth=0)
 
-    def visit(name: str, module: nn.Module, depth: int) -> None:
-        lines.append(_module_line(name, module, depth))
-        for key, parameter in module.named_parameters(recurse=False):
-            lines.append(Line(f"{'  ' * (depth + 1)}{key} {tuple(parameter.shape)}", parameter.numel(),
-                              parameter.numel() if parameter.requires_grad else 0))
-        children = list(module.named_children())
-        position = 0
-        while position < len(children):
-            key, child = children[position]
-            following = children[position + 1:] if isinstance(module, nn.ModuleList) else []
-            alike = list(takewhile(lambda other: _outline(other[1]) == _outline(child), following))
-            visit(key, child, depth + 1)
-            if alike:
-                total = ParameterCount(*map(sum, zip(*(trainable_parameters(other) for _, other in alike))))
-                first, last = alike[0][0], alike[-1][0]
-                label = f"{first} to {last}: as {key}" if first != last else f"{first}: as {key}"
-                lines.append(Line(f"{'  ' * (depth + 1)}{label}", total.total, total.trainable))
-            position += 1 + len(alike)
 
-    visit("model", model, 0)
+def _subtree(name: str, module: nn.Module, depth: int) -> list[Line]:
+    """A module's line, its parameters' and its children's."""
+    count, inside = trainable_parameters(module), "  " * (depth + 1)
+    lines = [Line(f"{'  ' * depth}({name}) {type(module).__name__}", count.total, count.trainable)]
+    for key, parameter in module.named_parameters(recurse=False):
+        lines.append(Line(f"{inside}{key} {tuple(parameter.shape)}", parameter.numel(),
+                          parameter.numel() if parameter.requires_grad else 0))
+
+    def look(child: tuple[str, nn.Module]) -> Any:
+        """Equal for blocks that look alike; every other child is one of a kind."""
+        return _outline(child[1]) if isinstance(module, nn.ModuleList) else child[0]
+
+    for _, alike in groupby(module.named_children(), look):
+        (key, child), *others = alike
+        lines += _subtree(key, child, depth + 1)
+        if others:
+            counts = [trainable_parameters(other) for _, other in others]
+            label = f"{others[0][0]} to {others[-1][0]}" if len(others) > 1 else others[0][0]
+            lines.append(Line(f"{inside}{label}: as {key}", sum(count.total for count in counts),
+                              sum(count.trainable for count in counts)))
     return lines
 
 
-def render(lines: list[Line], colour: bool) -> str:
-    """The tree as text: trained parts in colour and with a star, frozen ones in grey, each with its parameters."""
+def render(lines: list[Line], color: bool) -> str:
+    """The tree as text: trained parts in color and with a star, frozen ones in gray, each with its parameters."""
     whole, width = lines[0].count, max(len(line.text) for line in lines) + 2
     rendered = []
     for line in lines:
@@ -92,7 +107,7 @@ def render(lines: list[Line], colour: bool) -> str:
         if line.trained:
             counts += f"   * {line.trained:,} trained ({100 * line.trained / whole:.3f} % of the model)"
         text = f"{line.text:<{width}}{counts}" if line.count else line.text
-        rendered.append(f"{ORANGE if line.trained else GREY}{text}{PLAIN}" if colour else text)
+        rendered.append(f"{ORANGE if line.trained else GRAY}{text}{PLAIN}" if color else text)
     return "\n".join(rendered)
 
 
@@ -106,10 +121,6 @@ def counts_table(configs: dict[str, GPT2Config]) -> str:
     return markdown_table(["method", *configs], rows, figures=True)
 
 
-def _module_line(name: str, module: nn.Module, depth: int) -> Line:
-    count = trainable_parameters(module)
-    return Line(f"{'  ' * depth}({name}) {type(module).__name__}", count.total, count.trainable)
-
-
 def _outline(module: nn.Module) -> list[tuple[str, tuple[int, ...], bool]]:
+    """What makes a block look like another: names and shapes of its parameters, and which are trained."""
     return [(name, tuple(parameter.shape), parameter.requires_grad) for name, parameter in module.named_parameters()]

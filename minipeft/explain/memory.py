@@ -1,7 +1,7 @@
 """What training costs, before anything is trained: arithmetic in operations, memory in bytes, traffic in bytes.
 
 Memory is not estimated from a formula. One training step of the real model runs on fake tensors, which have a shape, a
-dtype and a device but no values, and every tensor's bytes are counted from its first use to its end. So the ledger
+dtype and a device but no values, and every tensor's bytes are counted from its first use to its last. So the count
 knows what each method, precision and checkpointing keep, and needs neither memory nor weights: GPT-2 XL takes seconds.
 
 Notation as in gpt2.py: B batch, T tokens, C channels, r rank.
@@ -9,24 +9,29 @@ Notation as in gpt2.py: B batch, T tokens, C channels, r rank.
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minipeft.data.batches import number_of_passes
+from minipeft.data.batches import number_of_micro_batches
+from minipeft.errors import ConfigError
 from minipeft.explain.anatomy import injected
 from minipeft.methods import METHODS
-from minipeft.methods.injection import trainable_parameters
+from minipeft.methods.injection import positions_left, trainable_parameters
 from minipeft.model.config import GPT2Config
 from minipeft.runs.results import markdown_table
-from minipeft.training.hardware import cast_frozen, computing_in
+from minipeft.tasks.task import MAX_LENGTH
+from minipeft.training.hardware import PRECISIONS, cast_frozen, computing_in, tokens_per_micro_batch
 from minipeft.training.optimizer import adamw
 
 
@@ -37,17 +42,22 @@ class Memory:
     Attributes:
         weights: the model's, frozen ones too.
         gradients: of the trained parameters.
-        optimiser: AdamW's two running means of each.
+        optimizer: AdamW's two running means of each.
         activations: what a forward pass keeps for the backward pass, lower-precision copies of weights included.
-        peak: the most that is alive at once, passing values included; not the sum, as gradients come while activations
-            go. What Python, PyTorch and a GPU's driver take for themselves comes on top.
+        peak: the most that is alive at once, temporary values included. It is not the sum: gradients come while
+            activations go. What Python, PyTorch and a GPU's driver take for themselves comes on top.
     """
 
     weights: int
     gradients: int
-    optimiser: int
+    optimizer: int
     activations: int
     peak: int
+
+    def in_gib(self) -> str:
+        """A row of a table."""
+        weights, gradients, optimizer, activations, peak = (size / 2**30 for size in dataclasses.astuple(self))
+        return f"{weights:9.3f}{gradients:11.4f}{optimizer:11.4f}{activations:13.3f}{peak:9.3f}"
 
 
 class LiveBytes(TorchDispatchMode):
@@ -58,7 +68,7 @@ class LiveBytes(TorchDispatchMode):
         self.live, self.peak = 0, 0
         self.references: dict[int, weakref.ref] = {}
 
-    def count(self, tensor: Tensor) -> None:
+    def add(self, tensor: Tensor) -> None:
         """Count a tensor's storage once, however many views there are of it."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
@@ -77,70 +87,105 @@ class LiveBytes(TorchDispatchMode):
         results = operation(*args, **(kwargs or {}))
         for tensor in tree_leaves(results):
             if isinstance(tensor, Tensor):
-                self.count(tensor)
+                self.add(tensor)
         return results
 
 
 def training_memory(config: GPT2Config, method: str, batch_size: int, length: int,
                     precision: torch.dtype = torch.float32, gradient_checkpointing: bool = False,
-                    device: str = "cpu", tokens_per_pass: int | None = None, **values: Any) -> Memory:
+                    device: str = "cpu", tokens_at_once: int | None = None, **values: Any) -> Memory:
     """The memory that one training step of a classifier takes, from the second step on.
 
     Args:
         method: a name in METHODS, by default configured as in defaults.py.
         length: T, with nothing padded: a batch of longest texts.
-        precision: of the forward pass; trained parameters, gradients and optimiser are float32.
+        precision: of the forward pass; trained parameters, gradients and optimizer are float32.
         device: "cpu" for what this library does there; "cuda" for flash attention throughout.
-        tokens_per_pass: as in training; None computes the batch at once.
+        tokens_at_once: larger batches are cut into micro-batches, as in training; None computes a batch at once.
         values: fields of the method's configuration.
 
     Raises:
         ConfigError: a bad value.
     """
-    passes = number_of_passes(batch_size, length, tokens_per_pass)
+    if device == "cuda":  # a GPU's flash kernel drops out without storing what it dropped; a CPU's does not
+        config = dataclasses.replace(config, attn_pdrop=0.0)
     model = injected(config, method, **values)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = cast_frozen(model.to_empty(device="cpu"), precision).train()
         model.transformer.gradient_checkpointing = gradient_checkpointing
-        if device == "cuda":
-            for block in model.transformer.h:  # a GPU's flash kernel drops out without storing; a CPU's cannot
-                block.attn.longest_by_formula, block.attn.attn_pdrop = 0, 0.0
+        for block in model.transformer.h if device == "cuda" else ():
+            block.attn.longest_by_formula = 0  # a GPU always takes the kernel
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         optimizer = adamw(trained, model, learning_rate=1e-3)
         input_ids = torch.zeros(batch_size, length, dtype=torch.long)            # (B, T)
-        labels = torch.zeros(batch_size, dtype=torch.long)                       # (B,)
-        with LiveBytes() as bytes_now:
+        parts = input_ids.tensor_split(number_of_micro_batches(batch_size, length, tokens_at_once))
+        with LiveBytes() as count:
             for tensor in (*model.parameters(), *model.buffers()):
-                bytes_now.count(tensor)
-            weights = bytes_now.live
-            for _ in range(2):  # the first step makes the optimiser's state
-                bytes_now.peak, activations = bytes_now.live, 0
-                for ids, targets in zip(input_ids.tensor_split(passes), labels.tensor_split(passes)):
-                    before_pass = bytes_now.live
-                    with computing_in(precision, torch.device("cpu")):
-                        logits = model(ids)                                      # (B / passes, K)
-                    loss = F.cross_entropy(logits.float(), targets, reduction="sum") / batch_size
-                    activations = max(activations, bytes_now.live - before_pass)
-                    loss.backward()
-                    del logits, loss
+                count.add(tensor)
+            weights = count.live
+            for _ in range(2):  # the first step makes the optimizer's state
+                count.peak, activations = count.live, 0
+                for part in parts:
+                    activations = max(activations, _backward(model, part, precision, count))
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-        optimiser = sum(state.nbytes for p in optimizer.state.values() for state in p.values())
-    return Memory(weights, sum(p.numel() * p.element_size() for _, p in trained), optimiser, activations,
-                  bytes_now.peak)
+        state = sum(tensor.nbytes for tensors in optimizer.state.values() for tensor in tensors.values())
+    return Memory(weights, sum(p.numel() * p.element_size() for _, p in trained), state, activations, count.peak)
+
+
+def _backward(model: nn.Module, input_ids: Tensor, precision: torch.dtype, count: LiveBytes) -> int:
+    """Forward and backward pass of a micro-batch, (B, T); the bytes that were kept between them."""
+    before = count.live
+    with computing_in(precision, torch.device("cpu")):
+        logits = model(input_ids)                                                # (B, K)
+    loss = F.cross_entropy(logits.float(), torch.zeros(len(input_ids), dtype=torch.long))
+    kept = count.live - before
+    loss.backward()
+    return kept
+
+
+def memory_table(config: GPT2Config, model_name: str, method: str, values: dict[str, Any], batch_size: int,
+                 length: int | None, device: str) -> str:
+    """The predicted memory of a training step in each precision, with and without checkpointing, beside `full`.
+
+    Args:
+        model_name: what to call the model.
+        values: fields of the method's configuration.
+        length: tokens of each text; None for as many as training keeps by default.
+
+    Raises:
+        ConfigError: a bad value, sizes below 1, or a length beyond the model's positions.
+    """
+    left = positions_left(injected(config, method, **values))
+    length = min(MAX_LENGTH, left) if length is None else length
+    if batch_size < 1 or length < 1:
+        raise ConfigError(f"batch_size and length must be at least 1, got {batch_size} and {length}")
+    if length > left:
+        raise ConfigError(f"length={length} is more than the {left} tokens that fit {model_name} with {method}")
+    tokens = tokens_per_micro_batch(torch.device(device), config.n_embd)
+    parts = number_of_micro_batches(batch_size, length, tokens)
+    lines = [f"one training step of {model_name}, {batch_size} texts of {length} tokens"
+             f"{f' in {parts} micro-batches' if parts > 1 else ''}, {device}; GiB",
+             f"{'':28}{'weights':>9}{'gradients':>11}{'optimizer':>11}{'activations':>13}{'peak':>9}"]
+    precisions = [name for name in PRECISIONS if (name, device) != ("fp16", "cpu")]
+    for trained, precision, checkpointing in product(dict.fromkeys((method, "full")), precisions, (False, True)):
+        memory = training_memory(config, trained, batch_size, length, PRECISIONS[precision], checkpointing, device,
+                                 tokens, **(values if trained == method else {}))
+        lines.append(f"{trained}, {precision}{', checkpointing' if checkpointing else ''}".ljust(28) + memory.in_gib())
+    return "\n".join([*lines, "peak: the most alive at once; Python, PyTorch and drivers take their own on top"])
 
 
 def training_operations(config: GPT2Config, batch_size: int, length: int, r: int) -> int:
     """Floating-point operations of one training step with LoRA on c_attn (multiply and add counted as two).
 
-    A frozen product costs 2 in out a token forwards and as much backwards, for the gradient of its input; a trained
+    A frozen product costs 2 in out per token forwards and as much backwards, for the gradient of its input; a trained
     one as much again, for its own. Attention looks back only, so half of its T x T scores count, and its backward pass
     twice. Not counted are elementwise work and the embeddings; nothing is computed below the first trained parameter.
     """
     C, tokens = config.n_embd, batch_size * length
     linear = C * 3 * C + C * C + 2 * C * config.inner_size                      # numbers in a block's four matrices
     lora = r * (C + 3 * C)
-    attention = 2 * length * C                                                  # a token: q k^T and the sum over v
+    attention = 2 * length * C                                                  # per token: q k^T and the sum over v
     forward = 2 * linear + 2 * lora + attention
     backward = 2 * linear + 4 * lora + 2 * attention
     below_first = 2 * C * 3 * C + 2 * r * C                                     # input of the first block's c_attn

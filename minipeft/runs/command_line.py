@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import sys
-from collections.abc import Callable, Collection, Mapping
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, fields
 from typing import Any
 
 from minipeft.data.datasets import KNOWN
 from minipeft.errors import MinipeftError
-from minipeft.runs import defaults
+from minipeft.methods import METHODS
+from minipeft.runs.defaults import DEFAULTS
+from minipeft.runs.plan import Options, check_method
+from minipeft.settings import Settings, in_words, parsed
 from minipeft.tasks import TASKS
+from minipeft.tasks.generation import MAX_SUMMARY_LENGTH
+from minipeft.tasks.task import MAX_LENGTH
+from minipeft.training.loop import TrainingConfig
 
-LENGTH_HELP = (f"tokens kept of a text; default {defaults.MAX_LENGTH}, of one to summarise "
-               f"{defaults.MAX_SUMMARY_LENGTH}")
+LENGTH_HELP = f"tokens kept of a text; default {MAX_LENGTH}, of one to summarize {MAX_SUMMARY_LENGTH}"
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -32,70 +37,74 @@ def run(main: Callable[[], int | None]) -> None:
         sys.stderr.close()
 
 
-def add_dataclass_options(group: argparse._ArgumentGroup, config_class: type, shown: Mapping[str, Any],
-                          leave_out: Collection[str] = ()) -> None:
-    """One option for each field of a configuration class, its help from the field's metadata.
+def add_method_options(parser: argparse.ArgumentParser, also: Sequence[str] = ()) -> str:
+    """Add the options of the method that the command line names, which is looked up ahead of all other options.
 
     Args:
-        shown: defaults to print where they differ from the class's. The option itself defaults to None (not given).
-        leave_out: fields that get no option.
+        also: what --method may name besides; it has no options of its own.
+
+    Returns:
+        The method's name.
+
+    Raises:
+        ConfigError: an unknown method.
     """
-    for field in dataclasses.fields(config_class):
-        if field.name in leave_out:
-            continue
-        default = shown.get(field.name, field.default if field.default is not dataclasses.MISSING else "none")
-        choices = field.metadata.get("choices")
-        group.add_argument(
-            "--" + field.name.replace("_", "-"), dest=f"{config_class.__name__}.{field.name}", metavar="VALUE",
-            type=_parser(str(field.type)), default=None,
-            help=f"{field.metadata['help']}{f' ({chr(44).join(map(str, choices))})' if choices else ''}; "
-                 f"default {default}".replace("%", "%%"))
+    ahead = argparse.ArgumentParser(add_help=False)
+    ahead.add_argument("--method", default="lora")
+    method = ahead.parse_known_args()[0].method
+    check_method(method, also)
+    if method in METHODS and any(field.metadata["option"] for field in fields(METHODS[method].config_class)):
+        add_dataclass_options(parser.add_argument_group(f"method {method}"), METHODS[method].config_class,
+                              DEFAULTS[method]["method"])
+    return method
 
 
-def given(options: argparse.Namespace, config_class: type) -> dict[str, Any]:
+def add_dataclass_options(group: argparse._ArgumentGroup, config_class: type[Settings],
+                          shown: Mapping[str, Any]) -> None:
+    """One option for each field of a configuration class that is to have one; None where it is not given.
+
+    Args:
+        shown: defaults to print where they differ from the class's.
+    """
+    kinds = typing.get_type_hints(config_class)
+    for field in fields(config_class):
+        if field.metadata["option"]:
+            default = shown.get(field.name, "none" if field.default is MISSING else field.default)
+            choices = field.metadata["choices"]
+            listed = f" ({','.join(map(str, choices))})" if choices else ""
+            group.add_argument(
+                f"--{field.name.replace('_', '-')}", dest=f"{config_class.__name__}.{field.name}", metavar="VALUE",
+                type=_reader(kinds[field.name]), default=None,
+                help=f"{field.metadata['help']}{listed}; default {default}".replace("%", "%%"))
+
+
+def _reader(kind: Any) -> Callable[[str], Any]:
+    """How to read a field of this type. argparse calls it by its name when it cannot read a text."""
+    def read(text: str) -> Any:
+        return parsed(text, kind)
+
+    read.__name__ = in_words(kind)
+    return read
+
+
+def given(arguments: argparse.Namespace, config_class: type[Settings]) -> dict[str, Any]:
     """The fields of `config_class` that the command line set."""
     prefix = f"{config_class.__name__}."
-    return {key.removeprefix(prefix): value for key, value in vars(options).items()
+    return {key.removeprefix(prefix): value for key, value in vars(arguments).items()
             if key.startswith(prefix) and value is not None}
 
 
-def _parser(annotation: str) -> Callable[[str], Any]:
-    """How to read a field of this type from the command line."""
-    kinds = [kind.strip() for kind in annotation.split("|")]
+def options_of(arguments: argparse.Namespace) -> Options:
+    """What the command line asks a run for; the rest is as `Options` has it.
 
-    def number_or_word(text: str) -> Any:
-        for kind, convert in (("int", int), ("float", float)):
-            if kind in kinds:
-                try:
-                    return convert(text)
-                except ValueError:
-                    continue
-        if "bool" in kinds and text.lower() in ("true", "false"):
-            return text.lower() == "true"
-        if any(kind.startswith("dict") for kind in kinds):
-            return _json_object(text)
-        if "list[int]" in kinds:
-            return [int(part) for part in text.split(",")]
-        if "list[str]" in kinds and "," in text and text.replace(",", "").replace("_", "").replace(".", "").isalnum():
-            return [part.strip() for part in text.split(",")]
-        if "list[str]" in kinds and text.lower() != "all-linear" and text.replace("_", "").replace(".", "").isalnum():
-            return [text]  # a plain name; anything with other characters is a regular expression
-        if "str" in kinds:
-            return text
-        raise argparse.ArgumentTypeError(f"{text!r} is not a value of type {annotation}")
-
-    number_or_word.__name__ = annotation
-    return number_or_word
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
-    return value
+    Raises:
+        ConfigError: a value out of range.
+    """
+    known = {field.name for field in fields(Options)}
+    method = METHODS.get(getattr(arguments, "method", None))
+    return Options(**{key: value for key, value in vars(arguments).items() if key in known},
+                   training_values=given(arguments, TrainingConfig),
+                   method_values=given(arguments, method.config_class) if method else {})
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:

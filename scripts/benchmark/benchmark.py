@@ -1,8 +1,9 @@
 """Measure this library against transformers + peft, and against the machine; writes results/benchmark.json.
 
-    python scripts/benchmark/benchmark.py                       # everything: most of an hour on two cores, idle otherwise
+    python scripts/benchmark/benchmark.py                    # everything: most of an hour on two cores, idle otherwise
     python scripts/benchmark/benchmark.py --parts training,limit
-    python scripts/benchmark/benchmark.py --quick               # a small model and few rounds: does it work?
+    python scripts/benchmark/benchmark.py --quick            # a small model and few rounds: does it work?
+    python scripts/benchmark/benchmark.py --write FILE.md    # measure nothing: put the tables into a Markdown file
 
 Every side runs in a process of its own (scripts/benchmark/sides.py) and the sides take turns, A B A B, so that what
 else the machine does meets all of them. The first turn warms up and is not counted. Parts measured earlier are kept.
@@ -11,303 +12,20 @@ else the machine does meets all of them. The first turn warms up and is not coun
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
+from parts import PARTS, Benchmark
+from tables import benchmark_headline, benchmark_tables, draw_benchmark, write_speed
 
-from minipeft import GPT2Config, GPT2ForSequenceClassification, LoraConfig, inject, save_adapter
-from minipeft.data.batches import BucketedBatches
-from minipeft.data.datasets import load_dataset
 from minipeft.errors import ConfigError
-from minipeft.explain.memory import training_operations
 from minipeft.files import check_writable, read_json_file, write_json_file, write_text_file
-from minipeft.methods.injection import trainable_parameters
-from minipeft.model.tokenizer import get_tokenizer
 from minipeft.runs.command_line import run
-from minipeft.runs.results import benchmark_headline, benchmark_tables, draw_benchmark
-from minipeft.training.hardware import choose_device, machine, versions
-
-HERE = Path(__file__).resolve().parent
-PARTS = ("limit", "training", "methods", "inference", "growth", "start_up")
-SHAPES = {"gpt2": {}, "tiny": {"n_layer": 2, "n_embd": 64, "n_head": 2}}
-METHOD_VALUES: dict[str, dict[str, Any]] = {
-    "full": {}, "lora": {"r": 8, "lora_alpha": 16}, "prefix": {"num_virtual_tokens": 20},
-    "prompt": {"num_virtual_tokens": 20}, "adapter": {"reduction_factor": 16}, "ia3": {}, "head": {}}
+from minipeft.runs.results import rewrite
+from minipeft.training.hardware import machine, versions
 
 
-class Side:
-    """A process that measures one thing, a turn at a time."""
-
-    def __init__(self, **job: Any) -> None:
-        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-        self.name = job["side"]
-        self.process = subprocess.Popen([sys.executable, str(HERE / "sides.py"), json.dumps(job)],
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
-                                        stderr=subprocess.PIPE)
-
-    def turn(self) -> dict[str, Any]:
-        """Let it have a turn, and return what it measured."""
-        try:
-            self.process.stdin.write("go\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            raise ConfigError(f"{self.name} failed: {self.process.stderr.read().strip().splitlines()[-1:]}")
-        return json.loads(line)
-
-    def end(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-
-
-def take_turns(sides: dict[str, Side], rounds: int, last: bool = False) -> dict[str, dict[str, Any]]:
-    """All turns of all sides, in alternation; the first of each is not counted.
-
-    Args:
-        last: the sides have one more turn, which reports what the run as a whole came to.
-    """
-    turns: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
-    for _ in range(rounds + 1):
-        for name, side in sides.items():
-            turns[name].append(side.turn())
-    found = {}
-    for name, side in sides.items():
-        counted = turns[name][1:]
-        medians = {key: statistics.median(turn[key] for turn in counted)
-                   for key, value in counted[-1].items() if isinstance(value, float)}
-        seconds = [turn["seconds"] for turn in counted]
-        found[name] = {**counted[-1], **medians, "seconds": round(medians["seconds"], 4),
-                       "seconds_low": round(min(seconds), 4), "seconds_high": round(max(seconds), 4),
-                       "turns": len(counted)}
-        if last:
-            found[name] |= {key: value for key, value in side.turn().items() if key != "seconds"}
-        side.end()
-    return found
-
-
-def against(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
-    """How many times as fast one side is as another, and its share of the other's memory."""
-    return {"speedup": round(theirs["seconds"] / ours["seconds"], 3),
-            "memory_ratio": round(ours["peak_memory_bytes"] / theirs["peak_memory_bytes"], 3)}
-
-
-def report(name: str, ratios: dict[str, Any]) -> None:
-    print(f"{name}: {ratios['speedup']} times as fast, {ratios['memory_ratio']} of the memory", flush=True)
-
-
-class Benchmark:
-    """The material all parts share (a base with random weights, an adapter, tokenised reviews) and the parts."""
-
-    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
-        self.options, self.folder = options, folder
-        self.device = choose_device(options.device)
-        self.rounds = 2 if options.quick else options.rounds
-        self.shape = "tiny" if options.quick else "gpt2"
-        self.batch_size = 4 if options.quick else 16
-        self.lengths = (32, 64) if options.quick else (256, 512)
-        torch.manual_seed(0)
-        self.config = GPT2Config(**SHAPES[self.shape], num_labels=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-        model = GPT2ForSequenceClassification(self.config)
-        self.parameters = trainable_parameters(model).total
-        model.save_pretrained(folder / "base")
-        inject(model, LoraConfig(**METHOD_VALUES["lora"]))
-        torch.nn.init.normal_(model.score.weight, std=0.02)
-        save_adapter(model, folder / "adapter")
-        data = load_dataset(options.dataset, options.data_dir)
-        self.dataset = data.name
-        examples = data.train.subset(min(2048, len(data.train)), seed=0)
-        ids = get_tokenizer("gpt2" if options.dataset == "imdb" else "mini").encode_batch(examples.texts)
-        self.ids = [np.asarray(row[:1024], dtype=np.int64) for row in ids]
-        self.labels = examples.labels
-        self.texts = self.write_texts("texts", self.ids)
-
-    def write_texts(self, name: str, ids: list[np.ndarray]) -> str:
-        """A file of token ids for the sides to read; the labels are those of the first reviews."""
-        path = self.folder / f"{name}.npz"
-        np.savez(path, ids=np.concatenate(ids), lengths=[len(row) for row in ids], labels=self.labels[:len(ids)])
-        return str(path)
-
-    def job(self, side: str, **values: Any) -> dict[str, Any]:
-        return {"side": side, "device": self.device.type, "base": str(self.folder / "base"),
-                "texts": self.texts, "batch_size": self.batch_size, "learning_rate": 1e-4,
-                "precision": "fp32", "compile": False, "batches": [], "length": self.lengths[0], **values}
-
-    def batches(self, count: int, steps: int, length: int, grouped: bool, size: int | None = None,
-                full: bool = False) -> list[list[int]]:
-        """Numbers of the texts of `count` batches; the texts of every `steps` batches, a turn, are always the same.
-
-        Args:
-            grouped: sort the texts of a turn by length before cutting them into batches, as training does.
-            full: only texts of `length` tokens or more, so that nothing is padded.
-        """
-        size = size or self.batch_size
-        numbers = [i for i, row in enumerate(self.ids) if not full or len(row) >= length]
-        numbers = (numbers * (1 + count * size // max(1, len(numbers))))[:count * size]
-        if not grouped:
-            return [numbers[start:start + size] for start in range(0, len(numbers), size)]
-        batches = []
-        for start in range(0, len(numbers), size * steps):
-            turn = numbers[start:start + size * steps]
-            order = BucketedBatches([self.ids[i][:length] for i in turn], [0] * len(turn), size, pool=steps).order(0)
-            batches += [[turn[i] for i in rows] for rows in order]
-        return batches
-
-    # --- the parts ----------------------------------------------------------------------------------------------------
-
-    def training(self) -> dict[str, Any]:
-        """Ours against transformers + peft: matched, default and best."""
-        rows = {}
-        for length in self.lengths:
-            for row, steps, ours, theirs in (
-                    ("matched", 1, {}, {}), ("default", 2, {"precision": "auto", "grouped": True, "rounded": True}, {}),
-                    ("best", 2, {"precision": "bf16", "compile": True, "grouped": True, "rounded": True},
-                     {"precision": "bf16", "compile": True, "grouped": True, "rounded": True})):
-                if not row.startswith(self.options.only):
-                    continue
-                count = steps * (self.rounds + 1)
-                sides = {}
-                for name, side, values in (("ours", "train_ours", ours), ("peft", "train_peft", theirs)):
-                    values = dict(values)
-                    batches = self.batches(count, steps, length, values.pop("grouped", False))
-                    sides[name] = Side(**self.job(side, adapter=str(self.folder / "adapter"), length=length,
-                                                  steps=steps, batches=batches, **values))
-                found = take_turns(sides, self.rounds, last=True)
-                for side in found.values():
-                    side["samples_per_second"] = round(steps * self.batch_size / side["seconds"], 3)
-                rows[f"{row} {length}"] = found | against(found["ours"], found["peft"])
-                report(f"{row} {length}", rows[f"{row} {length}"])
-        return rows
-
-    def methods(self) -> dict[str, Any]:
-        """Every method against full fine-tuning, on full-length texts, in the default precision and in float32."""
-        rows: dict[str, Any] = {}
-        for precision in ("fp32", "auto"):
-            if not precision.startswith(self.options.only):
-                continue
-            common = {"steps": 1, "batches": self.batches(self.rounds + 1, 1, self.lengths[0], False, full=True),
-                      "precision": precision}
-            sides = {name: Side(**self.job("head_on_features" if name == "head" else "train_ours", method=name,
-                                           method_values=values, **common))
-                     for name, values in METHOD_VALUES.items()}
-            rows[precision] = take_turns(sides, self.rounds, last=True)
-            for name, own in rows[precision].items():
-                own["method_values"] = METHOD_VALUES[name]
-                if name != "full":
-                    ratios = against(own, rows[precision]["full"])
-                    own |= {f"{key}_vs_full": value for key, value in ratios.items()}
-                    report(f"{precision} {name}, against full", ratios)
-        return rows
-
-    def limit(self) -> dict[str, Any]:
-        """A LoRA step's arithmetic per second as a share of plain matrix products' on the same threads."""
-        rows = {}
-        length = self.lengths[0]
-        for precision in ("fp32", "bf16"):
-            steps = 2
-            batches = self.batches(steps * (self.rounds + 1), steps, length, False, full=True)
-            found = take_turns({
-                "lora": Side(**self.job("train_ours", adapter=str(self.folder / "adapter"), steps=steps,
-                                        batches=batches, precision=precision)),
-                "products": Side(**self.job("matrix_products", precision=precision, n_embd=self.config.n_embd,
-                                            n_layer=self.config.n_layer, tokens=self.batch_size * length))},
-                self.rounds)
-            operations = steps * training_operations(self.config, self.batch_size, length,
-                                                     r=METHOD_VALUES["lora"]["r"])
-            achieved = operations / found["lora"]["seconds"]
-            ceiling = found["products"]["operations"] / found["products"]["seconds"]
-            rows[precision] = {"achieved_flops": round(achieved), "products_flops": round(ceiling),
-                               "mfu": round(achieved / ceiling, 3), **found}
-            print(f"{precision}: {achieved / 1e9:.0f} of {ceiling / 1e9:.0f} GFLOP/s, {achieved / ceiling:.3f}",
-                  flush=True)
-        return rows
-
-    def inference(self) -> dict[str, Any]:
-        """Classification and greedy generation against transformers: in float32, and each as used by default."""
-        rows: dict[str, Any] = {}
-
-        def compare(name: str, what: str, ours: Side, theirs: Side) -> None:
-            found = take_turns({"ours": ours, "transformers": theirs}, self.rounds)
-            for side in found.values():
-                side[f"{what}_per_second"] = round(side[what] / side["seconds"], 2)
-            rows[name] = found | against(found["ours"], found["transformers"])
-            report(name, rows[name])
-
-        batches = self.batches(4, 4, self.lengths[0], False)
-        for row, precision in (("matched", "fp32"), ("default", "auto")):
-            if not row.startswith(self.options.only):
-                continue
-            ours = {"matched": row == "matched", "precision": precision}
-            compare(f"classification {row}", "texts", Side(**self.job("classify_ours", batches=batches, **ours)),
-                    Side(**self.job("classify_transformers", batches=batches)))
-            for batch_size in (1, 8):
-                size = {"batch_size": batch_size, "prompt_tokens": self.lengths[0] // 4,
-                        "new_tokens": self.lengths[0] // 4}
-                compare(f"generation {row} {batch_size}", "tokens",
-                        Side(**self.job("generate_ours", precision=precision, **size)),
-                        Side(**self.job("generate_transformers", **size)))
-        return rows
-
-    def growth(self) -> dict[str, Any]:
-        """Seconds and bytes against length and batch size, per unit of arithmetic."""
-        rows: dict[str, Any] = {"length": {}, "batch_size": {}}
-        lengths, sizes = ((16, 32, 64), (2, 4)) if self.options.quick else ((128, 256, 512, 1024), (2, 4, 8, 16, 32))
-        for kind, cases in (("length", [(length, 4) for length in lengths]),
-                            ("batch_size", [(128, size) for size in sizes])):
-            for length, size in cases:
-                texts = [np.resize(self.ids[i], length) for i in range(size * (self.rounds + 1))]
-                batches = [list(range(start, start + size)) for start in range(0, len(texts), size)]
-                job = self.job("train_ours", adapter=str(self.folder / "adapter"), steps=1, batches=batches,
-                               length=length, texts=self.write_texts("growth", texts), batch_size=size)
-                found = take_turns({"ours": Side(**job)}, self.rounds)["ours"]
-                operations = training_operations(self.config, size, length, r=METHOD_VALUES["lora"]["r"])
-                rows[kind][str(length if kind == "length" else size)] = {
-                    "seconds": found["seconds"], "peak_memory_bytes": found["peak_memory_bytes"],
-                    "seconds_per_tflop": round(found["seconds"] / operations * 1e12, 4)}
-                print(f"{length} tokens, batches of {size}: {found['seconds']} s a step", flush=True)
-        return rows | {"reviews": self.growth_in_reviews()}
-
-    def growth_in_reviews(self) -> dict[str, Any]:
-        """Seconds a review against the number of training reviews (mini, one epoch), and what is not arithmetic."""
-        counts = [16, 32, 64] if self.options.quick else [128, 256, 512, 1024]
-        sides = {count: Side(**self.job("train_on_more", dataset=self.options.dataset, data_dir=self.options.data_dir,
-                                        reviews=count, folder=str(self.folder / f"trained_{count}")))
-                 for count in counts}
-        rows = {}
-        for count, found in take_turns(sides, self.rounds).items():
-            aside = {key: round(found[key], 4) for key in ("tokenising", "bucketing", "saving")}
-            rows[str(count)] = {
-                **aside, **{key: found[key] for key in ("seconds", "seconds_low", "seconds_high", "peak_memory_bytes")},
-                "seconds_per_review": round(found["seconds"] / count, 5),
-                "share_aside": round(sum(aside.values()) / found["seconds"], 5)}
-            print(f"{count} reviews: {rows[str(count)]}", flush=True)
-        return rows
-
-    def start_up(self) -> dict[str, Any]:
-        """From the start of Python to the end of the first training step, with the bundled base."""
-        seconds = []
-        for _ in range(self.rounds + 1):
-            started = time.perf_counter()
-            side = Side(**self.job("start_up"))
-            side.turn()
-            seconds.append(time.perf_counter() - started)
-            side.end()
-        print(f"start-up: {statistics.median(seconds[1:]):.2f} s", flush=True)
-        return {"seconds": round(statistics.median(seconds[1:]), 3), "seconds_low": round(min(seconds[1:]), 3),
-                "seconds_high": round(max(seconds[1:]), 3)}
-
-
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default=",".join(PARTS), help=f"which of {', '.join(PARTS)}; default all")
     parser.add_argument("--only", default="", help="measure only rows of training, methods and inference that begin "
@@ -318,22 +36,27 @@ def main() -> None:
     parser.add_argument("--data-dir", help="folder that holds imdb/*.parquet; default: the MINIPEFT_DATA variable")
     parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
     parser.add_argument("--results-dir", type=Path, default=Path("results"), help="where benchmark.json goes")
+    parser.add_argument("--write", type=Path, metavar="FILE",
+                        help="measure nothing; replace the results on speed in this Markdown file")
     options = parser.parse_args()
-    parts = options.parts.split(",")
-    if unknown := set(parts) - set(PARTS):
+    options.parts = options.parts.split(",")
+    if unknown := set(options.parts) - set(PARTS):
         raise ConfigError(f"unknown part {', '.join(sorted(unknown))}: use {', '.join(PARTS)}")
     if options.rounds < 1:
         raise ConfigError(f"rounds must be at least 1, got {options.rounds}")
+    return options
+
+
+def measure(options: argparse.Namespace) -> Path:
+    """Measure the parts that are asked for, one after the other, and write each; returns the results file."""
     check_writable(options.results_dir)
     path = options.results_dir / ("benchmark_quick.json" if options.quick else "benchmark.json")
     results = read_json_file(path) if path.is_file() else {}
     with tempfile.TemporaryDirectory() as folder:
         benchmark = Benchmark(options, Path(folder))
         column = results.setdefault(benchmark.device.type, {})
-        column |= {"machine": machine(), "versions": versions(), "model": {
-            "shape": benchmark.shape, "parameters": benchmark.parameters, "weights": "random"},
-            "dataset": benchmark.dataset, "batch_size": benchmark.batch_size}
-        for part in parts:
+        column |= {"machine": machine(), "versions": versions(), **benchmark.description()}
+        for part in options.parts:
             print(f"--- {part}", flush=True)
             found = getattr(benchmark, part)()
             column[part] = {**column.get(part, {}), **found} if options.only else found
@@ -342,7 +65,16 @@ def main() -> None:
             if not options.quick:
                 draw_benchmark(results, options.results_dir / "benchmark.png")
                 write_text_file(options.results_dir / "benchmark.md", benchmark_tables(results))
-    print(f"wrote {path}")
+    return path
+
+
+def main() -> None:
+    options = parse()
+    if options.write:
+        results = read_json_file(options.results_dir / "benchmark.json")
+        rewrite(options.write, lambda text: write_speed(text, results))
+    else:
+        print(f"wrote {measure(options)}")
 
 
 if __name__ == "__main__":

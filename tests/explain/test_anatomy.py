@@ -45,12 +45,12 @@ def test_the_folded_blocks_are_counted(tiny_config):
     assert (shown.count + folded.count, shown.trained + folded.trained) == (blocks.count, blocks.trained)
 
 
-def test_what_is_trained_is_starred_and_coloured_and_nothing_else(tiny_config):
+def test_what_is_trained_is_starred_and_colored_and_nothing_else(tiny_config):
     lines = tree(injected(tiny_config, "head"))
-    plain, coloured = render(lines, colour=False), render(lines, colour=True)
+    plain, colored = render(lines, color=False), render(lines, color=True)
     starred = [line.split()[0] for line in plain.splitlines() if "*" in line]
     assert starred == ["(model)", "(score)", "weight"]
-    assert "\033[" not in plain and coloured.count("\033[1;33m") == 3
+    assert "\033[" not in plain and colored.count("\033[1;33m") == 3
 
 
 def test_a_table_has_a_row_for_each_method_and_a_column_for_each_size(tiny_config):

@@ -1,4 +1,4 @@
-"""The ledger's predictions against what is measured, and its arithmetic against hand-worked cases."""
+"""memory.py: its predictions against what is measured, and its arithmetic against hand-worked cases."""
 
 from __future__ import annotations
 
@@ -82,12 +82,12 @@ def test_lora_keeps_what_its_formula_needs():
     assert 11 <= vectors < 12
     trained = 4 * 8 * (256 + 768) + 2 * 256
     assert memory.gradients == 4 * trained
-    assert memory.optimiser == pytest.approx(8 * trained, rel=0.01)
+    assert memory.optimizer == pytest.approx(8 * trained, rel=0.01)
 
 
-def test_passes_keep_the_activations_of_one_at_a_time():
+def test_micro_batches_keep_the_activations_of_one_at_a_time():
     config = GPT2Config(**SMALL)
-    whole, in_four = (training_memory(config, "lora", BATCH, LENGTH, tokens_per_pass=tokens)
+    whole, in_four = (training_memory(config, "lora", BATCH, LENGTH, tokens_at_once=tokens)
                       for tokens in (None, BATCH // 4 * LENGTH))
     assert in_four.activations == pytest.approx(whole.activations / 4, rel=0.01)
     assert in_four.peak < whole.peak - 0.7 * whole.activations
@@ -96,7 +96,7 @@ def test_passes_keep_the_activations_of_one_at_a_time():
 def test_full_fine_tuning_holds_three_more_copies_of_the_weights():
     memory = training_memory(GPT2Config(**SMALL), "full", 1, 8)
     assert memory.gradients == memory.weights
-    assert memory.optimiser == pytest.approx(2 * memory.weights, rel=0.01)
+    assert memory.optimizer == pytest.approx(2 * memory.weights, rel=0.01)
     assert memory.peak >= 4 * memory.weights * 0.99
 
 
@@ -121,7 +121,7 @@ def test_the_largest_official_model_needs_no_memory_of_its_own():
     memory = training_memory(GPT2Config.official("gpt2-xl"), "lora", 8, 512, torch.bfloat16, True, "cuda")
     embeddings, blocks = (50257 + 1024) * 1600, 48 * 12 * 1600**2  # the blocks' frozen matrices are in bfloat16 only
     assert memory.weights == pytest.approx(4 * embeddings + 2 * blocks, rel=0.02)
-    assert memory.peak > memory.weights + memory.optimiser
+    assert memory.peak > memory.weights + memory.optimizer
 
 
 def test_live_bytes_follow_tensors_from_first_use_to_last():

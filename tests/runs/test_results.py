@@ -5,7 +5,15 @@ import json
 import pytest
 
 from minipeft.errors import OutputError
-from minipeft.runs.results import TABLE_END, TABLE_START, overview_table, replace_tables, results_table
+from minipeft.runs.results import (
+    BLOCK_END,
+    BLOCK_START,
+    overview_table,
+    replace_blocks,
+    replace_tables,
+    results_table,
+    rewrite,
+)
 
 
 def write(folder, name, method, dataset, metrics, trainable, seconds, task="classification"):
@@ -52,8 +60,10 @@ def test_an_overview_has_a_column_for_each_dataset_and_its_first_figure(tmp_path
 @pytest.mark.parametrize(("task", "figures", "cells"), [
     ("tagging", {"f1": 0.5, "f1_95_interval": [0.4, 0.6], "precision": 0.25, "recall": 1.0},
      "50.00 % | 40.00 to 60.00 % | 25.00 % | 100.00 %"),
-    ("summarisation", {"rougeL": 20.0, "rougeL_95_interval": [19, 21], "rouge1": 30, "rouge2": 10},
+    ("summarization", {"rougeL": 20.0, "rougeL_95_interval": [19, 21], "rouge1": 30, "rouge2": 10},
      "20.00 | 19.00 to 21.00 | 30.00 | 10.00"),
+    ("summarisation", {"rougeL": 20.0, "rougeL_95_interval": [19, 21], "rouge1": 30, "rouge2": 10},
+     "20.00 | 19.00 to 21.00 | 30.00 | 10.00"),  # as files of earlier versions spell it
     ("translation", {"bleu": 5, "bleu_95_interval": [4, 6], "chrf": 30}, "5.00 | 4.00 to 6.00 | 30.00")])
 def test_each_task_has_its_own_figures(tmp_path, task, figures, cells):
     write(tmp_path, "fine_tuned_lora_x", "lora", "x", {"test": figures}, 500, {"train": 60}, task)
@@ -76,12 +86,29 @@ def test_without_results_there_is_no_table(tmp_path):
 def test_tables_replace_what_is_between_their_markers_and_nothing_else(tmp_path):
     write(tmp_path, "fine_tuned_lora", "lora", "imdb", {"test": found(0.9)}, 500, {"train": 90})
     write(tmp_path, "fine_tuned_lora_x", "lora", "x", {"test": found(0.8)}, 500, {"train": 90})
-    one, both = TABLE_START.format("imdb"), TABLE_START.format("x, imdb")
-    text = f"before\n{one}\nold\n{TABLE_END}\nbetween\n{both}\n{TABLE_END}\nafter\n"
+    one, both = (BLOCK_START.format(subject, "scripts/report.py") for subject in ("imdb", "x, imdb"))
+    text = f"before\n{one}\nold\n{BLOCK_END}\nbetween\n{both}\n{BLOCK_END}\nafter\n"
     assert replace_tables(text, tmp_path) == (
-        f"before\n{one}\n{results_table(tmp_path)}\n{TABLE_END}\nbetween\n{both}\n"
-        f"{overview_table(tmp_path, ['x', 'imdb'])}\n{TABLE_END}\nafter\n")
+        f"before\n{one}\n{results_table(tmp_path)}\n{BLOCK_END}\nbetween\n{both}\n"
+        f"{overview_table(tmp_path, ['x', 'imdb'])}\n{BLOCK_END}\nafter\n")
     with pytest.raises(OutputError, match="there is no"):
         replace_tables("no markers", tmp_path)
     with pytest.raises(OutputError, match="is not followed by"):
         replace_tables(f"{one}\n", tmp_path)
+
+
+def test_a_script_replaces_its_own_blocks_and_leaves_those_of_others():
+    own, other = BLOCK_START.format("speed", "mine.py"), BLOCK_START.format("imdb", "scripts/report.py")
+    text = f"{other}\nkept\n{BLOCK_END}\n{own}\nold\n{BLOCK_END}\n"
+    assert replace_blocks(text, "mine.py", str.upper) == text.replace("old", "SPEED")
+    for not_its_own in (other, own.replace(" -->", ""), "<!-- results on speed -->"):
+        with pytest.raises(OutputError, match=r"there is no|is not followed by"):
+            replace_blocks(f"{not_its_own}\n{BLOCK_END}\n", "mine.py", str.upper)
+
+
+def test_a_file_is_rewritten_where_it_is_and_only_if_it_is_there(tmp_path):
+    (tmp_path / "page.md").write_text("größer")
+    rewrite(tmp_path / "page.md", str.upper)
+    assert (tmp_path / "page.md").read_text() == "GRÖSSER"
+    with pytest.raises(OutputError, match="there is no file"):
+        rewrite(tmp_path / "other.md", str.upper)

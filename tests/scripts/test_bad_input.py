@@ -22,7 +22,7 @@ from minipeft.methods import saving as checkpoint
 from minipeft.model import weights
 from minipeft.runs import finetune
 from minipeft.runs import trained as saved
-from minipeft.runs.finetune import Options
+from minipeft.runs.plan import Options
 
 QUICK = ("--epochs", 1, "--batch-size", 4, "--precision", "fp32")
 FULL_DISK = [OSError(errno.ENOSPC, "No space left on device"),
@@ -644,10 +644,10 @@ BAD_TASK_DATA = {
     "a missing tags column": ("tagging", [{"tokens": ["a"]}], "no column 'ner_tags'; --label-column can be one of"),
     "a missing words column": ("tagging", [{"ner_tags": ["O"]}], "no column 'tokens'; --text-column can be one of"),
     "an empty target": ("translation", [*PAIRS, {"source": "a cat", "target": " "}], "the target is empty"),
-    "a missing target": ("summarisation", [*PAIRS, {"source": "a cat"}], "the target is empty"),
+    "a missing target": ("summarization", [*PAIRS, {"source": "a cat"}], "the target is empty"),
     "an empty source": ("translation", [*PAIRS, {"source": "", "target": "Hund"}], "row 41: the source is empty"),
     "a missing source column": ("translation", [{"english": "a", "target": "b"}], "no column 'source'; --text-column"),
-    "a missing target column": ("summarisation", [{"source": "a", "de": "b"}], "no column 'target'; --label-column"),
+    "a missing target column": ("summarization", [{"source": "a", "de": "b"}], "no column 'target'; --label-column"),
     "no rows": ("translation", PAIRS[:3], "3 rows are too few"),
 }
 
@@ -711,7 +711,7 @@ def translator(tmp_path_factory, tiny_model):
     (("--temperature", 0, "--top-k", 3), "give a temperature above 0"),
     (("--max-new-tokens", 1), "at least 2"), (("--num-beams", 2, "--length-penalty", 99), "must lie in [-10, 10]"),
     (("--seed", -1), "seed must be a number from 0"), (("--seed", 10**30), "seed must be a number from 0"),
-    (("--task", "summarisation"), "was trained for translation, not for summarisation")])
+    (("--task", "summarisation"), "was trained for translation, not for summarization")])
 def test_bad_ways_of_writing(refused, translator, options, message):
     assert message in refused("predict.py", "--adapter", translator, "a dog", *options)
 
@@ -726,7 +726,7 @@ def test_a_translator_is_not_tested_on_films(refused, translator):
         "evaluate.py", "--adapter", translator, "--dataset", "sample")
 
 
-@pytest.mark.parametrize("task", ["tagging", "summarisation", "translation"])
+@pytest.mark.parametrize("task", ["tagging", "summarization", "translation"])
 def test_a_metric_that_is_not_installed_is_missed_before_training(refused, tiny_model, folder, monkeypatch, task):
     import importlib.util
     found = importlib.util.find_spec

@@ -7,15 +7,20 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
+import time
+from collections import defaultdict
 
 import pytest
+import torch
+from helpers import ROOT
+from job import Turn
+from parts import Benchmark
+from tables import WRITER, benchmark_headline, benchmark_tables, speed_section, speed_table, write_speed
+from training_sides import TimedBatches
+from turns import take_turns
 
-from minipeft.runs.results import benchmark_headline, benchmark_tables, speed_section, speed_table
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-import benchmark  # noqa: E402
+from minipeft.errors import OutputError
+from minipeft.runs.results import BLOCK_END, BLOCK_START
 
 
 class Recorded:
@@ -34,7 +39,7 @@ class Recorded:
 
 def test_sides_alternate_and_the_first_turn_does_not_count():
     log = []
-    found = benchmark.take_turns({"a": Recorded("a", log, [9, 1, 2, 3]), "b": Recorded("b", log, [90, 4, 4, 7])}, 3)
+    found = take_turns({"a": Recorded("a", log, [9, 1, 2, 3]), "b": Recorded("b", log, [90, 4, 4, 7])}, 3)
     assert log == ["a", "b"] * 4 + ["a ends", "b ends"]
     assert (found["a"]["seconds"], found["a"]["seconds_low"], found["a"]["seconds_high"]) == (2, 1, 3)
     assert (found["b"]["seconds"], found["b"]["turns"]) == (4, 3)
@@ -43,7 +48,7 @@ def test_sides_alternate_and_the_first_turn_does_not_count():
 @pytest.fixture
 def material(tmp_path):
     options = argparse.Namespace(device="cpu", quick=True, rounds=2, dataset="sample", data_dir=None)
-    return benchmark.Benchmark(options, tmp_path)
+    return Benchmark(options, tmp_path)
 
 
 def test_both_sides_of_a_turn_see_the_same_texts_in_other_batches(material):
@@ -108,6 +113,47 @@ def test_growth_is_told_from_the_least_to_the_most_though_json_sorts_numbers_as_
               "growth": {"length": rows, "batch_size": rows, "reviews": reviews}}
     text = speed_section({"cpu": column})
     assert "from 128 to 1024: 1.00 to 3.00" in text and "0.50 % of the time at most" in text
+
+
+def test_a_page_gets_the_section_on_speed_between_its_markers_and_nowhere_else():
+    results = json.loads((ROOT / "results" / "benchmark.json").read_text())
+    start = BLOCK_START.format("speed", WRITER)
+    page = f"before\n{start}\nold\n{BLOCK_END}\nafter\n"
+    assert write_speed(page, results) == page.replace("old", speed_section(results))
+    with pytest.raises(OutputError, match=r"there is no .*benchmark\.py"):
+        write_speed(f"{BLOCK_START.format('imdb', 'scripts/report.py')}\n{BLOCK_END}\n", results)
+
+
+def test_saving_is_what_lies_between_a_validation_and_the_next_batch(monkeypatch):
+    """Making batches and saving are told apart without a function of the library's being replaced."""
+    clock = 0
+
+    def spend(seconds):
+        nonlocal clock
+        clock += seconds
+
+    class Batches(list):
+        def epoch(self, epoch, first=0):
+            for batch in self[first:]:
+                spend(1)
+                yield batch
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock)
+    spent, turn = defaultdict(float), Turn.__new__(Turn)
+    turn.device = torch.device("cpu")
+    batches = TimedBatches(Batches(["first", "second"]), spent, turn)
+    assert len(batches) == 2
+    for _ in batches.epoch(0):
+        spend(10)         # arithmetic
+        batches.validate()
+        spend(100)        # saving
+    spend(10)
+    batches.saved()       # the epoch's end has stopped that clock already
+    assert spent == {"bucketing": 2, "saving": 200}
+    batches.validate()
+    spend(100)
+    batches.saved()       # what follows the last validation ends with the training
+    assert spent == {"bucketing": 2, "saving": 300}
 
 
 def run_benchmark(*options):

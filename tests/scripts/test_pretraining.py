@@ -1,4 +1,4 @@
-"""pretraining.py and scripts/pretraining/pretrain.py: packing, the chunked loss against PyTorch's, resuming, and a whole run."""
+"""scripts/pretraining: packing, the chunked loss against PyTorch's, resuming, and a whole run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ScriptRunner, files_below, read_json, write_imdb, write_tiny_model
+from helpers import ScriptRunner, files_below, load, read_json, write_imdb, write_tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from recipe import (
@@ -22,7 +22,6 @@ from recipe import (
 from safetensors import safe_open
 
 from minipeft import GPT2ForSequenceClassification, GPT2LMHeadModel, get_tokenizer
-from minipeft.data.datasets import load_dataset
 from minipeft.errors import ConfigError
 
 EOS = 96
@@ -253,10 +252,10 @@ def script(monkeypatch, capsys, tmp_path, uncompiled):
     runner = ScriptRunner(monkeypatch, capsys)
 
     def run(*options):
-        return runner("pretraining/pretrain.py", "--data-dir", "data", "--output", "model", "--state", "state", "--results",
-                      "results/pretraining.json", "--n-layer", 1, "--n-embd", 16, "--n-head", 2, "--vocab-size", 300,
-                      "--tokens", 3000, "--window", 16, "--batch-size", 4, "--warmup-steps", 5, "--evaluate-every", 10,
-                      "--precision", "fp32", "--no-compile", *options)
+        return runner("pretraining/pretrain.py", "--data-dir", "data", "--output", "model", "--state", "state",
+                      "--results", "results/pretraining.json", "--n-layer", 1, "--n-embd", 16, "--n-head", 2,
+                      "--vocab-size", 300, "--tokens", 3000, "--window", 16, "--batch-size", 4, "--warmup-steps", 5,
+                      "--evaluate-every", 10, "--precision", "fp32", "--no-compile", *options)
 
     return run
 
@@ -280,7 +279,7 @@ def test_the_script_writes_a_model_that_loads_and_complete_results(script, tmp_p
     assert results["curve"][-1]["train_loss"] < results["curve"][0]["train_loss"]
     assert 0 < results["validation_loss"] < math.log(300)
     assert {"seconds", "machine", "versions"} <= results.keys()
-    held_out = load_dataset("imdb", "data").validation.texts
+    held_out = load("imdb", "data").validation.texts
     tokens = sum(len(ids) + 1 for ids in tokenizer.encode_batch(held_out))
     expected = bits_per_byte(results["validation_loss"], tokens, sum(len(text.encode()) for text in held_out))
     assert results["bits_per_byte"] == pytest.approx(expected, abs=1e-3)
@@ -300,7 +299,7 @@ def test_the_script_learns_from_no_test_review_and_holds_out_the_validation_spli
     assert script("--tokens", 200).code == 0
     tokenizer = get_tokenizer("model")
     seen = {tokenizer.decode(np.frombuffer(text, dtype=np.uint16).tolist()) for text in learnt}
-    data = load_dataset("imdb", "data")
+    data = load("imdb", "data")
     assert seen.isdisjoint(data.test.texts) and seen.isdisjoint(data.validation.texts)
     assert set(data.train.texts) < seen
     assert len(seen) == len(data.train) + 60

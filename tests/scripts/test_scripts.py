@@ -108,7 +108,7 @@ def test_baseline_trains_nothing_and_writes_its_results(train, folder):
 
 def test_evaluate_takes_a_subset_on_a_cpu_and_everything_when_asked(train, script, monkeypatch):
     train()
-    monkeypatch.setattr(defaults, "CPU_TEST_SIZE", 2)
+    monkeypatch.setitem(defaults.CPU_SIZES, "test", 2)
     assert "2 of 4 test examples (--full takes all)" in script("evaluate.py", "--dataset", "films.csv").out
     assert "4 of 4 test examples\n" in script("evaluate.py", "--dataset", "films.csv", "--full").out
     assert "3 of 4 test examples" in script("evaluate.py", "--dataset", "films.csv", "--test-size", 3).out
@@ -345,6 +345,16 @@ def test_anatomy_prints_the_tree_before_and_after_and_the_count(script, tiny_mod
     assert "(c_attn) LoRALinear" in after and "trainable params: " in after
 
 
+def test_anatomy_shows_a_method_in_chosen_blocks_without_modules_being_named(script, tiny_model):
+    outcome = script("anatomy.py", "--model", tiny_model, "--method", "lora", "--layers-to-transform", 0)
+    assert outcome.code == 0, outcome.err
+    after = outcome.out.split(" with lora")[1]
+    first, second = after.split("(0) Block")[1].split("(1) Block")
+    assert first.count("LoRALinear") == 4 and "LoRALinear" not in second
+    refused = script("anatomy.py", "--model", tiny_model, "--layers-to-transform", "0,99")
+    assert refused.code == 2 and "layers_to_transform=[0, 99]: this model has the blocks 0 to 1" in refused.err
+
+
 def test_anatomy_draws_one_picture_or_the_gallery_of_all(script, tiny_model, folder):
     pytest.importorskip("matplotlib")
     assert script("anatomy.py", "--model", tiny_model, "--picture", "block.svg").code == 0
@@ -363,12 +373,34 @@ def test_tune_prints_a_line_for_each_trial_and_writes_them(script, tiny_model, f
     assert len(read_json(folder / "results" / "tuning_lora.json")["trials"]) == 2
 
 
+@pytest.mark.parametrize("options", [
+    ("--layers-to-transform", 0, "--try", '{"epochs": 1}'), ("--try", '{"epochs": 1, "layers_to_transform": [0]}')])
+def test_tune_trains_chosen_blocks_without_modules_being_named(script, tiny_model, folder, options):
+    outcome = script("tune.py", "--model", tiny_model, "--dataset", "films.csv", "--max-length", 32, *options)
+    assert outcome.code == 0, outcome.err
+    (trial,) = read_json(folder / "results" / "tuning_lora.json")["trials"]
+    assert trial["method_config"]["target_modules"] == "all-linear"
+    assert trial["method_config"]["layers_to_transform"] in (0, [0])
+    refused = script("tune.py", "--model", tiny_model, "--dataset", "films.csv", "--layers-to-transform", 99, "--try", "{}")
+    assert refused.code == 2 and "this model has the blocks 0 to 1" in refused.err
+
+
+def test_options_of_the_method_are_what_all_trials_share(script, tiny_model, folder):
+    outcome = script("tune.py", "--model", tiny_model, "--dataset", "films.csv", "--method", "prefix",
+                     "--num-virtual-tokens", 3, "--try", '{"epochs": 1}', "--try",
+                     '{"epochs": 1, "num_virtual_tokens": 4}')
+    assert outcome.code == 0, outcome.err
+    trials = read_json(folder / "results" / "tuning_prefix.json")["trials"]
+    assert [trial["method_config"]["num_virtual_tokens"] for trial in trials] == [3, 4]
+
+
 @pytest.mark.parametrize(("method", "option", "other"), [
     ("prefix", "--prefix-projection", "--lora-alpha"), ("adapter", "--bottleneck-size", "--r VALUE"),
     ("dora", "--lora-alpha", "--use-dora"), ("head", "--recompute-features", "--r VALUE")])
 def test_each_methods_help_lists_its_own_options(script, method, option, other):
-    shown = script("train.py", "--method", method, "--help").out
-    assert option in shown and other not in shown
+    for name in ("train.py", "tune.py", "anatomy.py") if option != "--recompute-features" else ("train.py",):
+        shown = script(name, "--method", method, "--help").out
+        assert option in shown and other not in shown, name
 
 
 # --- other tasks ------------------------------------------------------------------------------------------------------
@@ -423,7 +455,7 @@ def test_compare_passes_a_failure_on_and_refuses_unknown_methods(script, tiny_mo
     failed = script("compare.py", "--dataset", "films.csv", "--methods", "lora", "--model", tiny_model, "--r", -1)
     assert failed.code == 2
     unknown = script("compare.py", "--dataset", "films.csv", "--methods", "lora,lorra")
-    assert unknown.code == 2 and "unknown method lorra" in unknown.err
+    assert unknown.code == 2 and "unknown method 'lorra': use baseline, full" in unknown.err
     singular = script("compare.py", "--dataset", "films.csv", "--method", "lora")
     assert singular.code == 2 and "here it is --methods" in singular.err
 

@@ -110,8 +110,9 @@ def choose(options: Options, say: Say = silent, baseline: bool = False) -> RunPl
     check_options(options, baseline)
     device = choose_device(options.device)
     precision = choose_precision(options.precision, device)
-    model_name = options.model or ("gpt2" if device.type == "cuda" else "mini")
-    dataset, why = (options.dataset, "asked for") if options.dataset else choose_dataset(options.data_dir)
+    default = "gpt2" if device.type == "cuda" else "mini"
+    model_name = default if options.model is None else options.model
+    dataset, why = choose_dataset(options.data_dir) if options.dataset is None else (options.dataset, "asked for")
     folder = find(model_name)
     choices = {"device": _because(device.type, options.device, "what this machine has"),
                "precision": _because(dtype_name(precision), options.precision != "auto", "best here"),

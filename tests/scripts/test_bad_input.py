@@ -416,7 +416,8 @@ def test_no_text_and_no_pipe(refused, adapter, monkeypatch):
     (("--exclude-modules", "c_attn,c_proj,c_fc"), "match nothing"),
     (("--target-modules", "wte"), "only linear layers"), (("--target-modules", ""), "match nothing"),
     (("--target-modules", "score"), "match nothing"),
-    (("--target-modules", "c_attn", "--layers-to-transform", 9), "match nothing in layers [9]"),
+    (("--target-modules", "c_attn", "--layers-to-transform", 9), "[9]: this model has the blocks 0 to 1"),
+    (("--layers-to-transform", "0,99"), "layers_to_transform=[0, 99]: this model has the blocks 0 to 1"),
     (("--target-modules", "c_attn", "--layers-to-transform", -1), "-1"),
     (("--layers-pattern", "h"), "layers_pattern needs layers_to_transform")],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "")
@@ -582,7 +583,7 @@ def test_what_is_not_wrong_is_not_refused(script, tiny_model, adapter):
 # --- the methods ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("options", "said"), [
-    (("--method", "prompt", "--num-virtual-tokens", 0), "between 1 and 63 virtual tokens fit"),
+    (("--method", "prompt", "--num-virtual-tokens", 0), "num_virtual_tokens must be a positive integer, got 0"),
     (("--method", "prefix", "--num-virtual-tokens", 64), "between 1 and 63 virtual tokens fit"),
     (("--method", "prompt", "--prompt-tuning-init", "TEXT"), "prompt_tuning_init_text, and it is empty"),
     (("--method", "prompt", "--num-virtual-tokens", 20, "--max-length", 50), "44 tokens fit"),
@@ -613,6 +614,8 @@ def test_an_adapter_of_another_method_cannot_be_taken_for_this_one(refused, adap
     (("--model", "gpt5"), "model 'gpt5' is neither a folder nor one of"),
     (("--picture", "block.gif"), "a .png or a .svg file"),
     (("--method", "lora", "--target-modules", "nothing"), "match nothing"),
+    (("--memory", "--batch-size", 0), "batch_size and length must be at least 1, got 0"),
+    (("--memory", "--length", 513), "length=513 is more than the 512 tokens that fit mini with lora"),
 ])
 def test_a_request_anatomy_cannot_meet_is_refused(refused, options, said):
     assert said in refused("anatomy.py", *options)

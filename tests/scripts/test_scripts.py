@@ -381,7 +381,8 @@ def test_tune_trains_chosen_blocks_without_modules_being_named(script, tiny_mode
     (trial,) = read_json(folder / "results" / "tuning_lora.json")["trials"]
     assert trial["method_config"]["target_modules"] == "all-linear"
     assert trial["method_config"]["layers_to_transform"] in (0, [0])
-    refused = script("tune.py", "--model", tiny_model, "--dataset", "films.csv", "--layers-to-transform", 99, "--try", "{}")
+    refused = script("tune.py", "--model", tiny_model, "--dataset", "films.csv", "--layers-to-transform", 99, "--try",
+                     "{}")
     assert refused.code == 2 and "this model has the blocks 0 to 1" in refused.err
 
 

@@ -15,6 +15,8 @@ import pytest
 import torch
 
 from minipeft import GPT2Config, GPT2LMHeadModel
+from minipeft.data.datasets import load_dataset
+from minipeft.tasks import classification, task_for
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "scripts"
@@ -94,9 +96,22 @@ def write_datasets(folder, train=12, others=4):
     return Path(folder)
 
 
+def load(name, *arguments, task=None, **named):
+    """`load_dataset` for the dataset's own task or, of a file, for the task that is asked for."""
+    return load_dataset(name, task_for(name, task), *arguments, **named)
+
+
 def files_below(*folders):
     """Every file below the given folders, to see what a run has left there."""
     return sorted(str(file) for folder in folders for file in Path(folder).rglob("*") if file.is_file())
+
+
+# --- predictions ------------------------------------------------------------------------------------------------------
+
+def logits_of(model, task, texts=("a good film", "a bad film", "neither")):
+    """A classifier's logits of a few texts, (N, K)."""
+    ids = classification.encode(list(texts), task.tokenizer, task.max_length, task.truncation)
+    return classification.predict_logits(model, ids, torch.device("cpu"), torch.float32)
 
 
 # --- scripts ----------------------------------------------------------------------------------------------------------

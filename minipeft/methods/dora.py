@@ -61,8 +61,8 @@ Errors
     DoraConfig(r=0)
         r must be a positive integer, got 0
     inject(model, DoraConfig(target_modules=["wte"]))
-        target transformer.wte is a Embedding; only linear layers can be targeted: attn.c_attn, attn.c_proj, mlp.c_fc,
-        mlp.c_proj
+        target transformer.wte is of class Embedding; only linear layers can be targeted: attn.c_attn, attn.c_proj,
+        mlp.c_fc, mlp.c_proj
     inject(inject(model, LoraConfig()), DoraConfig())
         transformer.h.0.attn.c_attn already carries a LoRALinear: remove or merge it first
 Differs from the paper

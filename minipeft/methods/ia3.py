@@ -52,8 +52,8 @@ Errors
     IA3Config(target_modules=["c_attn"], feedforward_modules=["mlp.c_proj"])
         feedforward_modules ['mlp.c_proj'] must be among the target_modules ['c_attn']
     inject(model, IA3Config(target_modules=["ln_1"]))
-        target transformer.h.0.ln_1 is a LayerNorm; only linear layers can be targeted: attn.c_attn, attn.c_proj,
-        mlp.c_fc, mlp.c_proj
+        target transformer.h.0.ln_1 is of class LayerNorm; only linear layers can be targeted: attn.c_attn,
+        attn.c_proj, mlp.c_fc, mlp.c_proj
     inject(inject(model, LoraConfig()), IA3Config())
         transformer.h.0.attn.c_attn already carries a LoRALinear: remove or merge it first
 Differs from the paper

@@ -158,7 +158,7 @@ def check_linear(found: list[str], targets: Names, modules: dict[str, nn.Module]
         if isinstance(modules[name], AdapterLayer):
             raise InjectionError(f"{name} already carries a {type(modules[name]).__name__}: remove or merge it first")
         if not isinstance(modules[name], nn.Linear):
-            raise InjectionError(f"target {name} is a {type(modules[name]).__name__}; only linear layers can be "
+            raise InjectionError(f"target {name} is of class {type(modules[name]).__name__}; only linear layers can be "
                                  f"targeted: {', '.join(sorted({n.split('.', 3)[-1] for n in linear}))}")
 
 

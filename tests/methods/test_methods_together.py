@@ -352,7 +352,7 @@ def test_the_base_layer_gives_what_it_gives_in_the_base_model(make_model, model_
 @on([GPT2ForSequenceClassification], {name: config for name, config in CASES.items() if "dora" not in name})
 @sdpa_kernel(SDPBackend.MATH)  # PyTorch's fused attention kernels have no second derivative; its plain one has
 def test_gradients_can_be_differentiated_again(make_model, model_class, config):
-    """Double backward, as sharpness and meta-learning need it: a gradient's change along a direction, by differences."""
+    """Double backward, as sharpness and meta-learning need it: against differences of gradients along a direction."""
     model = perturb(inject(make_model(model_class), config)).double()
     tensors = [p for p in model.parameters() if p.requires_grad]
     first = torch.autograd.grad(model(IDS, MASK).square().sum(), tensors, create_graph=True)
@@ -732,13 +732,13 @@ NO_TYPE = {"a list": [3], "text": "3", "a boolean": True, "nothing": None}
     (partial(VeraConfig, bias="lora_only"), ConfigError, "bias must be one of none, vera_only, all, got 'lora_only'"),
     (partial(VeraConfig, save_projection=1), ConfigError, "save_projection must be bool"),
     (partial(VeraConfig, target_modules=["q_proj"]), InjectionError, "'q_proj' match nothing"),
-    (partial(VeraConfig, target_modules=["ln_1"]), InjectionError, "is a LayerNorm"),
+    (partial(VeraConfig, target_modules=["ln_1"]), InjectionError, "is of class LayerNorm; only linear"),
     (partial(VeraConfig, layers_to_transform=[5]), ConfigError, "has the blocks 0 to 1"),
     (partial(VeraConfig, layers_to_transform=[0, -1]), ConfigError,
      r"layers_to_transform=\[0, -1\]: .* has the blocks 0 to 1"),
     (partial(VeraConfig, target_modules="("), ConfigError, "is not a regular expression"),
     (partial(IA3Config, target_modules=["q_proj"]), InjectionError, "'q_proj' match nothing"),
-    (partial(IA3Config, target_modules=["wte"]), InjectionError, "is a Embedding"),
+    (partial(IA3Config, target_modules=["wte"]), InjectionError, "is of class Embedding; only linear"),
     (partial(IA3Config, target_modules=5), ConfigError, "target_modules must be"),
     (partial(IA3Config, exclude_modules=["c_attn", "c_proj"]), InjectionError, "match nothing"),
     (partial(IA3Config, feedforward_modules="("), ConfigError, r"feedforward_modules '\(' is not a regular expression"),

@@ -27,54 +27,41 @@ from tqdm import tqdm
 
 from minipeft.errors import ConfigError
 from minipeft.model.gpt2 import GPT2LMHeadModel
+from minipeft.settings import NOT_NEGATIVE, POSITIVE, POSITIVE_INTEGER, SEED, SHARE, Settings, setting
 from minipeft.training.hardware import computing_in
 from minipeft.training.optimizer import adamw
 from minipeft.training.state import load_training_state, save_training_state
 
 
 @dataclass
-class PretrainingConfig:
+class PretrainingConfig(Settings):
     """The recipe. Tokens per step are `batch_size * window`.
 
     The rate rises for `warmup_steps`, stays, and falls linearly to zero over the last `decay_ratio` of the steps. Until
     then it does not depend on the run's length, so a run can be made longer or shorter while it goes on.
 
-    Args:
-        micro_batch: windows computed at once; the gradients of a step's micro-batches add up.
-        muon: train the blocks' matrices by Muon, the rest by AdamW; false: everything by AdamW.
+    Raises:
+        ConfigError: a value of the wrong type or out of range.
     """
 
-    tokens: int = 30_000_000
-    window: int = 512
-    batch_size: int = 32
-    micro_batch: int = 8
-    learning_rate: float = 1.5e-3
-    muon: bool = True
-    decay_ratio: float = 0.3
-    warmup_steps: int = 200
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    max_grad_norm: float = 1.0
-    seed: int = 0
-    evaluate_every: int = 500
-    save_every: int = 50
-
-    def __post_init__(self) -> None:
-        for name in ("tokens", "window", "batch_size", "micro_batch", "evaluate_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 < self.learning_rate < math.inf:
-            raise ConfigError(f"learning_rate must be positive and finite, got {self.learning_rate}")
-        if not 0 < self.decay_ratio <= 1:
-            raise ConfigError(f"decay_ratio must lie in (0, 1], got {self.decay_ratio}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ConfigError(f"weight_decay must be finite and not negative, got {self.weight_decay}")
-        if not 0 <= self.seed < 2**63:
-            raise ConfigError(f"seed must be a number from 0 to 2**63 - 1, got {self.seed}")
+    tokens: int = setting(30_000_000, "tokens to train on, all epochs together", POSITIVE_INTEGER)
+    window: int = setting(512, "tokens per window, and the model's positions", POSITIVE_INTEGER)
+    batch_size: int = setting(32, "windows per step", POSITIVE_INTEGER)
+    micro_batch: int = setting(8, "windows computed at once; their gradients add up to the step's", POSITIVE_INTEGER)
+    learning_rate: float = setting(3e-3, "peak", POSITIVE)
+    muon: bool = setting(True, "Muon for the blocks' matrices; false: AdamW for everything")
+    decay_ratio: float = setting(0.3, "share of the steps, the last ones, over which the rate falls to zero", SHARE)
+    warmup_steps: int = setting(100, "steps over which the rate rises", NOT_NEGATIVE)
+    weight_decay: float = setting(0.1, "on matrices", NOT_NEGATIVE)
+    betas: list[float] = setting([0.9, 0.95], option=False)
+    max_grad_norm: float = setting(1.0, "the gradient is scaled down to this norm", POSITIVE)
+    seed: int = setting(0, "of the initial values, of dropout and of the texts' order", SEED)
+    evaluate_every: int = setting(200, "steps between evaluations", POSITIVE_INTEGER)
+    save_every: int = setting(25, "steps between saves of the state; an evaluation saves, too", POSITIVE_INTEGER)
 
     @property
     def steps(self) -> int:
-        """Optimiser steps of the whole run."""
+        """Optimizer steps of the whole run."""
         return max(1, self.tokens // (self.window * self.batch_size))
 
 
@@ -84,33 +71,41 @@ def learning_rate_factor(step: int, config: PretrainingConfig) -> float:
     return min(1.0, (step + 1) / max(1, config.warmup_steps), (config.steps - step) / decay_steps)
 
 
+def make_optimizer(model: GPT2LMHeadModel, config: PretrainingConfig) -> MuonAndAdamW | torch.optim.AdamW:
+    """The optimizer that the recipe asks for."""
+    if config.muon:
+        return MuonAndAdamW(model, config)
+    return adamw(model.named_parameters(), model, config.learning_rate, config.weight_decay, tuple(config.betas))
+
+
 class MuonAndAdamW:
     """Muon for the matrices of the blocks, AdamW for embeddings, LayerNorms and biases; used as one optimizer.
 
     Muon (Jordan et al. 2024) makes the momentum of a matrix orthogonal before it is subtracted, so that all directions
     of the matrix learn equally fast. Its step is scaled to the size that AdamW's has, so both take one learning rate.
+
+    Attributes:
+        state: of both: a parameter belongs to one of them.
+        param_groups: of both, for setting the learning rate.
     """
 
-    def __init__(self, model: nn.Module, config: PretrainingConfig) -> None:
-        matrices = {id(module.weight) for block in model.transformer.h for module in block.modules()
-                    if isinstance(module, nn.Linear)}
+    def __init__(self, model: GPT2LMHeadModel, config: PretrainingConfig) -> None:
+        matrices = {id(module.weight) for module in model.transformer.h.modules() if isinstance(module, nn.Linear)}
         named = list(model.named_parameters())
-        muon = torch.optim.Muon([p for _, p in named if id(p) in matrices], lr=config.learning_rate,
-                                weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
-        others = adamw([(name, p) for name, p in named if id(p) not in matrices], model, config.learning_rate,
-                       config.weight_decay, config.betas)
-        self.optimizers = (muon, others)
-        self.state = others.state  # one for both: a parameter belongs to one of them
-        muon.state = self.state
-        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        self.muon = torch.optim.Muon([p for _, p in named if id(p) in matrices], lr=config.learning_rate,
+                                     weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+        self.adamw = adamw([(name, p) for name, p in named if id(p) not in matrices], model, config.learning_rate,
+                           config.weight_decay, tuple(config.betas))
+        self.state = self.muon.state = self.adamw.state
+        self.param_groups = self.muon.param_groups + self.adamw.param_groups
 
     def step(self) -> None:
-        for optimizer in self.optimizers:
-            optimizer.step()
+        self.muon.step()
+        self.adamw.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none)
+        self.muon.zero_grad(set_to_none)
+        self.adamw.zero_grad(set_to_none)
 
 
 class PackedWindows:
@@ -223,7 +218,7 @@ def validation_loss(model: GPT2LMHeadModel, texts: Sequence[np.ndarray], eos_tok
 
 
 def pretrain(model: GPT2LMHeadModel, train: PackedWindows, evaluate: Callable[[], float], config: PretrainingConfig,
-             state_folder: Path, precision: torch.dtype = torch.bfloat16, compile_model: bool = True) -> dict:
+             state_folder: Path, precision: torch.dtype = torch.bfloat16, compile_model: bool = True) -> dict[str, Any]:
     """Train `model` in place for `config.steps` steps, saving resumable state as it goes.
 
     Args:
@@ -236,33 +231,27 @@ def pretrain(model: GPT2LMHeadModel, train: PackedWindows, evaluate: Callable[[]
     Returns:
         {"curve": [{"step", "tokens", "train_loss", "validation_loss", "seconds"}, ...], "seconds": total}.
     """
-    optimizer = MuonAndAdamW(model, config) if config.muon else adamw(
-        model.named_parameters(), model, config.learning_rate, config.weight_decay, config.betas)
-    step, extra, _ = load_training_state(state_folder, model, optimizer)
-    curve, seconds_before, losses = extra.get("curve", []), extra.get("seconds", 0.0), extra.get("losses", [])
-    device = model.lm_head.weight.device
-    body = model.transformer
-    if compile_model:
-        fast = device.type == "cpu" and precision == torch.bfloat16
-        body = torch.compile(partial(hidden_states, model.transformer) if fast else model.transformer, dynamic=False)
-    started = time.perf_counter()
+    optimizer = make_optimizer(model, config)
+    step, saved, _ = load_training_state(state_folder, model, optimizer)
+    curve, losses = saved.get("curve", []), saved.get("losses", [])  # losses: of each step since the last evaluation
+    body = _body(model, precision, compile_model)
+    started = time.perf_counter() - saved.get("seconds", 0.0)
     model.train()
     bar = tqdm(total=config.steps, initial=step, unit="step", desc="pretraining", mininterval=5)
     while step < config.steps:
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * learning_rate_factor(step, config)
-        losses.append(train_step(model, body, optimizer, train.batch(step).to(device), config, precision))
+        losses.append(train_step(model, body, optimizer, train.batch(step), config, precision))
         step += 1
-        if step % 20 == 0:
-            bar.set_postfix(loss=f"{np.mean(losses[-20:]):.3f}", refresh=False)
+        bar.set_postfix(loss=f"{np.mean(losses[-20:]):.3f}", refresh=False)
         bar.update()
-        seconds = seconds_before + time.perf_counter() - started
+        seconds = time.perf_counter() - started
         if step % config.evaluate_every == 0 or step == config.steps:
-            point = {"step": step, "tokens": step * config.window * config.batch_size, "seconds": round(seconds, 1),
-                     "train_loss": round(float(np.mean(losses)), 4), "validation_loss": round(evaluate(), 4)}
-            curve.append(point)
+            curve.append({"step": step, "tokens": step * config.window * config.batch_size,
+                          "seconds": round(seconds, 1), "train_loss": round(float(np.mean(losses)), 4),
+                          "validation_loss": round(evaluate(), 4)})
             losses = []
-            bar.write(f"step {step}: train {point['train_loss']:.3f}, validation {point['validation_loss']:.3f}")
+            bar.write("step {step}: train {train_loss:.3f}, validation {validation_loss:.3f}".format(**curve[-1]))
         if step % config.save_every == 0 or not losses:
             save_training_state(state_folder, model, optimizer, step,
                                 extra={"curve": curve, "seconds": seconds, "losses": losses})
@@ -270,20 +259,28 @@ def pretrain(model: GPT2LMHeadModel, train: PackedWindows, evaluate: Callable[[]
     return {"curve": curve, "seconds": curve[-1]["seconds"] if curve else 0.0}
 
 
-def train_step(model: GPT2LMHeadModel, body: Callable[[Tensor], Tensor], optimizer: Any, batch: Tensor,
-               config: PretrainingConfig, precision: torch.dtype) -> float:
-    """One optimizer step on a batch of (B, T + 1) token ids, cut into micro-batches; returns the batch's mean loss.
+def _body(model: GPT2LMHeadModel, precision: torch.dtype, compile_model: bool) -> Callable[[Tensor], Tensor]:
+    """What computes hidden states from token ids: compiled, and on a CPU in bfloat16 by what is faster there."""
+    if not compile_model:
+        return model.transformer
+    fast = model.lm_head.weight.device.type == "cpu" and precision == torch.bfloat16
+    return torch.compile(partial(hidden_states, model.transformer) if fast else model.transformer, dynamic=False)
+
+
+def train_step(model: GPT2LMHeadModel, body: Callable[[Tensor], Tensor], optimizer: MuonAndAdamW | torch.optim.AdamW,
+               batch: Tensor, config: PretrainingConfig, precision: torch.dtype) -> float:
+    """One optimizer step; returns the batch's mean loss in nats per token.
 
     Args:
         body: what computes the hidden states from token ids.
+        batch: (B, T + 1) token ids, computed in micro-batches.
     """
-    total = 0.0
-    for tokens in batch.split(config.micro_batch):
-        with computing_in(precision, batch.device):
+    total, device = 0.0, model.lm_head.weight.device
+    for tokens in batch.to(device).split(config.micro_batch):
+        with computing_in(precision, device):
             hidden = body(tokens[:, :-1])                                        # (micro-batch, T, C)
-            if precision != torch.float32:
-                hidden = hidden.to(precision)
-            loss = next_token_loss(hidden, model.lm_head.weight, tokens[:, 1:]) * (len(tokens) / len(batch))
+        loss = next_token_loss(hidden.to(precision), model.lm_head.weight, tokens[:, 1:])
+        loss = loss * (len(tokens) / len(batch))
         loss.backward()
         total += loss.item()
     nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from minipeft.errors import WeightsError
 from minipeft.model.hub import HUB_NAMES, MINI_FOLDER
-from minipeft.model.tokenizer import END_OF_TEXT, VOCABULARY_FILE, Tokenizer, get_tokenizer, train_vocabulary
+from minipeft.model.tokenizer import END_OF_TEXT, VOCABULARY_FILE, get_tokenizer
 
 BYTES = [bytes([value]) for value in range(256)]
 MERGES = [b"th", b"the", b"in", b"ing", b" a", b"<|"]                            # ranks 256 to 261
@@ -174,34 +174,3 @@ def test_a_damaged_rank_file_is_an_error_that_names_it(tmp_path, damage):
     with pytest.raises(WeightsError, match="is not a tiktoken rank file") as caught:
         get_tokenizer(tmp_path)
     assert str(tmp_path / VOCABULARY_FILE) in str(caught.value) and "\n" not in str(caught.value)
-
-
-# --- training ---------------------------------------------------------------------------------------------------------
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A vocabulary trained on the corpus, in a folder that did not exist."""
-    pytest.importorskip("tokenizers")
-    folder = tmp_path_factory.mktemp("trained") / "new"
-    train_vocabulary(CORPUS, 320, folder / VOCABULARY_FILE)
-    return folder
-
-
-def test_a_trained_vocabulary_loads_and_shortens_its_corpus(trained):
-    tokenizer = get_tokenizer(trained)
-    assert isinstance(tokenizer, Tokenizer) and tokenizer.vocab_size == 320 + 1
-    for text in CORPUS:
-        assert tokenizer.decode(tokenizer.encode(text)) == text
-        assert len(tokenizer.encode(text)) < len(text.encode())
-    assert len(tokenizer.encode("the cat")) <= 3
-
-
-def test_a_trained_vocabulary_encodes_what_its_corpus_never_had(trained):
-    for text in [*TRICKY, "".join(map(chr, range(0x250)))]:
-        assert get_tokenizer(trained).decode(get_tokenizer(trained).encode(text)) == text
-
-
-def test_training_is_reproducible_and_leaves_one_file(trained, tmp_path):
-    train_vocabulary(CORPUS, 320, tmp_path / VOCABULARY_FILE)
-    assert (tmp_path / VOCABULARY_FILE).read_bytes() == (trained / VOCABULARY_FILE).read_bytes()
-    assert [path.name for path in tmp_path.iterdir()] == [VOCABULARY_FILE]

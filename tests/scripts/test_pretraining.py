@@ -1,28 +1,37 @@
-"""scripts/pretraining: packing, the chunked loss against PyTorch's, resuming, and a whole run."""
+"""scripts/pretraining: vocabulary, packing, the chunked loss against PyTorch's, the forward pass against the model's,
+Muon, resuming, and whole runs."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from forward import causal_attention, gelu, hidden_states
 from helpers import ScriptRunner, files_below, load, read_json, write_imdb, write_tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from recipe import (
+    MuonAndAdamW,
     PackedWindows,
     PretrainingConfig,
     bits_per_byte,
+    learning_rate_factor,
     next_token_loss,
     pretrain,
+    train_step,
     validation_loss,
 )
 from safetensors import safe_open
+from vocabulary import train_vocabulary
 
 from minipeft import GPT2ForSequenceClassification, GPT2LMHeadModel, get_tokenizer
 from minipeft.errors import ConfigError
+from minipeft.model.tokenizer import VOCABULARY_FILE
 
 EOS = 96
 
@@ -38,6 +47,43 @@ def uncompiled():
 def texts_of(lengths, vocab_size=EOS, seed=0):
     rng = np.random.default_rng(seed)
     return [rng.integers(0, vocab_size, size=length).astype(np.uint16) for length in lengths]
+
+
+# --- the vocabulary ---------------------------------------------------------------------------------------------------
+
+CORPUS = ["the cat sat on the mat, and the cat thought about the other cat.", "Don't let it run: 1234 5678, 1234!",
+          "naïve café, naïve café — 猫は猫", "<|endoftext|> in a review"] * 20
+NEVER_SEEN = ["", " ", "\n\n  x\t", "it's the thing", "naïve café — 猫 🐈‍⬛", "\x00\x7f\ufffd", "a" * 3000, "e\u0301",
+              "x<|endoftext|>y<|endoftext|>", "\u202e\u200b", "".join(map(chr, range(0x250)))]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A vocabulary trained on the corpus, in a folder that did not exist."""
+    pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("trained") / "new"
+    train_vocabulary(CORPUS, 320, folder / VOCABULARY_FILE)
+    return folder
+
+
+def test_a_trained_vocabulary_loads_and_shortens_its_corpus(trained):
+    tokenizer = get_tokenizer(trained)
+    assert tokenizer.vocab_size == 320 + 1
+    for text in CORPUS:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert len(tokenizer.encode(text)) < len(text.encode())
+    assert len(tokenizer.encode("the cat")) <= 3
+
+
+def test_a_trained_vocabulary_encodes_what_its_corpus_never_had(trained):
+    for text in NEVER_SEEN:
+        assert get_tokenizer(trained).decode(get_tokenizer(trained).encode(text)) == text
+
+
+def test_training_a_vocabulary_is_reproducible_and_leaves_one_file(trained, tmp_path):
+    train_vocabulary(CORPUS, 320, tmp_path / "again" / VOCABULARY_FILE)
+    assert (tmp_path / "again" / VOCABULARY_FILE).read_bytes() == (trained / VOCABULARY_FILE).read_bytes()
+    assert [path.name for path in (tmp_path / "again").iterdir()] == [VOCABULARY_FILE]
 
 
 # --- packing ----------------------------------------------------------------------------------------------------------
@@ -172,6 +218,132 @@ def test_a_recipes_steps_are_its_tokens_divided_by_those_of_a_step(tokens, steps
     assert PretrainingConfig(tokens=tokens, window=8, batch_size=8).steps == steps
 
 
+# --- the forward pass -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("length", [1, 2, 5, 16])
+def test_the_faster_forward_pass_and_its_gradients_equal_the_models(make_model, length):
+    transformer = make_model(GPT2LMHeadModel).train().transformer
+    ids = torch.randint(96, (3, length), generator=torch.Generator().manual_seed(0))
+    parameters = list(transformer.parameters())
+    expected = transformer(ids)
+    found = hidden_states(transformer, ids)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    for grad, expected_grad in zip(torch.autograd.grad((found * weights).sum(), parameters),
+                                   torch.autograd.grad((expected * weights).sum(), parameters)):
+        torch.testing.assert_close(grad, expected_grad, atol=1e-5, rtol=1e-4)
+
+
+def test_the_faster_forward_pass_drops_out_in_training_only(tiny_config):
+    tiny_config.resid_pdrop = tiny_config.embd_pdrop = tiny_config.attn_pdrop = 0.3
+    transformer, ids = GPT2LMHeadModel(tiny_config).transformer, torch.arange(12).view(1, 12)
+    assert not torch.equal(hidden_states(transformer.train(), ids), hidden_states(transformer, ids))
+    torch.testing.assert_close(hidden_states(transformer.eval(), ids), transformer(ids), atol=1e-5, rtol=1e-5)
+    query, key, value = torch.randn(3, 2, 4, 12, 8)
+    assert not torch.equal(causal_attention(query, key, value, 0.3), causal_attention(query, key, value))
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 7, 8, 33])
+def test_attention_in_blocks_is_causal_attention(length):
+    query, key, value = torch.randn(3, 2, 4, length, 8, generator=torch.Generator().manual_seed(0))
+    expected = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    torch.testing.assert_close(causal_attention(query, key, value), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_gelu_by_a_sigmoid_is_gelu_by_a_tanh():
+    x = torch.linspace(-30, 30, 10_001, dtype=torch.float32)
+    torch.testing.assert_close(gelu(x), F.gelu(x, approximate="tanh"), atol=1e-5, rtol=1e-5)
+
+
+# --- the rate and the optimizer ---------------------------------------------------------------------------------------
+
+def test_the_rate_rises_stays_and_falls_to_zero_after_the_last_step():
+    config = PretrainingConfig(tokens=10 * 64, window=8, batch_size=8, warmup_steps=4, decay_ratio=0.5)
+    factors = [learning_rate_factor(step, config) for step in range(11)]
+    assert factors == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 0.8, 0.6, 0.4, 0.2, 0])
+
+
+def test_until_it_falls_the_rate_does_not_depend_on_the_runs_length():
+    short, long = (PretrainingConfig(tokens=steps * 64, window=8, batch_size=8, warmup_steps=5) for steps in (50, 500))
+    assert [learning_rate_factor(step, short) for step in range(36)] == [
+        learning_rate_factor(step, long) for step in range(36)]
+    assert learning_rate_factor(40, short) < 1 == learning_rate_factor(40, long)
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 1])
+def test_a_rate_without_warm_up_starts_at_its_peak(warmup_steps):
+    config = PretrainingConfig(tokens=100 * 64, window=8, batch_size=8, warmup_steps=warmup_steps)
+    assert learning_rate_factor(0, config) == 1
+
+
+def test_muon_trains_the_blocks_matrices_and_adamw_everything_else_once(make_model):
+    model = make_model(GPT2LMHeadModel)
+    optimizer = MuonAndAdamW(model, PretrainingConfig(weight_decay=0.3))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = {kind: [names[p] for group in part.param_groups for p in group["params"]]
+             for kind, part in (("muon", optimizer.muon), ("adamw", optimizer.adamw))}
+    matrices = [f"transformer.h.{layer}.{part}.weight" for layer in range(model.config.n_layer)
+                for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
+    assert sorted(found["muon"]) == sorted(matrices)
+    assert sorted(found["muon"] + found["adamw"]) == sorted(names.values())
+    assert {"transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.bias"} < set(found["adamw"])
+    decays = {names[p]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert {name for name, decay in decays.items() if decay == 0.3} == set(matrices)
+    assert all(decay == 0 for name, decay in decays.items() if name not in matrices)
+
+
+def test_a_step_of_both_optimizers_is_each_ones_own_step(uncompiled, make_model):
+    """Held against torch's Muon and AdamW, each built by hand on a copy of the model."""
+    recipe = PretrainingConfig(learning_rate=1e-2)
+    ours = make_model(GPT2LMHeadModel)
+    theirs = copy.deepcopy(ours)
+    matrices = [p for name, p in theirs.named_parameters() if ".h." in name and p.ndim == 2]
+    others = [p for name, p in theirs.named_parameters() if not (".h." in name and p.ndim == 2)]
+    by_hand = [torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+               torch.optim.AdamW(others, lr=1e-2, weight_decay=0.0, betas=(0.9, 0.95), fused=True)]
+    optimizer = MuonAndAdamW(ours, recipe)
+    ids = torch.randint(96, (2, 9), generator=torch.Generator().manual_seed(0))
+    for _ in range(3):
+        train_step(ours, ours.transformer, optimizer, ids, recipe, torch.float32)
+        next_token_loss(theirs.transformer(ids[:, :-1]), theirs.lm_head.weight, ids[:, 1:]).backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), recipe.max_grad_norm)
+        for part in by_hand:
+            part.step()
+            part.zero_grad()
+    for (name, parameter), expected in zip(ours.named_parameters(), theirs.parameters()):
+        torch.testing.assert_close(parameter, expected, atol=1e-5, rtol=1e-4, msg=name)
+
+
+class Kept:
+    """An optimizer that takes no step and keeps the gradients it was given."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def step(self):
+        self.grads = {name: parameter.grad.clone() for name, parameter in self.model.named_parameters()}
+
+    def zero_grad(self, set_to_none=True):
+        self.model.zero_grad(set_to_none)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 5, 8])  # 5 windows: also parts of unequal size
+def test_micro_batches_give_the_gradients_and_the_loss_of_one_big_batch(uncompiled, make_model, micro_batch):
+    model = make_model(GPT2LMHeadModel)
+    batch = torch.randint(96, (5, 13), generator=torch.Generator().manual_seed(0))
+    expected = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+    expected.backward()
+    expected_grads = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    kept = Kept(model)
+    config = PretrainingConfig(micro_batch=micro_batch, max_grad_norm=1e9)
+    loss = train_step(model, model.transformer, kept, batch, config, torch.float32)
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    for name, grad in expected_grads.items():
+        torch.testing.assert_close(kept.grads[name], grad, atol=1e-6, rtol=1e-4, msg=name)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 RECIPE = PretrainingConfig(tokens=24 * 64, window=16, batch_size=4, learning_rate=1e-2, warmup_steps=3,
@@ -183,6 +355,7 @@ def start(tiny_config):
     """start(interrupt_at=None): a run of 24 steps with dropout; it is cut off, as by Ctrl-C, before that step."""
 
     def make(state_folder, interrupt_at=None, **changes):
+        recipe = dataclasses.replace(RECIPE, **changes)
         tiny_config.resid_pdrop = tiny_config.embd_pdrop = tiny_config.attn_pdrop = 0.2
         torch.manual_seed(0)
         model = GPT2LMHeadModel(tiny_config)
@@ -197,7 +370,7 @@ def start(tiny_config):
 
             windows.batch = cut_off
         held_out = texts_of([30, 30], vocab_size=10, seed=1)
-        history = pretrain(model, windows, lambda: validation_loss(model, held_out, EOS, 16, torch.float32), RECIPE,
+        history = pretrain(model, windows, lambda: validation_loss(model, held_out, EOS, 16, torch.float32), recipe,
                            state_folder, torch.float32, compile_model=False)
         return model, history
 
@@ -212,15 +385,18 @@ def test_pretraining_learns(uncompiled, start, tmp_path):
     assert history["seconds"] > 0
 
 
-@pytest.mark.parametrize("interruptions", [(3,), (5,), (12,), (7, 18)])
+@pytest.mark.parametrize("muon", [True, False], ids=["muon", "adamw"])
+@pytest.mark.parametrize(("interruptions", "save_every"), [
+    ((3,), 50), ((5,), 50), ((12,), 50), ((7, 18), 50), ((3, 8), 2), ((14,), 3)])
 def test_an_interrupted_run_started_again_ends_bit_identical_to_the_uninterrupted_one(
-        uncompiled, start, tmp_path, interruptions):
-    whole, expected = start(tmp_path / "whole")
+        uncompiled, start, tmp_path, interruptions, save_every, muon):
+    changes = {"save_every": save_every, "muon": muon}
+    whole, expected = start(tmp_path / "whole", **changes)
     for number, step in enumerate(interruptions):
         with pytest.raises(KeyboardInterrupt):
-            start(tmp_path / "cut", interrupt_at=step)
-        assert number or (tmp_path / "cut").exists() == (step >= 5)
-    resumed, history = start(tmp_path / "cut")
+            start(tmp_path / "cut", interrupt_at=step, **changes)
+        assert number or (tmp_path / "cut").exists() == (step >= min(5, save_every))
+    resumed, history = start(tmp_path / "cut", **changes)
     for name, parameter in whole.named_parameters():
         assert torch.equal(parameter, resumed.get_parameter(name)), name
     states = []
@@ -327,8 +503,31 @@ def test_the_script_starts_from_a_given_model_and_its_vocabulary(script, tmp_pat
 def test_the_scripts_model_has_a_card(script, tmp_path):
     assert script().code == 0
     card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
-    for word in ("IMDb", "Recipe", "Loss", "Limits", "bits a byte"):
+    for word in ("IMDb", "Recipe", "Loss", "Limits", "bits per byte"):
         assert word in card
+
+
+def test_a_snapshot_of_an_unfinished_run_is_a_model_of_its_last_saved_state(script, tmp_path, monkeypatch, capsys):
+    import recipe
+
+    take_step, taken = recipe.train_step, []
+
+    def until_step_25(*arguments):
+        if len(taken) == 25:
+            raise KeyboardInterrupt
+        taken.append(take_step(*arguments))
+        return taken[-1]
+
+    monkeypatch.setattr(recipe, "train_step", until_step_25)
+    assert script("--save-every", 12).code == 130
+    assert not (tmp_path / "model").exists()
+    outcome = ScriptRunner(monkeypatch, capsys)("pretraining/snapshot.py", "state", "snapshot")
+    assert outcome.code == 0 and "step 24" in outcome.out, outcome.err
+    model = GPT2LMHeadModel.from_pretrained("snapshot")
+    assert get_tokenizer("snapshot").vocab_size == model.config.vocab_size == 300
+    with safe_open("state/training_state.safetensors", framework="pt") as file:
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter, file.get_tensor(f"model/{name}").half().float(), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("options", [

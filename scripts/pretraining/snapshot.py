@@ -1,0 +1,35 @@
+"""Write the model of an unfinished pretraining run, as its last saved state has it, as a float16 model folder.
+
+    python scripts/pretraining/snapshot.py checkpoints/pretraining_state checkpoints/pretraining_snapshot
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+
+from minipeft.files import read_json_file
+from minipeft.model.gpt2 import GPT2Config, GPT2LMHeadModel
+from minipeft.model.tokenizer import VOCABULARY_FILE
+from minipeft.runs.command_line import run
+from minipeft.training.state import load_training_state
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("state", type=Path, help="the run's --state folder")
+    parser.add_argument("output", type=Path, help="model folder to write")
+    arguments = parser.parse_args()
+    model = GPT2LMHeadModel(GPT2Config.from_dict(read_json_file(arguments.state / "config.json")))
+    # Only the weights are wanted; the optimizer takes in moments that nobody will use.
+    step, _, _ = load_training_state(arguments.state, model, torch.optim.SGD(model.parameters()))
+    model.save_pretrained(arguments.output, dtype=torch.float16)
+    shutil.copyfile(arguments.state / VOCABULARY_FILE, arguments.output / VOCABULARY_FILE)
+    print(f"wrote the model of step {step:,} to {arguments.output}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -165,14 +165,14 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: LossSum, validat
         model: on its device; parameters that are trained in float32. Under torchrun each process has one.
         batches: the training data.
         loss_sum: (logits, batch) -> loss summed over the batch.
-        validate: figures of the model as it stands, "loss" and "accuracy" among them.
+        validate: metrics of the model as it stands, "loss" and "accuracy" among them.
         precision: of the forward pass; parameters and optimizer stay float32.
         compile_model: run the forward and backward pass through torch.compile.
         save_best: called whenever a validation is the best so far, and at an interruption before the first one.
         state_folder: where to keep what resuming needs; None keeps nothing.
         resume: go on from `state_folder`, if it holds anything.
         request: what else must be the same in a resumed run: data, base model, method.
-        best_by: the figure that decides which validation is the best: the highest, or the lowest "loss".
+        best_by: the metric that decides which validation is the best: the highest, or the lowest "loss".
         tokens_per_micro_batch: larger batches are computed in micro-batches of about so many tokens, whose gradients
             add up to the batch's: the same step but for rounding, in less memory. None computes a batch at once.
 

@@ -66,7 +66,7 @@ class Progress:
                  folder: Path | None, settings: dict[str, Any]) -> None:
         """
         Args:
-            best_by: the figure that decides which validation is the best: the highest, or the lowest "loss".
+            best_by: the metric that decides which validation is the best: the highest, or the lowest "loss".
             folder: where the state is kept; None keeps nothing.
             settings: what must be the same in a resumed run, as JSON.
         """
@@ -103,7 +103,7 @@ class Progress:
         """Add a point to the curve and begin the sums anew; the trained values are kept if they are the best so far.
 
         Args:
-            found: the validation's figures, "loss", "accuracy" and `best_by` among them.
+            found: the validation's metrics, "loss", "accuracy" and `best_by` among them.
             rate: the learning rate of the last step.
 
         Returns:
@@ -124,7 +124,7 @@ class Progress:
         return is_best
 
     def _score(self, found: dict[str, Any]) -> tuple[float, float]:
-        """How good a validation is; of two with the same figure (0, perhaps, at first) the one of lower loss wins."""
+        """How good a validation is; of two with the same metric, the one of lower loss is better."""
         return -found["loss"] if self.best_by == "loss" else found[self.best_by], -found["loss"]
 
     def line(self, steps: int) -> str:

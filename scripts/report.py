@@ -1,7 +1,7 @@
 """Make tables from results/*.json, or write all that a Markdown file asks for:
 
     python scripts/report.py --dataset multi30k
-    python scripts/report.py --write README.md
+    python scripts/report.py --write results/README.md
 """
 
 from __future__ import annotations

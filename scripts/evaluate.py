@@ -35,8 +35,8 @@ def main() -> None:
         check_writable(arguments.json.parent)
     trained = load(arguments.adapter, options)
     found = evaluate(trained, options, print)
-    more = " (--full takes all)" if found.examples < found.of else ""
-    print(f"{found.dataset}, {found.examples:,} of {found.of:,} test examples{more}")
+    more = " (--full takes all)" if found.examples < found.available else ""
+    print(f"{found.dataset}, {found.examples:,} of {found.available:,} test examples{more}")
     print(headline(trained.task, found.metrics))
     print_metrics(found.metrics)
     if "confusion_matrix" in found.metrics:

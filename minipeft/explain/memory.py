@@ -113,8 +113,9 @@ def training_memory(config: GPT2Config, method: str, batch_size: int, length: in
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = cast_frozen(model.to_empty(device="cpu"), precision).train()
         model.transformer.gradient_checkpointing = gradient_checkpointing
-        for block in model.transformer.h if device == "cuda" else ():
-            block.attn.longest_by_formula = 0  # a GPU always takes the kernel
+        if device == "cuda":
+            for block in model.transformer.h:
+                block.attn.longest_by_formula = 0  # a GPU takes the kernel for texts of any length
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         optimizer = adamw(trained, model, learning_rate=1e-3)
         input_ids = torch.zeros(batch_size, length, dtype=torch.long)            # (B, T)

@@ -34,7 +34,7 @@ TITLES = {"full": "Full fine-tuning", "head": "Head only", "bitfit": "BitFit", "
           "vera": "VeRA", "ia3": "(IA)³", "adapter": "Bottleneck adapters", "prompt": "Prompt tuning",
           "ptuning": "P-tuning", "prefix": "Prefix tuning"}
 CENTER, WIDTH, HEIGHT, SIDE = 3.4, 2.9, 0.56, 6.6     # of the main column's boxes; where the side column stands
-# The main column, from the bottom: name of the module in the model, text in the box, height of its centre.
+# The main column, from the bottom: name of the module in the model, text in the box, height of its center.
 BOXES = [("wte", "wte + wpe", 1.5), ("h.0.ln_1", "ln_1", 2.9), ("h.0.attn.c_attn", "c_attn  (q, k, v)", 3.8),
          (None, "softmax(q kᵀ / √D) v", 4.95), ("h.0.attn.c_proj", "c_proj", 5.95), ("h.0.ln_2", "ln_2", 7.75),
          ("h.0.mlp.c_fc", "c_fc", 8.65), (None, "gelu", 9.5), ("h.0.mlp.c_proj", "c_proj", 10.35),

@@ -56,13 +56,14 @@ class Evaluation:
 
     Attributes:
         dataset: its name.
-        examples: how many were tested, `of` how many.
+        examples: how many were tested.
+        available: how many the test split has.
         metrics: by name.
     """
 
     dataset: str
     examples: int
-    of: int
+    available: int
     metrics: dict[str, Any]
 
 

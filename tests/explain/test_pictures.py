@@ -23,8 +23,8 @@ def test_every_method_is_drawn_and_every_layer_it_adds_has_a_look(tmp_path, tiny
     assert [file.name for file in tmp_path.iterdir()] == ["block.svg"]
 
 
-def shapes_in(path, colour):
-    return path.read_text().count(f"fill: {colour}")
+def shapes_in(path, color):
+    return path.read_text().count(f"fill: {color}")
 
 
 @pytest.mark.parametrize(("method", "values", "trained"), [
@@ -32,7 +32,7 @@ def shapes_in(path, colour):
     ("lora", {"target_modules": ["c_attn"]}, 3), ("lora", {"target_modules": "all-linear"}, 9),
     ("ia3", {}, 3), ("adapter", {}, 5), ("adapter", {"architecture": "parallel"}, 3), ("prefix", {}, 7),
     ("prompt", {}, 4), ("vera", {"target_modules": ["c_attn"]}, 3)])
-def test_as_many_shapes_are_in_the_colour_of_training_as_there_are_trained_parts(tmp_path, tiny_config, method, values,
+def test_as_many_shapes_are_in_the_color_of_training_as_there_are_trained_parts(tmp_path, tiny_config, method, values,
                                                                                  trained):
     pictures.draw(injected(tiny_config, method, **values), method, tmp_path / "block.svg")
     assert shapes_in(tmp_path / "block.svg", pictures.TRAINED) == trained + 1  # the legend's

@@ -6,36 +6,29 @@ import json
 import sys
 
 import pytest
-from helpers import files_below, read_json, write_csv, write_tiny_model
+from helpers import files_below, read_json
 
 from minipeft.errors import ConfigError
 from minipeft.runs import sweep
-from minipeft.runs.plan import Options
 from minipeft.runs.sweep import compare, tune
 from minipeft.tasks.task import Task
 
 
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory):
-    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
 @pytest.fixture
-def options(tiny_model, tmp_path):
-    """A LoRA run of a second on a tiny model and forty rows."""
-    return Options(model=str(tiny_model), dataset=write_csv(tmp_path / "films.csv"), precision="fp32", max_length=48,
-                   results_dir=str(tmp_path / "results"), training_values={"epochs": 3, "batch_size": 4})
+def shared(options):
+    """What all trials share: a LoRA run of a second."""
+    return options()
 
 
 # --- tune -------------------------------------------------------------------------------------------------------------
 
-def test_tuning_compares_trials_on_the_validation_split_and_never_reads_the_test_split(options, tmp_path, monkeypatch):
+def test_tuning_compares_trials_on_the_validation_split_and_never_reads_the_test_split(shared, tmp_path, monkeypatch):
     def no_test(*arguments):
         raise AssertionError("the test split was read")
 
     monkeypatch.setattr(Task, "test", no_test)
     trials = [{"learning_rate": 1e-3}, {"r": 4, "max_length": 32, "epochs": 1}]
-    results = tune(options, trials)
+    results = tune(shared, trials)
     assert results == read_json(tmp_path / "results" / "tuning_lora.json")
     first, second = results["trials"]
     assert [trial["trial"] for trial in results["trials"]] == trials
@@ -45,14 +38,14 @@ def test_tuning_compares_trials_on_the_validation_split_and_never_reads_the_test
     assert {file.rpartition("/")[2] for file in files_below(tmp_path)} == {"films.csv", "tuning_lora.json"}
 
 
-def test_later_trials_are_appended(options):
-    tune(options, [{"epochs": 1}])
-    assert len(tune(options, [{"epochs": 1, "r": 2}])["trials"]) == 2
+def test_later_trials_are_appended(shared):
+    tune(shared, [{"epochs": 1}])
+    assert len(tune(shared, [{"epochs": 1, "r": 2}])["trials"]) == 2
 
 
-def test_a_trial_leaves_what_the_trials_share_alone(options):
-    options.method_values = {"r": 2}
-    first, second = tune(options, [{"epochs": 1, "r": 4, "max_length": 32}, {"epochs": 1}])["trials"]
+def test_a_trial_leaves_what_the_trials_share_alone(shared):
+    shared.method_values = {"r": 2}
+    first, second = tune(shared, [{"epochs": 1, "r": 4, "max_length": 32}, {"epochs": 1}])["trials"]
     assert (first["method_config"]["r"], second["method_config"]["r"]) == (4, 2)
     assert (first["max_length"], second["max_length"]) == (32, 48)
 
@@ -61,9 +54,9 @@ def test_a_trial_leaves_what_the_trials_share_alone(options):
     ({"rank": 4}, "a trial cannot set"), ({"r": 4, "model": "gpt2"}, "a trial cannot set"),
     ({"r": 0}, "r must be a positive integer"), ({"learning_rate": -1}, "learning_rate must be positive"),
     ({"dropout": "much"}, "dropout must be float or None")])
-def test_a_trial_that_cannot_be_is_refused_before_the_first_is_trained(options, tmp_path, trial, message):
+def test_a_trial_that_cannot_be_is_refused_before_the_first_is_trained(shared, tmp_path, trial, message):
     with pytest.raises(ConfigError, match=message):
-        tune(options, [{"epochs": 1}, trial])
+        tune(shared, [{"epochs": 1}, trial])
     assert not (tmp_path / "results").exists()
 
 

@@ -12,6 +12,7 @@ from collections import defaultdict
 
 import pytest
 import torch
+from documents import results_changed
 from helpers import ROOT
 from job import Turn
 from parts import Benchmark
@@ -122,6 +123,13 @@ def test_a_page_gets_the_section_on_speed_between_its_markers_and_nowhere_else()
     assert write_speed(page, results) == page.replace("old", speed_section(results))
     with pytest.raises(OutputError, match=r"there is no .*benchmark\.py"):
         write_speed(f"{BLOCK_START.format('imdb', 'scripts/report.py')}\n{BLOCK_END}\n", results)
+
+
+def test_the_page_with_every_figure_is_what_was_measured():
+    if results_changed():
+        pytest.skip("measured anew here; a whole run of scripts/benchmark/benchmark.py writes both")
+    assert benchmark_tables(json.loads((ROOT / "results" / "benchmark.json").read_text())) == (
+        ROOT / "results" / "benchmark.md").read_text()
 
 
 def test_saving_is_what_lies_between_a_validation_and_the_next_batch(monkeypatch):

@@ -1,0 +1,107 @@
+"""command_line.py: options made from a configuration class, and what the command line set of them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+from minipeft.errors import ConfigError, OutputError
+from minipeft.runs.command_line import add_dataclass_options, add_method_options, given, options_of, run
+from minipeft.settings import POSITIVE_INTEGER, Settings, setting
+
+
+@dataclass
+class Recipe(Settings):
+    """One field of each kind that a command line can set, and two that it cannot."""
+
+    size: int = setting(8, "how much, in %", POSITIVE_INTEGER)
+    rate: float = setting(0.5, "how fast")
+    names: str | list[str] | None = setting(None, "which ones")
+    blocks: int | list[int] | None = setting(None, "where")
+    shares: dict[str, float] = setting({}, "JSON: name -> share")
+    start: bool | str = setting(True, "from where", choices=(True, False, "middle"))
+    inner: int = setting(3, "not offered", option=False)
+    kind: str = setting("fixed", init=False)
+
+
+def parsed(*options):
+    parser = argparse.ArgumentParser(prog="program")
+    add_dataclass_options(parser.add_argument_group("recipe"), Recipe, {"rate": 0.25})
+    return given(parser.parse_args([str(option) for option in options]), Recipe)
+
+
+@pytest.mark.parametrize(("options", "expected"), [
+    ((), {}), (("--size", 2), {"size": 2}), (("--rate", 2), {"rate": 2.0}), (("--rate", "1e-3"), {"rate": 0.001}),
+    (("--names", "a"), {"names": ["a"]}), (("--names", "a.b, c_d"), {"names": ["a.b", "c_d"]}),
+    (("--names", r"a\.\d+"), {"names": r"a\.\d+"}), (("--names", "all-linear"), {"names": "all-linear"}),
+    (("--blocks", 1), {"blocks": 1}), (("--blocks", "1,2"), {"blocks": [1, 2]}),
+    (("--shares", '{"a": 0.5}'), {"shares": {"a": 0.5}}), (("--start", "false"), {"start": False}),
+    (("--start", "middle"), {"start": "middle"})], ids=str)
+def test_what_is_given_has_the_type_of_its_field_and_nothing_else_is_there(options, expected):
+    found = parsed(*options)
+    assert found == expected and [type(value) for value in found.values()] == [
+        type(value) for value in expected.values()]
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (("--size", "x"), "argument --size: invalid int value: 'x'"),
+    (("--blocks", "1,x"), "argument --blocks: invalid int or list[int] or None value: '1,x'"),
+    (("--shares", "[1]"), "argument --shares: invalid dict[str, float] value: '[1]'"),
+    (("--inner", 1), "unrecognized arguments: --inner 1"), (("--kind", "x"), "unrecognized arguments: --kind x")])
+def test_what_cannot_be_read_is_refused_by_argparse(capsys, options, message):
+    with pytest.raises(SystemExit):
+        parsed(*options)
+    assert message in capsys.readouterr().err
+
+
+def test_help_shows_choices_and_the_defaults_that_count(capsys):
+    with pytest.raises(SystemExit):
+        parsed("--help")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "how much, in %; default 8" in shown and "how fast; default 0.25" in shown
+    assert "from where (True,False,middle); default True" in shown and "JSON: name -> share; default none" in shown
+    assert "not offered" not in shown
+
+
+@pytest.mark.parametrize(("command", "method", "option"), [
+    ([], "lora", "--lora-alpha"), (["--model", "x", "--method", "prefix"], "prefix", "--prefix-projection"),
+    (["--method=full", "--r", "3"], "full", None), (["--method", "nothing"], "nothing", None)])
+def test_a_method_that_is_named_anywhere_adds_its_options(monkeypatch, command, method, option):
+    monkeypatch.setattr(sys, "argv", ["program", *command])
+    parser = argparse.ArgumentParser()
+    assert add_method_options(parser, also=("nothing",)) == method
+    shown = parser.format_help()
+    assert (f"method {method}:" in shown) == (option is not None) and (option or "") in shown
+
+
+def test_a_method_that_is_none_is_refused(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["program", "--method", "nothing"])
+    with pytest.raises(ConfigError, match="unknown method 'nothing': use full, head"):
+        add_method_options(argparse.ArgumentParser())
+
+
+def test_options_have_what_was_asked_for_and_their_own_defaults_for_the_rest():
+    arguments = argparse.Namespace(method="lora", dataset="x.csv", other=1, **{
+        "LoraConfig.r": 2, "LoraConfig.bias": None, "TrainingConfig.epochs": 1, "PrefixTuningConfig.r": 3})
+    options = options_of(arguments)
+    assert (options.method, options.dataset, options.precision) == ("lora", "x.csv", "auto")
+    assert (options.method_values, options.training_values) == ({"r": 2}, {"epochs": 1})
+    with pytest.raises(ConfigError, match="test_size must be a positive integer"):
+        options_of(argparse.Namespace(test_size=0))
+
+
+@pytest.mark.parametrize(("outcome", "code", "line"), [
+    (None, None, ""), (130, 130, ""), (OutputError("two\nlines"), 2, "error: two lines\n"),
+    (KeyboardInterrupt(), 130, "interrupted\n")])
+def test_an_end_becomes_an_exit_code_and_one_line_at_most(capsys, outcome, code, line):
+    def main():
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    with pytest.raises(SystemExit) as ended:
+        run(main)
+    assert (ended.value.code, capsys.readouterr().err) == (code, line)

@@ -1,0 +1,63 @@
+"""inference.py: what training left is tested and predicts, without a script."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from helpers import write_csv
+
+from minipeft.errors import ConfigError, DataError
+from minipeft.runs.finetune import finetune
+from minipeft.runs.inference import evaluate, load, predict
+from minipeft.runs.plan import Options
+
+
+@pytest.fixture
+def trained(options, tmp_path):
+    """(a trained classifier, the results of its run)."""
+    results = finetune(options())
+    return load(tmp_path / "output" / "lora", Options(precision="fp32")), results
+
+
+def test_a_test_after_loading_gives_the_metrics_of_the_run(trained, tmp_path):
+    model, results = trained
+    said = []
+    found = evaluate(model, Options(dataset=str(tmp_path / "films.csv")), said.append)
+    assert found.metrics == results["metrics"]["test"]
+    assert (found.examples, found.available) == (4, 4)
+    assert said == [f"dataset    {tmp_path / 'films.csv'} (asked for)"]
+    assert evaluate(model, Options(dataset=found.dataset, test_size=2)).examples == 2
+
+
+def test_without_a_dataset_it_is_tested_on_what_it_was_trained_on_if_that_has_a_name(trained, tmp_path):
+    said, details = [], tmp_path / "output" / "lora" / "minipeft.json"
+    details.write_text(json.dumps({**json.loads(details.read_text()), "dataset": "sample"}))
+    assert evaluate(trained[0], Options(test_size=3), said.append).dataset == "sample"
+    assert said == ["dataset    sample (which the model was trained on)"]
+
+
+def test_a_dataset_with_other_labels_is_refused(trained, tmp_path):
+    other = write_csv(tmp_path / "other.csv", [(f"film {i}", ("good", "poor")[i % 2]) for i in range(40)])
+    with pytest.raises(DataError, match="label 'good' is none of negative, positive"):
+        evaluate(trained[0], Options(dataset=other))
+
+
+def test_a_classifier_predicts_a_line_for_each_text_and_writes_none(trained):
+    lines = list(predict(trained[0], ["a good film", "a bad film"]))
+    assert [line.split("\t")[2] for line in lines] == ["a good film\n", "a bad film\n"]
+    with pytest.raises(ConfigError, match="which writes no text: --num-beams means nothing to it"):
+        predict(trained[0], ["a good film"], num_beams=2)
+
+
+def test_a_translator_samples_the_same_with_the_same_seed(options, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text("".join(f'{{"source": "a dog {i}", "target": "ein Hund"}}\n'
+                                                  for i in range(40)))
+    finetune(options(dataset=str(tmp_path / "pairs.jsonl"), task="translation", training_values={"epochs": 1}))
+    model = load(tmp_path / "output" / "lora", Options(precision="fp32"))
+    first, again, other = ("".join(predict(model, ["a dog"], top_k=50, seed=seed)) for seed in (1, 1, 2))
+    assert first == again != other and first.endswith("\n")
+    for decoding, message in (({"seed": 3}, "--seed is for sampling"), ({"seed": -1}, "seed must be a number from 0"),
+                              ({"max_new_tokens": 1}, "at least 2")):
+        with pytest.raises(ConfigError, match=message):
+            list(predict(model, ["a dog"], **decoding))

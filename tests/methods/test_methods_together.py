@@ -1,17 +1,34 @@
-"""What holds for every method: where it starts, what it trains, and that it can be saved, switched and undone."""
+"""What holds for every method: where it starts, what it trains, that it can be saved, and what is refused."""
 
 import copy
 import dataclasses
-import io
 import json
 import math
 from functools import partial
 
 import pytest
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from models import HEADED, IDS, MASK, perturb
+from models import (
+    CASES,
+    EVERY_CLASS,
+    HEAD_TENSORS,
+    HEADED,
+    IDS,
+    MASK,
+    SMALL,
+    VIRTUAL,
+    assert_load_refused,
+    assert_refused,
+    assert_unchanged,
+    copies,
+    on,
+    perturb,
+    renew_head,
+    snapshot,
+    train,
+    trained_names,
+)
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -19,7 +36,6 @@ from minipeft import (
     METHODS,
     BitFitConfig,
     BottleneckConfig,
-    FullConfig,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2ForTokenClassification,
@@ -32,58 +48,33 @@ from minipeft import (
     PromptEncoderConfig,
     PromptTuningConfig,
     VeraConfig,
-    disable_adapter,
     generate,
     inject,
     load_adapter,
-    merge,
     remove,
     save_adapter,
-    set_adapter,
     trainable_parameters,
-    unmerge,
 )
 from minipeft.errors import AdapterError, ConfigError, InjectionError, MinipeftError, WeightsError
-from minipeft.methods.injection import active_injections, all_injections
-from minipeft.methods.layers import AdapterLayer
-from minipeft.methods.switch import adapter_names
+from minipeft.methods.injection import active_injections
+from minipeft.methods.layers import AdapterLayer, ReplacementLayer
 from minipeft.model.kv_cache import KVCache
 
-HEAD_TENSORS = {GPT2Model: [], GPT2LMHeadModel: [], GPT2ForSequenceClassification: ["score.weight"],
-                GPT2ForTokenClassification: ["classifier.weight", "classifier.bias"]}
-
-SMALL = {"num_virtual_tokens": 3}
-CASES = {
-    "head": HeadConfig(),
-    "bitfit": BitFitConfig(),
-    "bitfit, LayerNorms": BitFitConfig(train="layer_norm"),
-    "lora": LoraConfig(r=2),
-    "dora": LoraConfig(r=2, use_dora=True),
-    "dora everywhere, biases": LoraConfig(r=2, lora_alpha=6, use_dora=True, target_modules="all-linear", bias="all"),
-    "vera": VeraConfig(r=6),
-    "vera everywhere, biases": VeraConfig(r=6, target_modules="all-linear", bias="all"),
-    "vera without its matrices": VeraConfig(r=6, target_modules="all-linear", save_projection=False),
-    "ia3": IA3Config(),
-    "ia3 everywhere": IA3Config(target_modules="all-linear", feedforward_modules=["c_fc", "mlp.c_proj"]),
-    "houlsby": BottleneckConfig(bottleneck_size=5),
-    "pfeiffer": BottleneckConfig(architecture="pfeiffer", reduction_factor=6, non_linearity="gelu"),
-    "parallel": BottleneckConfig(architecture="parallel", bottleneck_size=5, non_linearity="tanh", scaling=4.0,
-                                 layer_norm=True),
-    "prompt": PromptTuningConfig(**SMALL),
-    "ptuning, MLP": PromptEncoderConfig(**SMALL),
-    "ptuning, LSTM": PromptEncoderConfig(**SMALL, encoder_reparameterization_type="LSTM", encoder_hidden_size=5),
-    "prefix": PrefixTuningConfig(**SMALL),
-    "prefix from zero": PrefixTuningConfig(**SMALL, init_weights="zero"),
-    "prefix, projected": PrefixTuningConfig(**SMALL, prefix_projection=True, encoder_hidden_size=5),
-}
-VIRTUAL = (PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig)
+EVERYWHERE = {"target_modules": "all-linear"}
 STARTS_AT_THE_BASE = {name: config for name, config in CASES.items() if not isinstance(config, VIRTUAL)} | {
+    "lora by default": LoraConfig(), "lora everywhere, full rank": LoraConfig(r=24, **EVERYWHERE),
+    "lora, gaussian": LoraConfig(init_lora_weights="gaussian"), "lora, every bias": LoraConfig(bias="all"),
+    "lora, rsLoRA, dropout": LoraConfig(use_rslora=True, lora_dropout=0.5),
     "dora, dropout": LoraConfig(r=2, use_dora=True, lora_dropout=0.5),
     "dora, rsLoRA, gaussian": LoraConfig(r=2, use_dora=True, use_rslora=True, init_lora_weights="gaussian"),
     "vera, dropout": VeraConfig(r=6, vera_dropout=0.5), "houlsby, dropout": BottleneckConfig(adapter_dropout=0.5)}
-MERGEABLE = {name: config for name, config in CASES.items() if isinstance(config, (LoraConfig, VeraConfig, IA3Config))}
-MERGEABLE |= {"dora from pissa": LoraConfig(r=2, use_dora=True, init_lora_weights="pissa"),
-              "dora, rsLoRA": LoraConfig(r=3, lora_alpha=5, use_dora=True, use_rslora=True)}
+PISSA = {
+    "pissa": LoraConfig(r=4, init_lora_weights="pissa"),
+    "pissa everywhere": LoraConfig(r=4, lora_alpha=6, init_lora_weights="pissa", **EVERYWHERE),
+    "pissa everywhere, full rank": LoraConfig(r=24, init_lora_weights="pissa", **EVERYWHERE),
+    "pissa, rsLoRA, a rank of its own": LoraConfig(use_rslora=True, lora_alpha=3, rank_pattern={"c_attn": 2},
+                                                   init_lora_weights="pissa"),
+    "dora from pissa": LoraConfig(r=4, lora_alpha=6, use_dora=True, init_lora_weights="pissa", **EVERYWHERE)}
 
 
 @pytest.fixture(autouse=True)
@@ -91,58 +82,8 @@ def seeded():
     torch.manual_seed(0)
 
 
-def on(model_classes, cases=None):
-    """Parameters (model_class, config): each case on each class it can be put into."""
-    return pytest.mark.parametrize(("model_class", "config"), [
-        pytest.param(model_class, config, id=f"{name}-{model_class.__name__}")
-        for name, config in (CASES if cases is None else cases).items() for model_class in model_classes
-        if not isinstance(config, HeadConfig) or HEAD_TENSORS[model_class]])
-
-
-def copies(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def snapshot(model):
-    """All that a refused operation must leave alone: values, module objects, gradient flags, modes, random state."""
-    return {"values": copies(model), "modules": dict(model.named_modules()),
-            "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
-            "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
-            "training": {name: module.training for name, module in model.named_modules()},
-            "injections": list(all_injections(model)), "attached": list(active_injections(model))}
-
-
-def assert_unchanged(model, before):
-    after = snapshot(model)
-    assert list(after["values"]) == list(before["values"])
-    for name, tensor in before["values"].items():
-        assert torch.equal(after["values"][name], tensor), name
-    assert list(after["modules"]) == list(before["modules"])
-    for name, module in after["modules"].items():
-        assert module is before["modules"][name], name
-    for key in ("hooks", "requires_grad", "training", "injections", "attached"):
-        assert after[key] == before[key], key
-
-
-def refused(error, message, call):
-    """`call()` fails with one line that matches."""
-    with pytest.raises(error, match=message) as caught:
-        call()
-    assert isinstance(caught.value, MinipeftError)
-    assert "\n" not in str(caught.value)
-
-
 def trained_tensors(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def train(model, steps=4, lr=1e-2):
-    """AdamW without decay, so that only a gradient moves anything."""
-    optimizer = torch.optim.AdamW(trained_tensors(model).values(), lr=lr, weight_decay=0.0)
-    for _ in range(steps):  # a factor that starts beside a zero gets its first gradient in the second step
-        optimizer.zero_grad()
-        model(IDS, MASK).square().mean().backward()
-        optimizer.step()
 
 
 def test_these_cases_cover_every_method_but_full_fine_tuning():
@@ -173,7 +114,7 @@ def test_beams_of_padded_prompts_are_those_of_each_prompt_alone(make_model, mode
 
 # --- the start --------------------------------------------------------------------------------------------------------
 
-@on([*HEADED, GPT2Model], STARTS_AT_THE_BASE)
+@on(EVERY_CLASS, STARTS_AT_THE_BASE)
 def test_at_step_0_the_model_is_the_base_model_bit_for_bit_in_training_too(make_model, model_class, config):
     model = make_model(model_class)
     expected = model(IDS, MASK)
@@ -183,13 +124,11 @@ def test_at_step_0_the_model_is_the_base_model_bit_for_bit_in_training_too(make_
         assert torch.equal(model(IDS, MASK), expected)
 
 
-@pytest.mark.parametrize("use_dora", [False, True])
-@pytest.mark.parametrize("model_class", HEADED)
-def test_at_step_0_a_pissa_start_is_the_base_model_within_rounding(make_model, model_class, use_dora):
+@on(HEADED, PISSA)
+def test_at_step_0_a_pissa_start_is_the_base_model_within_rounding(make_model, model_class, config):
     model = make_model(model_class)
     expected = model(IDS, MASK)
-    inject(model, LoraConfig(r=4, lora_alpha=6, use_dora=use_dora, target_modules="all-linear",
-                             init_lora_weights="pissa"))
+    inject(model, config)
     torch.testing.assert_close(model(IDS, MASK), expected, atol=1e-5, rtol=0)
 
 
@@ -200,8 +139,9 @@ def test_virtual_tokens_do_not_start_at_the_base_model(make_model, model_class, 
     assert (inject(model, config)(IDS, MASK) - expected).abs().max() > 1e-3
 
 
-@on([GPT2ForSequenceClassification])
+@on([GPT2LMHeadModel, GPT2ForSequenceClassification], CASES | {"lora, dropout": LoraConfig(r=2, lora_dropout=0.5)})
 def test_injection_keeps_each_modules_mode(make_model, model_class, config):
+    """from_pretrained gives a model in eval mode: after inject no dropout of the method's may be active."""
     for training in (True, False):
         model = inject(make_model(model_class).train(training), config)
         assert all(module.training is training for module in model.modules())
@@ -218,24 +158,23 @@ def test_the_users_configuration_is_not_edited_and_serves_again(make_model, mode
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
-@on(HEADED)
-def test_four_adamw_steps_move_every_declared_tensor_and_no_other_bit(make_model, model_class, config):
-    base = copies(make_model(model_class))
+@on(HEADED, CASES | {
+    "lora, its biases": LoraConfig(r=4, bias="lora_only"), "lora, every bias": LoraConfig(r=4, bias="all"),
+    "lora everywhere, dropout": LoraConfig(r=4, lora_dropout=0.1, **EVERYWHERE), "pissa": PISSA["pissa"],
+    "lora in one block": LoraConfig(r=4, layers_to_transform=1)})
+def test_steps_of_adamw_move_every_declared_tensor_and_no_other_bit(make_model, model_class, config):
     model = inject(make_model(model_class), config).train()
-    declared, before = set(trained_tensors(model)), copies(model)
+    declared, before = trained_names(model), copies(model)
     assert {name for name in declared if not name.startswith("transformer.")} == set(HEAD_TENSORS[model_class])
-    train(model)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, before[name]) == (name not in declared or tensor.numel() == 0), name
-    for name, parameter in model.named_parameters():
-        assert parameter.requires_grad == (name in declared) and (parameter.grad is not None) == (name in declared)
-    after = copies(remove(model))  # and taking the method out leaves the base, bit for bit, head and biases too
-    assert list(after) == list(base)
-    assert all(torch.equal(after[name], base[name]) for name in base)
-    assert all(p.requires_grad for p in model.parameters())
+    for steps, weight_decay in ((4, 0.0), (1, 0.1)):
+        train(model, steps, weight_decay)
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, before[name]) == (name not in declared or tensor.numel() == 0), name
+        for name, parameter in model.named_parameters():
+            assert parameter.requires_grad == (parameter.grad is not None) == (name in declared), name
 
 
-@on([GPT2ForSequenceClassification])
+@on([GPT2ForSequenceClassification], CASES | {"lora everywhere": LoraConfig(r=4, **EVERYWHERE)})
 def test_each_method_learns_to_tell_two_texts_apart(make_model, model_class, config):
     model = inject(make_model(model_class), config).train()
     optimizer = torch.optim.AdamW(trained_tensors(model).values(), lr=2e-2, weight_decay=0.0)
@@ -243,10 +182,11 @@ def test_each_method_learns_to_tell_two_texts_apart(make_model, model_class, con
         optimizer.zero_grad()
         F.cross_entropy(model(IDS, MASK), torch.tensor([0, 1])).backward()
         optimizer.step()
-    assert F.cross_entropy(model.eval()(IDS, MASK), torch.tensor([0, 1])) < 0.1
+    assert F.cross_entropy(model.eval()(IDS, MASK), torch.tensor([0, 1])) < 0.05
 
 
-@on([GPT2ForSequenceClassification], {name: config for name, config in CASES.items() if "dora" not in name})
+@on([GPT2ForSequenceClassification], {name: config for name, config in CASES.items() if "dora" not in name} | {
+    "lora everywhere": LoraConfig(r=1, **EVERYWHERE)})
 def test_gradients_of_a_whole_model_pass_gradcheck_in_float64(make_model, model_class, config):
     # DoRA's are no derivative of its output, by design: test_dora.py holds its norm constant.
     sizes = GPT2Config(vocab_size=11, n_positions=8, n_embd=4, n_layer=1, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0,
@@ -314,8 +254,13 @@ def test_on_a_bfloat16_base_what_is_added_is_float32_and_the_output_bfloat16(mak
              for name, p in layer.named_parameters(prefix=layer_name) if name.removeprefix(f"{layer_name}.")
              in layer.trained}
     assert added and all(parameter.dtype == torch.float32 for parameter in added.values())
+    perturb(model)
     logits = model(IDS, MASK)
     assert logits.dtype == torch.bfloat16 and logits.isfinite().all() and logits.shape == exact.shape
+    for layer in active_injections(model)[0].layers.values():
+        if isinstance(layer, ReplacementLayer):
+            x = torch.randn(3, layer.base_layer.in_features).bfloat16()
+            assert layer(x).dtype == layer.merged()["weight"].dtype == torch.bfloat16
 
 
 # --- hooks and transforms ---------------------------------------------------------------------------------------------
@@ -375,115 +320,47 @@ def test_gradients_can_be_differentiated_again(make_model, model_class, config):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
-# --- on and off -------------------------------------------------------------------------------------------------------
-
-@on([GPT2LMHeadModel, GPT2ForSequenceClassification, GPT2Model])
-def test_disable_adapter_is_exactly_the_base_model_inside_and_the_trained_one_outside(make_model, model_class, config):
-    model = make_model(model_class)
-    base = model(IDS, MASK)
-    perturb(inject(model, config))
-    trained, flags = model(IDS, MASK), {name: p.requires_grad for name, p in model.named_parameters()}
-    assert not torch.allclose(trained, base, atol=1e-3)
-    with disable_adapter(model):
-        assert torch.equal(model(IDS, MASK), base)
-        assert not any(isinstance(module, AdapterLayer) for module in model.modules())
-    assert torch.equal(model(IDS, MASK), trained)
-    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
-
-
-def test_a_model_that_carries_nothing_can_be_disabled_and_stays_as_it_is(make_model):
-    model = make_model(GPT2LMHeadModel)
-    before = snapshot(model)
-    with disable_adapter(model):
-        assert_unchanged(model, before)
-    assert_unchanged(model, before)
-
-
-def pickled(model):
-    memory = io.BytesIO()
-    torch.save(model, memory)
-    memory.seek(0)
-    return torch.load(memory, weights_only=False)
-
-
-@on([GPT2ForSequenceClassification], CASES | {"linear adapter": BottleneckConfig(non_linearity="none")})
-@pytest.mark.parametrize("copier", [copy.deepcopy, pickled])
-def test_a_copy_of_an_injected_model_is_complete_and_independent(make_model, model_class, config, copier):
-    model = make_model(model_class)
-    base = model(IDS, MASK)
-    perturb(inject(model, config))
-    expected, before = model(IDS, MASK), snapshot(model)
-    twin = copier(model)
-    assert torch.equal(twin(IDS, MASK), expected)
-    perturb(twin)
-    assert not torch.equal(twin(IDS, MASK), expected)
-    remove(twin)
-    assert torch.equal(twin(IDS, MASK), base)
-    assert_unchanged(model, before)
-    assert torch.equal(model(IDS, MASK), expected)
-
-
-# --- merge ------------------------------------------------------------------------------------------------------------
-
-@on([*HEADED, GPT2Model], MERGEABLE)
-def test_a_merged_model_computes_the_same_with_plain_layers_and_unmerging_is_bit_exact(make_model, model_class, config):
-    keys = list(make_model(model_class).state_dict())
-    model = inject(make_model(model_class), config)
-    start = model(IDS, MASK)
-    perturb(model)
-    expected, before = model(IDS, MASK), snapshot(model)
-    assert (expected - start).abs().max() > 1e-2
-    assert merge(model) is model
-    torch.testing.assert_close(model(IDS, MASK), expected, atol=1e-5, rtol=1e-5)
-    assert not any(isinstance(module, AdapterLayer) for module in model.modules())
-    assert list(model.state_dict()) == keys
-    unmerge(model)
-    assert_unchanged(model, before)
-    assert torch.equal(model(IDS, MASK), expected)
-
-
-@on([GPT2ForSequenceClassification], {name: config for name, config in CASES.items() if name not in MERGEABLE})
-def test_merging_what_is_no_change_of_weights_is_refused_and_changes_nothing(make_model, model_class, config):
-    model = perturb(inject(make_model(model_class), config))
-    before = snapshot(model)
-    refused(InjectionError, "cannot be merged: it is not a change of weights|there is nothing to merge: (head|bitfit) "
-                            "trains the model's own tensors", lambda: merge(model))
-    assert_unchanged(model, before)
-
-
-def test_merging_a_combination_with_one_part_that_cannot_be_merged_changes_neither(make_model):
-    model = inject(make_model(GPT2LMHeadModel), LoraConfig(r=2))
-    perturb(inject(model, PrefixTuningConfig(**SMALL)))
-    before = snapshot(model)
-    refused(InjectionError, "Prefix cannot be merged", lambda: merge(model))
-    assert_unchanged(model, before)
-
-
 # --- adapter folders --------------------------------------------------------------------------------------------------
 
-def fresh(make_model, model_class, **fields):
-    """The same base with another head: what somebody loading an adapter has."""
-    model = make_model(model_class, **fields)
-    if model_class in HEADED[1:]:
-        nn.init.normal_(getattr(model, model.head).weight)
-    return model
+ROUND_TRIPS_OF_LORA = {
+    "lora everywhere": LoraConfig(r=2, **EVERYWHERE),
+    "lora, expression": LoraConfig(r=2, target_modules=r"(.*\.)?h\.[01]\.mlp\.c_(fc|proj)"),
+    "lora in one block": LoraConfig(r=2, target_modules=["c_attn", "transformer.h.0.mlp.c_fc"], layers_to_transform=1,
+                                    layers_pattern="h"),
+    "lora everywhere but": LoraConfig(r=2, exclude_modules=["c_fc", "transformer.h.0.attn.c_proj"], **EVERYWHERE),
+    "lora, patterns": LoraConfig(r=2, target_modules=["c_attn", "c_fc"], rank_pattern={"c_fc": 5},
+                                 alpha_pattern={r"h\.1\.attn\.c_attn": 30}),
+    "lora, its biases": LoraConfig(r=2, bias="lora_only"),
+    "lora, every bias": LoraConfig(r=2, bias="all"),
+    "lora, rsLoRA": LoraConfig(r=4, use_rslora=True, lora_alpha=2.5),
+    "lora, gaussian": LoraConfig(r=2, init_lora_weights="gaussian", lora_dropout=0.3),
+    "lora, random": LoraConfig(r=2, init_lora_weights=False),
+    "pissa": LoraConfig(r=2, init_lora_weights="pissa"),
+    "dora, two targets": LoraConfig(r=2, use_dora=True, target_modules=["c_attn", "mlp.c_proj"]),
+}
 
 
-@on([*HEADED, GPT2Model])
-def test_a_saved_adapter_loads_into_a_fresh_base_with_equal_logits(make_model, tmp_path, model_class, config):
-    model = perturb(inject(make_model(model_class), config))
+@on(EVERY_CLASS, CASES | ROUND_TRIPS_OF_LORA)
+def test_a_saved_adapter_loads_into_a_fresh_base_and_is_removed_again(make_model, tmp_path, model_class, config):
+    model, base = perturb(inject(make_model(model_class), config)), make_model(model_class)
     expected = model(IDS, MASK)
-    assert (expected - make_model(model_class)(IDS, MASK)).abs().max() > 1e-3
+    assert not torch.allclose(expected, base(IDS, MASK), atol=1e-3)
     save_adapter(model, tmp_path / "first")
-    loaded = load_adapter(fresh(make_model, model_class), tmp_path / "first")
-    # An LSTM's kernel differs in the last bit with and without a gradient; nothing else may.
-    torch.testing.assert_close(loaded(IDS, MASK), expected, atol=1e-6, rtol=1e-5)
+    base.get_parameter("wpe.weight" if model_class is GPT2Model else "transformer.wpe.weight").requires_grad_(False)
+    before = snapshot(renew_head(base))
+    loaded = load_adapter(base, tmp_path / "first")
+    assert loaded is base
+    if isinstance(config, PromptEncoderConfig) and config.encoder_reparameterization_type == "LSTM":
+        torch.testing.assert_close(loaded(IDS, MASK), expected, atol=1e-6, rtol=1e-5)  # what it makes is stored
+    else:
+        assert torch.equal(loaded(IDS, MASK), expected)
     assert not any(module.training for module in loaded.modules())
+    if not isinstance(config, VIRTUAL):  # of these only the table is stored, not what makes it
+        assert trained_names(loaded) == trained_names(model)
     save_adapter(loaded, tmp_path / "second")
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
-    assert torch.equal(remove(loaded)(IDS, MASK), fresh(make_model, model_class)(IDS, MASK)) \
-        or model_class in HEADED[1:]
+    assert_unchanged(remove(loaded), before)
 
 
 def files_of(folder):
@@ -513,22 +390,11 @@ def test_loading_leaves_the_random_generator_where_it_was(make_model, tmp_path, 
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
-@on([GPT2ForSequenceClassification])
-def test_removing_a_loaded_adapter_gives_back_the_base_and_its_gradient_flags(
-        make_model, tmp_path, model_class, config):
-    save_adapter(perturb(inject(make_model(model_class), config)), tmp_path)
-    model = make_model(model_class)
-    model.transformer.wpe.weight.requires_grad_(False)
-    before = snapshot(model)
-    remove(load_adapter(model, tmp_path))
-    assert_unchanged(model, before)
-
-
 @on([GPT2LMHeadModel])
 def test_training_goes_on_from_a_loaded_adapter(make_model, tmp_path, model_class, config):
     save_adapter(perturb(inject(make_model(model_class), config)), tmp_path)
     model = load_adapter(make_model(model_class), tmp_path).train()
-    declared, before = set(trained_tensors(model)), copies(model)
+    declared, before = trained_names(model), copies(model)
     train(model)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]) == (name not in declared), name
@@ -599,15 +465,6 @@ def edit_tensors(folder, change):
     save_file(tensors, path)
 
 
-def assert_refused(model, folder, error, message):
-    """Loading fails with one line, and leaves the model and the random generator as they were."""
-    model.transformer.h[0].train()  # a mixture of modes, to see that it survives
-    before, random_state = snapshot(model), torch.get_rng_state()
-    refused(error, message, lambda: load_adapter(model, folder))
-    assert_unchanged(model, before)
-    assert torch.equal(torch.get_rng_state(), random_state)
-
-
 def insert_tensor(tensors, first):
     tensors["base_model.model.transformer.h.0.ln_1.other"] = torch.zeros(3)
 
@@ -624,13 +481,14 @@ def insert_tensor(tensors, first):
 def test_tensors_that_do_not_fit_are_named(make_model, tmp_path, model_class, config, change, message):
     save_adapter(inject(make_model(model_class), config), tmp_path)
     edit_tensors(tmp_path, change)
-    assert_refused(make_model(model_class), tmp_path, AdapterError, message)
+    assert_load_refused(make_model(model_class), tmp_path, AdapterError, message)
 
 
 @on([GPT2ForSequenceClassification])
 def test_an_adapter_of_another_base_is_refused(make_model, tmp_path, model_class, config):
     save_adapter(inject(make_model(model_class), config), tmp_path)
-    assert_refused(make_model(model_class, seed=1), tmp_path, AdapterError, "trained on another base model")
+    assert_load_refused(make_model(model_class, seed=1), tmp_path, AdapterError,
+                        r"trained on another base model.*fingerprint \w{16}")
 
 
 @on([GPT2ForSequenceClassification, GPT2LMHeadModel])
@@ -640,7 +498,7 @@ def test_an_adapter_of_another_width_is_refused_also_where_no_fingerprint_tells(
     save_adapter(inject(make_model(model_class), config), tmp_path)
     (tmp_path / "minipeft.json").unlink()
     model = make_model(model_class, dataclasses.replace(tiny_config, **sizes))
-    assert_refused(model, tmp_path, MinipeftError, "this model needs|made for another token_dim; this model's is")
+    assert_load_refused(model, tmp_path, MinipeftError, "this model needs|made for another token_dim; this model's is")
 
 
 # A prompt fits any depth. What names its targets in full (IA3, all-linear) means these blocks, also of a deeper model.
@@ -653,14 +511,15 @@ def test_an_adapter_of_another_depth_is_refused_also_where_no_fingerprint_tells(
     save_adapter(inject(make_model(model_class), config), tmp_path)
     (tmp_path / "minipeft.json").unlink()
     model = make_model(model_class, dataclasses.replace(tiny_config, n_layer=n_layer))
-    assert_refused(model, tmp_path, MinipeftError, "missing |unexpected |another num_layers|match nothing|blocks 0 to")
+    assert_load_refused(model, tmp_path, MinipeftError,
+                        "missing |unexpected |another num_layers|match nothing|blocks 0 to")
 
 
 @on([GPT2ForSequenceClassification])
 def test_an_adapter_for_another_head_is_refused(make_model, tmp_path, model_class, config):
     save_adapter(inject(make_model(model_class), config), tmp_path)
     for other in (GPT2LMHeadModel, GPT2ForTokenClassification):
-        assert_refused(make_model(other), tmp_path, AdapterError, "was trained for SEQ_CLS, this model is for")
+        assert_load_refused(make_model(other), tmp_path, AdapterError, "was trained for SEQ_CLS, this model is for")
 
 
 @on([GPT2ForSequenceClassification], {name: CASES[name] for name in (
@@ -670,7 +529,8 @@ def test_a_folder_that_claims_to_be_of_another_method_is_refused(make_model, tmp
     for kind in kinds - {config.peft_type}:
         save_adapter(inject(make_model(model_class), config), tmp_path)
         edit_config(tmp_path, peft_type=kind)
-        assert_refused(make_model(model_class), tmp_path, MinipeftError, "does not fit|does not implement|num_virtual")
+        assert_load_refused(make_model(model_class), tmp_path, MinipeftError,
+                            "does not fit|does not implement|num_virtual")
 
 
 @pytest.mark.parametrize(("name", "fields", "message"), [
@@ -700,7 +560,7 @@ def test_a_folder_that_claims_to_be_of_another_method_is_refused(make_model, tmp
 def test_a_config_that_contradicts_its_tensors_or_the_model_is_refused(make_model, tmp_path, name, fields, message):
     save_adapter(inject(make_model(GPT2ForSequenceClassification), CASES[name]), tmp_path)
     edit_config(tmp_path, **fields)
-    assert_refused(make_model(GPT2ForSequenceClassification), tmp_path, MinipeftError, message)
+    assert_load_refused(make_model(GPT2ForSequenceClassification), tmp_path, MinipeftError, message)
 
 
 # --- bad configurations -----------------------------------------------------------------------------------------------
@@ -819,7 +679,7 @@ def test_a_refused_configuration_says_why_and_leaves_the_model_as_it_was(make_mo
     model = make_model(GPT2ForSequenceClassification)
     model.transformer.wpe.weight.requires_grad_(False)
     before, random_state = snapshot(model), torch.get_rng_state()
-    refused(error, message, lambda: inject(model, config()))
+    assert_refused(error, message, lambda: inject(model, config()))
     assert_unchanged(model, before)
     assert torch.equal(torch.get_rng_state(), random_state)
 
@@ -830,200 +690,11 @@ def test_a_vocabulary_that_cannot_be_read_is_refused_before_anything_is_touched(
     before = snapshot(model)
     config = PromptTuningConfig(**SMALL, prompt_tuning_init="TEXT", prompt_tuning_init_text="a good film",
                                 tokenizer_name_or_path=str(tmp_path))
-    refused(WeightsError, "is not a tiktoken rank file", lambda: inject(model, config))
+    assert_refused(WeightsError, "is not a tiktoken rank file", lambda: inject(model, config))
     assert_unchanged(model, before)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_field_that_a_method_does_not_have_is_refused_by_name(method):
-    refused(ConfigError, f"{METHODS[method].config_class.__name__} has no field rank_of_all_things; it has ",
-            lambda: METHODS[method].config(rank_of_all_things=3))
-
-
-# --- several methods together -----------------------------------------------------------------------------------------
-
-COMBINATIONS = {
-    "lora + prefix": [LoraConfig(r=2), PrefixTuningConfig(**SMALL)],
-    "prefix + lora everywhere": [PrefixTuningConfig(**SMALL, prefix_projection=True),
-                                 LoraConfig(r=2, target_modules="all-linear")],
-    "adapter + bitfit": [BottleneckConfig(bottleneck_size=4), BitFitConfig()],
-    "bitfit + adapter": [BitFitConfig(), BottleneckConfig(bottleneck_size=4, architecture="parallel")],
-    "normalising adapter + LayerNorms": [BottleneckConfig(bottleneck_size=4, layer_norm=True),
-                                         BitFitConfig(train="layer_norm")],
-    "bitfit + lora with biases": [BitFitConfig(), LoraConfig(r=2, bias="all")],
-    "adapter + lora everywhere": [BottleneckConfig(bottleneck_size=4), LoraConfig(r=2, target_modules="all-linear")],
-    "ptuning + bitfit": [PromptEncoderConfig(**SMALL, encoder_reparameterization_type="LSTM"), BitFitConfig()],
-    "dora + ia3, each its own targets": [LoraConfig(r=2, use_dora=True, target_modules=["c_fc"]), IA3Config()],
-    "prompt + ia3 + adapter + bitfit": [PromptTuningConfig(**SMALL), IA3Config(), BottleneckConfig(bottleneck_size=4),
-                                        BitFitConfig()],
-}
-
-
-def bare(names):
-    """Names of parameters as they are in the bare model."""
-    return {name.replace(".base_layer.", ".") for name in names}
-
-
-@pytest.mark.parametrize("configs", COMBINATIONS.values(), ids=COMBINATIONS)
-@pytest.mark.parametrize("model_class", [GPT2LMHeadModel, GPT2ForSequenceClassification])
-def test_a_combination_trains_what_each_part_trains_and_can_be_saved_switched_off_and_removed(
-        make_model, tmp_path, model_class, configs):
-    base, model = make_model(model_class), make_model(model_class)
-    apart = set()
-    for config in configs:
-        inject(model, config)
-        apart |= bare(trained_tensors(inject(make_model(model_class), config)))
-    assert bare(trained_tensors(model)) == apart
-    before = copies(model.train())
-    train(model)
-    for name, tensor in model.eval().state_dict().items():
-        assert torch.equal(tensor, before[name]) == (bare([name]).isdisjoint(apart)), name
-
-    expected = model(IDS, MASK)
-    with disable_adapter(model):
-        assert torch.equal(model(IDS, MASK), base(IDS, MASK))
-    assert torch.equal(model(IDS, MASK), expected)
-    save_adapter(model, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(config.method for config in configs)
-    torch.testing.assert_close(load_adapter(fresh(make_model, model_class), tmp_path)(IDS, MASK), expected,
-                               atol=1e-6, rtol=1e-6)
-    remove(model)
-    assert list(model.state_dict()) == list(base.state_dict())
-    assert all(torch.equal(tensor, base.state_dict()[name]) for name, tensor in model.state_dict().items())
-
-
-def test_lora_beside_a_prefix_is_the_prefix_on_a_base_with_lora_folded_in_by_hand(make_model):
-    model = inject(make_model(GPT2LMHeadModel), LoraConfig(r=2, lora_alpha=6))
-    perturb(inject(model, PrefixTuningConfig(**SMALL)))
-    by_hand = make_model(GPT2LMHeadModel)
-    with torch.no_grad():
-        for block, adapted in zip(by_hand.transformer.h, model.transformer.h):
-            c_attn = adapted.attn.c_attn
-            block.attn.c_attn.weight += 3.0 * c_attn.lora_B.weight @ c_attn.lora_A.weight
-        inject(by_hand, PrefixTuningConfig(**SMALL))
-        by_hand.transformer.prefix_tuning.encoder.weight.copy_(model.transformer.prefix_tuning.encoder.weight)
-    torch.testing.assert_close(model(IDS, MASK), by_hand(IDS, MASK), atol=1e-5, rtol=1e-5)
-
-
-def test_positions_taken_by_virtual_tokens_are_not_free_for_more(make_model):
-    model = inject(make_model(GPT2LMHeadModel), PrefixTuningConfig(num_virtual_tokens=39))
-    assert model(IDS[:, :1]).shape == (2, 1, 97)
-    refused(ConfigError, "41 tokens do not fit this model: it has 40 positions", lambda: model(IDS[:, :2]))
-
-
-@pytest.mark.parametrize(("first", "second", "message"), [
-    *[(config, config, "already carries .*, which does not combine with") for config in CASES.values()],
-    (FullConfig(), LoraConfig(), "already carries full, which does not combine with lora"),
-    (LoraConfig(), FullConfig(), "already carries lora, which does not combine with full"),
-    (HeadConfig(), BitFitConfig(), "already carries head, which does not combine with bitfit"),
-    (PrefixTuningConfig(**SMALL), HeadConfig(), "already carries prefix, which does not combine with head"),
-    (PromptTuningConfig(**SMALL), PrefixTuningConfig(**SMALL), "already carries prompt, .* with prefix"),
-    (PrefixTuningConfig(**SMALL), PromptEncoderConfig(**SMALL), "already carries prefix, .* with ptuning"),
-    (LoraConfig(), IA3Config(), r"h\.0\.attn\.c_attn already carries a LoRALinear"),
-    (IA3Config(), VeraConfig(), r"h\.0\.attn\.c_attn already carries a IA3Linear"),
-    (VeraConfig(), LoraConfig(use_dora=True), r"h\.0\.attn\.c_attn already carries a VeRALinear"),
-], ids=lambda value: value if isinstance(value, str) else type(value).__name__)
-def test_what_does_not_combine_is_refused_and_the_first_method_stays_as_it_was(make_model, first, second, message):
-    model = inject(make_model(GPT2ForSequenceClassification), first)
-    before = snapshot(model)
-    refused(InjectionError, message, lambda: inject(model, second))
-    assert_unchanged(model, before)
-
-
-def test_methods_of_one_adapter_share_its_name_and_another_name_is_refused(make_model):
-    model = inject(make_model(GPT2LMHeadModel), LoraConfig(r=2), name="films")
-    before = snapshot(model)
-    refused(InjectionError, "the adapter 'films' is active", lambda: inject(model, BitFitConfig(), name="books"))
-    assert_unchanged(model, before)
-    inject(model, BitFitConfig(), name="films")
-    assert adapter_names(model) == ["films"]
-
-
-def test_a_merged_model_takes_no_further_method(make_model):
-    model = merge(perturb(inject(make_model(GPT2LMHeadModel), IA3Config())))
-    before = snapshot(model)
-    refused(InjectionError, "carries ia3, merged into its weights", lambda: inject(model, PrefixTuningConfig(**SMALL)))
-    assert_unchanged(model, before)
-
-
-def test_a_combination_saved_over_one_method_is_what_is_loaded(make_model, tmp_path):
-    model = perturb(inject(make_model(GPT2LMHeadModel), LoraConfig(r=2)))
-    save_adapter(model, tmp_path)
-    perturb(inject(model, PrefixTuningConfig(**SMALL)))
-    save_adapter(model, tmp_path)
-    assert torch.equal(load_adapter(make_model(GPT2LMHeadModel), tmp_path)(IDS), model(IDS))
-
-
-@pytest.mark.parametrize("later", [[LoraConfig(r=2), BitFitConfig()], [LoraConfig(r=2)]], ids=["two", "one"])
-def test_what_is_saved_over_a_combination_is_what_is_loaded(make_model, tmp_path, later):
-    model = inject(make_model(GPT2LMHeadModel), LoraConfig(r=2))
-    save_adapter(perturb(inject(model, PrefixTuningConfig(**SMALL))), tmp_path)
-    model = make_model(GPT2LMHeadModel)
-    for config in later:
-        inject(model, config)
-    save_adapter(perturb(model), tmp_path)
-    assert torch.equal(load_adapter(make_model(GPT2LMHeadModel), tmp_path)(IDS), model(IDS))
-
-
-def test_a_combination_with_one_damaged_part_is_refused_and_none_of_it_stays(make_model, tmp_path):
-    model = inject(make_model(GPT2ForSequenceClassification), LoraConfig(r=2))
-    save_adapter(inject(model, PrefixTuningConfig(**SMALL)), tmp_path)
-    edit_tensors(tmp_path / "prefix", lambda tensors, first: tensors.pop(first))
-    assert_refused(make_model(GPT2ForSequenceClassification), tmp_path, AdapterError, "prefix.*missing ")
-
-
-# --- several adapters -------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("model_class", [GPT2LMHeadModel, GPT2ForSequenceClassification])
-def test_several_adapters_are_switched_between_without_touching_the_base(make_model, tmp_path, model_class):
-    parts = {"films": [LoraConfig(r=2, bias="all")], "books": [PrefixTuningConfig(**SMALL)], "songs": [BitFitConfig()],
-             "games": [BottleneckConfig(bottleneck_size=4), BitFitConfig(train="layer_norm")],
-             "plays": [PromptEncoderConfig(**SMALL)], "poems": [LoraConfig(r=3, init_lora_weights="pissa")]}
-    base, alone, together = make_model(model_class)(IDS, MASK), {}, make_model(model_class)
-    for seed, (name, configs) in enumerate(parts.items()):
-        model = make_model(model_class)
-        for config in configs:
-            inject(model, config)
-        save_adapter(perturb(model, seed=seed), tmp_path / name)
-        alone[name] = model(IDS, MASK)
-        load_adapter(together, tmp_path / name, name=name)
-    assert adapter_names(together) == list(parts)
-    for name in ("books", "films", "poems", "games", "songs", "films", "plays", "books", "books"):
-        assert set_adapter(together, name) is together
-        torch.testing.assert_close(together(IDS, MASK), alone[name], atol=1e-6, rtol=1e-6)
-        with disable_adapter(together):
-            assert torch.equal(together(IDS, MASK), base)
-    remove(together, "films")                                                    # one that is out of force
-    torch.testing.assert_close(together(IDS, MASK), alone["books"], atol=1e-6, rtol=1e-6)
-    remove(together, "books")                                                    # the active one
-    assert torch.equal(together(IDS, MASK), base)
-    torch.testing.assert_close(set_adapter(together, "poems")(IDS, MASK), alone["poems"], atol=1e-6, rtol=1e-6)
-    before = snapshot(together)
-    refused(InjectionError, "no adapter 'films'; there are songs, games, plays, poems",
-            lambda: set_adapter(together, "films"))
-    refused(InjectionError, "no adapter 'films'", lambda: remove(together, "films"))
-    refused(InjectionError, "already carries an adapter 'songs'",
-            lambda: load_adapter(together, tmp_path / "songs", name="songs"))
-    assert_unchanged(together, before)
-    remove(together)
-    assert torch.equal(together(IDS, MASK), base)
-    assert all(p.requires_grad for p in together.parameters())
-
-
-def test_a_refused_load_puts_the_adapter_that_was_active_back(make_model, tmp_path):
-    save_adapter(perturb(inject(make_model(GPT2LMHeadModel), PrefixTuningConfig(**SMALL))), tmp_path)
-    edit_tensors(tmp_path, lambda tensors, first: tensors[first].fill_(math.nan))
-    model = perturb(inject(make_model(GPT2LMHeadModel), LoraConfig(r=2, bias="all"), name="films"))
-    before = snapshot(model)
-    refused(AdapterError, "holds NaN", lambda: load_adapter(model, tmp_path, name="books"))
-    assert_unchanged(model, before)
-    assert adapter_names(model) == ["films"]
-
-
-def test_a_merged_adapter_must_be_unmerged_before_another_takes_its_place(make_model, tmp_path):
-    save_adapter(perturb(inject(make_model(GPT2LMHeadModel), BitFitConfig())), tmp_path)
-    model = merge(perturb(inject(make_model(GPT2LMHeadModel), LoraConfig(r=2, use_dora=True))))
-    before = snapshot(model)
-    refused(InjectionError, "merged into the weights: call unmerge first",
-            lambda: load_adapter(model, tmp_path, name="other"))
-    assert_unchanged(model, before)
+    assert_refused(ConfigError, f"{METHODS[method].config_class.__name__} has no field rank_of_all_things; it has ",
+                   lambda: METHODS[method].config(rank_of_all_things=3))

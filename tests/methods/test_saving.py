@@ -10,7 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import HEADED, IDS, MASK, assert_unchanged, build, inject_all, perturb, snapshot, with_new_head
+from models import (
+    IDS,
+    MASK,
+    assert_load_refused,
+    assert_unchanged,
+    build,
+    inject_all,
+    perturb,
+    snapshot,
+    with_new_head,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -21,7 +31,6 @@ from minipeft import (
     GPT2ForSequenceClassification,
     GPT2ForTokenClassification,
     GPT2LMHeadModel,
-    GPT2Model,
     LoraConfig,
     PrefixTuningConfig,
     disable_adapter,
@@ -31,7 +40,7 @@ from minipeft import (
     save_adapter,
     unmerge,
 )
-from minipeft.errors import AdapterError, ConfigError, InjectionError, MinipeftError, OutputError
+from minipeft.errors import AdapterError, ConfigError, MinipeftError, OutputError
 from minipeft.methods.injection import active_injections
 from minipeft.methods.saving import read_details
 
@@ -66,52 +75,11 @@ def edit_tensors(path, change):
 
 
 def assert_refused(tiny_config, folder, error, message, model_class=GPT2ForSequenceClassification, model=None):
-    """Loading fails with one line that names the problem, and leaves model and generator as they were."""
-    model = model if model is not None else build(model_class, tiny_config)
-    model.transformer.h[0].train()  # a mixture of modes, to see that it survives
-    before, random_state = snapshot(model), torch.get_rng_state()
-    with pytest.raises(error, match=message) as caught:
-        load_adapter(model, folder)
-    assert "\n" not in str(caught.value)
-    assert_unchanged(model, before)
-    assert torch.equal(torch.get_rng_state(), random_state)
+    """Loading on a fresh model, or on the given one, fails with one line that matches, and changes nothing."""
+    assert_load_refused(model if model is not None else build(model_class, tiny_config), folder, error, message)
 
 
 # --- adapter folders: round trips -------------------------------------------------------------------------------------
-
-ROUND_TRIPS = {
-    "c_attn": LoraConfig(r=2, lora_alpha=6),
-    "all-linear": LoraConfig(r=2, target_modules="all-linear"),
-    "expression": LoraConfig(r=2, target_modules=r"(.*\.)?h\.[01]\.mlp\.c_(fc|proj)"),
-    "blocks": LoraConfig(r=2, target_modules=["c_attn", "transformer.h.0.mlp.c_fc"], layers_to_transform=1,
-                         layers_pattern="h"),
-    "excluded": LoraConfig(r=2, target_modules="all-linear", exclude_modules=["c_fc", "transformer.h.0.attn.c_proj"]),
-    "patterns": LoraConfig(r=2, target_modules=["c_attn", "c_fc"], rank_pattern={"c_fc": 5},
-                           alpha_pattern={r"h\.1\.attn\.c_attn": 30}),
-    "lora_only": LoraConfig(r=2, bias="lora_only"),
-    "bias all": LoraConfig(r=2, bias="all"),
-    "rslora": LoraConfig(r=4, use_rslora=True, lora_alpha=2.5),
-    "gaussian": LoraConfig(r=2, init_lora_weights="gaussian", lora_dropout=0.3),
-    "random init": LoraConfig(r=2, init_lora_weights=False),
-    "pissa": LoraConfig(r=2, init_lora_weights="pissa"),
-    "dora": LoraConfig(r=2, use_dora=True, target_modules=["c_attn", "mlp.c_proj"]),
-}
-
-
-@pytest.mark.parametrize("model_class", [*HEADED, GPT2Model])
-@pytest.mark.parametrize("config", ROUND_TRIPS.values(), ids=ROUND_TRIPS)
-def test_a_saved_adapter_loads_into_a_fresh_base_with_equal_logits(tiny_config, tmp_path, model_class, config):
-    model = perturb(inject(build(model_class, tiny_config), config)).eval()
-    base = build(model_class, tiny_config)
-    assert not torch.allclose(model(IDS, MASK), base(IDS, MASK), atol=1e-3)
-    save_adapter(model, tmp_path)
-    fresh = base if model_class is GPT2Model else with_new_head(model_class, tiny_config)
-    assert load_adapter(fresh, tmp_path) is fresh
-    assert torch.equal(fresh(IDS, MASK), model(IDS, MASK))
-    assert not any(module.training for module in fresh.modules())
-    assert {n for n, p in fresh.named_parameters() if p.requires_grad} == {
-        n for n, p in model.named_parameters() if p.requires_grad}
-
 
 @pytest.mark.parametrize("pattern", [
     {"rank_pattern": {"c_proj": 2, "attn.c_proj": 4}}, {"alpha_pattern": {"c_proj": 2, "attn.c_proj": 40}}], ids=str)
@@ -134,13 +102,6 @@ def test_saving_after_loading_gives_the_same_files(tiny_config, tmp_path, adapte
     model = load_adapter(with_new_head(GPT2ForSequenceClassification, tiny_config), folder)
     save_adapter(model, tmp_path / "again", details={"labels": ["bad", "good"]})
     assert contents(tmp_path / "again") == contents(folder)
-
-
-def test_loading_leaves_the_random_generator_where_it_was(tiny_config, adapter):
-    model = build(GPT2ForSequenceClassification, tiny_config)
-    before = torch.get_rng_state()
-    load_adapter(model, adapter[0])
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_loaded_adapter_can_be_disabled_merged_and_unmerged(tiny_config, adapter):
@@ -268,11 +229,13 @@ COMBINED = [LoraConfig(r=2), PrefixTuningConfig(num_virtual_tokens=3)]
 @pytest.mark.parametrize(("older", "newer"), [
     ([LoraConfig(r=3)], COMBINED), (COMBINED, [LoraConfig(r=3)]), (COMBINED, [LoraConfig(r=3), BitFitConfig()])],
     ids=["one, then two", "two, then one", "two, then another two"])
-def test_what_is_loaded_is_what_was_saved_last_whether_one_method_or_several(tiny_config, tmp_path, older, newer):
+@pytest.mark.parametrize("model_class", [GPT2LMHeadModel, GPT2ForSequenceClassification])
+def test_what_is_loaded_is_what_was_saved_last_whether_one_method_or_several(
+        tiny_config, tmp_path, model_class, older, newer):
     for configs in (older, newer):
-        model = perturb(inject_all(build(GPT2ForSequenceClassification, tiny_config), *configs))
+        model = perturb(inject_all(build(model_class, tiny_config), *configs))
         save_adapter(model, tmp_path)
-    loaded = load_adapter(with_new_head(GPT2ForSequenceClassification, tiny_config), tmp_path)
+    loaded = load_adapter(with_new_head(model_class, tiny_config), tmp_path)
     assert {injection.method for injection in active_injections(loaded)} == {
         injection.method for injection in active_injections(model)}
     assert torch.equal(loaded(IDS, MASK), model(IDS, MASK))
@@ -356,12 +319,6 @@ def test_a_place_that_cannot_be_a_folder_is_an_output_error(tiny_config, tmp_pat
 
 
 # --- adapter folders: refused to load ---------------------------------------------------------------------------------
-
-def test_an_adapter_does_not_load_on_another_base(tiny_config, adapter):
-    other = build(GPT2ForSequenceClassification, tiny_config, seed=1)
-    assert_refused(tiny_config, adapter[0], AdapterError, r"trained on another base model.*fingerprint \w{16}",
-                   model=other)
-
 
 def test_one_changed_embedding_row_is_another_base(tiny_config, adapter):
     other = build(GPT2ForSequenceClassification, tiny_config)
@@ -492,13 +449,6 @@ def test_tensors_that_do_not_fit_are_named(tiny_config, adapter, change, message
     assert_refused(tiny_config, adapter[0], AdapterError, message)
 
 
-def test_a_failed_load_leaves_what_the_user_had_frozen_frozen(tiny_config, adapter):
-    edit_tensors(adapter[0] / TENSORS, missing_a)
-    model = build(GPT2ForSequenceClassification, tiny_config)
-    model.transformer.wpe.weight.requires_grad_(False)
-    assert_refused(tiny_config, adapter[0], AdapterError, "missing", model=model)
-
-
 def test_all_problems_are_told_at_once(tiny_config, adapter):
     def spoil(tensors):
         missing_a(tensors)
@@ -507,12 +457,6 @@ def test_all_problems_are_told_at_once(tiny_config, adapter):
 
     edit_tensors(adapter[0] / TENSORS, spoil)
     assert_refused(tiny_config, adapter[0], AdapterError, r"missing .*h\.1.*; unexpected .*h\.2.*; .*h\.0.* NaN")
-
-
-@pytest.mark.parametrize("model_class", [GPT2LMHeadModel, GPT2ForTokenClassification])
-def test_an_adapter_for_another_head_is_refused(tiny_config, adapter, model_class):
-    assert_refused(tiny_config, adapter[0], AdapterError, "was trained for SEQ_CLS, this model is for",
-                   model_class=model_class)
 
 
 def test_an_lm_adapter_is_refused_by_a_classifier(tiny_config, tmp_path):
@@ -599,9 +543,3 @@ def test_a_config_with_a_bad_value_is_refused(tiny_config, adapter, fields):
 def test_a_config_that_contradicts_the_tensors_is_refused(tiny_config, adapter, fields):
     edit_json(adapter[0] / CONFIG, **fields)
     assert_refused(tiny_config, adapter[0], AdapterError, "does not fit this model")
-
-
-def test_a_name_that_is_taken_is_refused(tiny_config, adapter):
-    model = perturb(inject(build(GPT2ForSequenceClassification, tiny_config), LoraConfig(r=2)))
-    assert_refused(tiny_config, adapter[0], InjectionError, "already carries an adapter 'default'.*another name",
-                   model=model)

@@ -1,4 +1,4 @@
-"""Operations on models that carry methods: off, on, from one to another, folded in, taken out, together, copied."""
+"""Switching: adapters off and on, one instead of another, several at once, merged, removed; and copies of all that."""
 
 import copy
 import io
@@ -12,16 +12,23 @@ import pytest
 import torch
 import torch.nn as nn
 from models import (
+    CASES,
+    EVERY_CLASS,
     HEADED,
     IDS,
     MASK,
     adapter_modules,
+    assert_load_refused,
+    assert_refused,
     assert_same_tensors,
     assert_unchanged,
     build,
+    copies,
     inject_all,
+    on,
     perturb,
     snapshot,
+    train,
     trained_names,
     with_new_head,
 )
@@ -33,7 +40,6 @@ from minipeft import (
     FullConfig,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
-    GPT2Model,
     HeadConfig,
     IA3Config,
     LoraConfig,
@@ -55,57 +61,80 @@ from minipeft.errors import AdapterError, InjectionError, MinipeftError
 from minipeft.methods.injection import active_injections
 from minipeft.methods.layers import AdapterLayer
 from minipeft.methods.saving import CONFIG_FILE, TENSORS_FILE
+from minipeft.methods.switch import adapter_names
 
 LORA, PISSA = LoraConfig(r=2, lora_alpha=6), LoraConfig(r=2, init_lora_weights="pissa")
+EVERY_BIAS = LoraConfig(r=2, bias="all")
 DORA_OF_FC = LoraConfig(r=2, use_dora=True, target_modules=["c_fc"])
 IA3_OF_FC = IA3Config(target_modules=["c_fc"], feedforward_modules=[])
 PREFIX, PROMPT = PrefixTuningConfig(num_virtual_tokens=3), PromptTuningConfig(num_virtual_tokens=3)
 PTUNING, ADAPTER = PromptEncoderConfig(num_virtual_tokens=3), BottleneckConfig(bottleneck_size=5, non_linearity="gelu")
-EVERY_METHOD = {
-    "lora": LORA, "lora everywhere": LoraConfig(r=2, target_modules="all-linear", bias="lora_only"),
-    "lora, bias all": LoraConfig(r=2, bias="all"), "lora, random": LoraConfig(r=2, init_lora_weights=False),
-    "pissa": PISSA, "dora": LoraConfig(r=2, use_dora=True), "vera": VeraConfig(r=4, bias="vera_only"),
-    "ia3": IA3Config(), "adapter": ADAPTER, "parallel": BottleneckConfig(architecture="parallel", layer_norm=True),
-    "bitfit": BitFitConfig(), "layer_norm": BitFitConfig(train="layer_norm"), "prompt": PROMPT, "ptuning": PTUNING,
-    "prefix": PREFIX, "prefix, projected": PrefixTuningConfig(num_virtual_tokens=3, prefix_projection=True),
+# More starts and biases, which have to be taken out and put back.
+MORE_CASES = CASES | {
+    "lora everywhere, its biases": LoraConfig(r=2, target_modules="all-linear", bias="lora_only"),
+    "lora, every bias": EVERY_BIAS, "lora, random": LoraConfig(r=2, init_lora_weights=False), "pissa": PISSA,
+    "vera, its biases": VeraConfig(r=4, bias="vera_only"),
 }
-every_method = pytest.mark.parametrize("config", EVERY_METHOD.values(), ids=EVERY_METHOD)
+
+LM_AND_CLASSIFIER = [GPT2LMHeadModel, GPT2ForSequenceClassification]
+lm_and_classifier = pytest.mark.parametrize("model_class", LM_AND_CLASSIFIER)
 
 
 def names_of(configs):
     return " + ".join(config.method for config in configs)
 
 
-def both_orders(*combinations):
-    """parametrize("configs", ...) over each combination, either of its methods first."""
-    orders = [order for combination in combinations for order in itertools.permutations(combination)]
-    return pytest.mark.parametrize("configs", orders, ids=names_of)
+def in_both_orders(*pairs):
+    """Names of two methods -> their configurations, with either first."""
+    return {names_of(order): list(order) for pair in pairs for order in itertools.permutations(pair)}
 
 
 # --- several adapters on one base -----------------------------------------------------------------------------------
 
 class Saved(NamedTuple):
-    """An adapter on disk, and what the model it was saved from computes."""
+    """An adapter on disk, what the model it was saved from computes, and what a model trains that has loaded it."""
 
     folder: Path
     logits: torch.Tensor
     trained: set[str]
 
 
-SEVERAL = {"lora": [LoraConfig(r=2, bias="all")], "pissa": [PISSA], "dora": [DORA_OF_FC], "vera": [VeraConfig(r=4)],
-           "prefix": [PREFIX], "bitfit": [BitFitConfig()], "head": [HeadConfig()],
-           "adapter and ia3": [ADAPTER, IA3_OF_FC]}
+SEVERAL = {"lora": [EVERY_BIAS], "pissa": [PISSA], "dora": [DORA_OF_FC], "vera": [VeraConfig(r=4)], "prefix": [PREFIX],
+           "ptuning": [PTUNING], "bitfit": [BitFitConfig()], "head": [HeadConfig()],
+           "adapter and ia3": [ADAPTER, IA3_OF_FC],
+           "adapter and LayerNorms": [BottleneckConfig(bottleneck_size=4), BitFitConfig(train="layer_norm")]}
+
+
+def names_on(model_class):
+    """Those of SEVERAL that there are for a class."""
+    return [name for name in SEVERAL if name != "head" or model_class is not GPT2LMHeadModel]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """written(model_class, sizes): name -> an adapter of SEVERAL, trained away from its start.
+
+    All tests share these folders: damage a copy.
+    """
+    done = {}
+
+    def write(model_class, sizes):
+        if model_class not in done:
+            folder, done[model_class] = tmp_path_factory.mktemp("adapters"), {}
+            for seed, name in enumerate(names_on(model_class)):
+                model = perturb(inject_all(build(model_class, sizes), *SEVERAL[name]), seed=seed)
+                save_adapter(model, folder / name)
+                trained = trained_names(load_adapter(build(model_class, sizes), folder / name))
+                done[model_class][name] = Saved(folder / name, model(IDS, MASK).detach(), trained)
+        return done[model_class]
+
+    return write
 
 
 @pytest.fixture
-def saved(tiny_config, tmp_path):
-    """name -> a classifier's adapter, each of another method, trained away from its start."""
-    adapters = {}
-    for seed, (name, configs) in enumerate(SEVERAL.items()):
-        model = inject_all(build(GPT2ForSequenceClassification, tiny_config), *configs)
-        save_adapter(perturb(model, seed=seed), tmp_path / name)
-        adapters[name] = Saved(tmp_path / name, model(IDS, MASK), trained_names(model))
-    return adapters
+def saved(written, tiny_config):
+    """name -> a classifier's adapter."""
+    return written(GPT2ForSequenceClassification, tiny_config)
 
 
 def load_all(model, adapters):
@@ -114,12 +143,15 @@ def load_all(model, adapters):
     return model
 
 
-def test_each_of_several_adapters_gives_its_exact_logits_again_and_again(tiny_config, saved):
-    model = with_new_head(GPT2ForSequenceClassification, tiny_config)
+@lm_and_classifier
+def test_each_of_several_adapters_gives_its_exact_logits_again_and_again(tiny_config, written, model_class):
+    saved, model = written(model_class, tiny_config), with_new_head(model_class, tiny_config)
+    model.transformer.wpe.weight.requires_grad_(False)  # a choice of the user's that must survive
     base, before = model(IDS, MASK), snapshot(model)
     for name, adapter in saved.items():
         assert load_adapter(model, adapter.folder, name) is model
         assert torch.equal(model(IDS, MASK), adapter.logits), name
+    assert adapter_names(model) == list(saved)
     for name in [*reversed(saved), *saved, "lora", "lora"]:
         assert set_adapter(model, name) is model
         assert torch.equal(model(IDS, MASK), saved[name].logits), name
@@ -155,18 +187,20 @@ def test_training_one_adapter_changes_neither_the_other_nor_the_base(tiny_config
     assert torch.equal(set_adapter(model, first)(IDS, MASK), trained)
 
 
-@pytest.mark.parametrize("name", SEVERAL)
+@pytest.mark.parametrize(("model_class", "name"), [(c, name) for c in LM_AND_CLASSIFIER for name in names_on(c)])
 @pytest.mark.parametrize("active", [True, False])
-def test_removing_one_adapter_leaves_the_other(tiny_config, saved, name, active):
-    other = "lora" if name != "lora" else "pissa"
-    model = with_new_head(GPT2ForSequenceClassification, tiny_config)
+def test_removing_one_adapter_leaves_the_other(tiny_config, written, model_class, name, active):
+    other, saved = "lora" if name != "lora" else "pissa", written(model_class, tiny_config)
+    model = with_new_head(model_class, tiny_config)
     base, before = model(IDS, MASK), snapshot(model)
     load_all(model, {key: saved[key] for key in (name, other)})
     set_adapter(model, name if active else other)
     assert remove(model, name) is model
     assert torch.equal(model(IDS, MASK), base if active else saved[other].logits)
-    with pytest.raises(InjectionError, match=f"no adapter '{name}'; there are {other}"):
-        set_adapter(model, name)
+    without = snapshot(model)
+    for operation in (set_adapter, remove):
+        assert_refused(InjectionError, f"no adapter '{name}'; there are {other}", lambda: operation(model, name))
+        assert_unchanged(model, without)
     assert torch.equal(set_adapter(model, other)(IDS, MASK), saved[other].logits)
     load_adapter(model, saved[name].folder, name)
     assert torch.equal(model(IDS, MASK), saved[name].logits)
@@ -174,99 +208,141 @@ def test_removing_one_adapter_leaves_the_other(tiny_config, saved, name, active)
     assert_unchanged(remove(model, name), before)
 
 
-def test_loading_and_removing_leaves_frozen_what_the_user_had_frozen_and_nothing_else(tiny_config, saved):
-    model = build(GPT2ForSequenceClassification, tiny_config)
-    model.transformer.wpe.weight.requires_grad_(False)
-    before = snapshot(model)
-    assert_unchanged(remove(load_all(model, saved)), before)
-
-
 @pytest.mark.parametrize("operation", [set_adapter, remove])
 @pytest.mark.parametrize("loaded", [[], ["lora", "prefix"]], ids=["none there", "others there"])
 def test_a_name_that_is_not_there_is_refused_with_those_that_are(tiny_config, saved, operation, loaded):
     model = load_all(build(GPT2ForSequenceClassification, tiny_config), {name: saved[name] for name in loaded})
     before = snapshot(model)
-    with pytest.raises(InjectionError, match=f"no adapter 'Lora'; there are {', '.join(loaded) or 'none'}"):
-        operation(model, "Lora")
+    assert_refused(InjectionError, f"no adapter 'Lora'; there are {', '.join(loaded) or 'none'}",
+                   lambda: operation(model, "Lora"))
     assert_unchanged(model, before)
 
 
-def nothing_matches(folder):
-    edit_config(folder, target_modules=["q_proj"])
+def test_a_name_that_is_taken_or_a_model_without_a_copy_of_its_base_takes_no_adapter(tiny_config, saved):
+    for model, message in ((load_all(build(GPT2ForSequenceClassification, tiny_config), saved),
+                            "already carries an adapter 'lora'.*another name"),
+                           (perturb(inject(build(GPT2ForSequenceClassification, tiny_config), EVERY_BIAS, "lora")),
+                            "already carries an adapter 'lora'.*another name"),
+                           (inject(build(GPT2ForSequenceClassification, tiny_config), FullConfig(), "all"),
+                            "full keeps no copy of the base")):
+        assert_load_refused(model, saved["lora"].folder, InjectionError, message, name="lora")
 
 
-def bad_value(folder):
-    edit_config(folder, r=-1)
-
-
-def another_rank(folder):
-    edit_config(folder, r=3)
-
-
-def no_tensors(folder):
-    (folder / TENSORS_FILE).unlink()
-
-
-def a_tensor_too_many(folder):
-    save_file({**load_file(folder / TENSORS_FILE), "more": torch.zeros(1)}, folder / TENSORS_FILE)
-
+# --- damaged adapters beside an active one ----------------------------------------------------------------------------
 
 def edit_config(folder, **fields):
     file = folder / CONFIG_FILE
     file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
 
 
-@pytest.mark.parametrize("damage", [nothing_matches, bad_value, another_rank, no_tensors, a_tensor_too_many])
-@pytest.mark.parametrize("first", [*SEVERAL, None])
-def test_a_failed_load_leaves_the_adapter_active_active_and_as_it_was(tiny_config, saved, first, damage):
-    model = build(GPT2ForSequenceClassification, tiny_config)
+def edit_tensors(folder, change):
+    """Save the tensors after change(tensors, the first one's name)."""
+    tensors = load_file(folder / TENSORS_FILE)
+    change(tensors, sorted(tensors)[0])
+    save_file(tensors, folder / TENSORS_FILE)
+
+
+def a_tensor_too_many(folder):
+    edit_tensors(folder, lambda tensors, first: tensors.update(more=torch.zeros(1)))
+
+
+def a_tensor_too_few(folder):
+    edit_tensors(folder, lambda tensors, first: tensors.pop(first))
+
+
+def not_a_number(folder):
+    edit_tensors(folder, lambda tensors, first: tensors[first].fill_(torch.nan))
+
+
+DAMAGES = [
+    ("pissa", lambda folder: edit_config(folder, target_modules=["q_proj"]), "'q_proj' match nothing"),
+    ("pissa", lambda folder: edit_config(folder, r=-1), "r must be a positive integer, got -1"),
+    ("pissa", lambda folder: edit_config(folder, r=3), r"this model needs \(72, 3\)"),
+    ("pissa", lambda folder: (folder / TENSORS_FILE).unlink(), f"holds no {TENSORS_FILE}"),
+    ("pissa", a_tensor_too_many, "unexpected more"),
+    ("prefix", not_a_number, "holds NaN or infinity"),
+]
+
+
+@pytest.mark.parametrize(("model_class", "first"), [
+    (model_class, name) for model_class in LM_AND_CLASSIFIER for name in [*names_on(model_class), None]])
+def test_a_failed_load_leaves_the_adapter_active_active_and_as_it_was(
+        tiny_config, tmp_path, written, model_class, first):
+    model, saved = build(model_class, tiny_config), written(model_class, tiny_config)
     if first is not None:
         load_adapter(model, saved[first].folder, "first")
     before, expected = snapshot(model), model(IDS, MASK)
-    damage(saved["pissa"].folder)
-    with pytest.raises(MinipeftError):
-        load_adapter(model, saved["pissa"].folder, "second")
-    assert_unchanged(model, before)
-    assert torch.equal(model(IDS, MASK), expected)
-
-
-def test_a_combination_whose_second_part_is_damaged_is_refused_as_a_whole(tiny_config, saved):
-    model = load_adapter(build(GPT2ForSequenceClassification, tiny_config), saved["bitfit"].folder, "first")
-    before, folder = snapshot(model), saved["adapter and ia3"].folder
-    for part in ("ia3", "adapter"):
-        a_tensor_too_many(folder / part)
-        with pytest.raises(AdapterError, match="unexpected more"):
-            load_adapter(model, folder, "second")
-        save_file({name: tensor for name, tensor in load_file(folder / part / TENSORS_FILE).items() if name != "more"},
-                  folder / part / TENSORS_FILE)
+    for number, (name, damage, message) in enumerate(DAMAGES):
+        damage(shutil.copytree(saved[name].folder, tmp_path / str(number)))
+        assert_refused(MinipeftError, message, lambda: load_adapter(model, tmp_path / str(number), "second"))
         assert_unchanged(model, before)
-    assert torch.equal(load_adapter(model, folder, "second")(IDS, MASK), saved["adapter and ia3"].logits)
+        assert adapter_names(model) == ([] if first is None else ["first"])
+        assert torch.equal(model(IDS, MASK), expected)
 
 
-def test_a_name_that_is_taken_or_a_model_without_a_copy_of_its_base_takes_no_adapter(tiny_config, saved):
-    for model, message in ((load_all(build(GPT2ForSequenceClassification, tiny_config), saved), "already carries"),
-                           (inject(build(GPT2ForSequenceClassification, tiny_config), FullConfig(), "all"),
-                            "full keeps no copy of the base")):
-        before = snapshot(model)
-        with pytest.raises(InjectionError, match=message):
-            load_adapter(model, saved["lora"].folder, "lora")
-        assert_unchanged(model, before)
+@pytest.mark.parametrize("first", ["bitfit", None])
+@pytest.mark.parametrize("configs", [[LORA, PREFIX], [ADAPTER, IA3_OF_FC]], ids=names_of)
+def test_a_combination_with_one_damaged_part_is_refused_as_a_whole(tiny_config, tmp_path, saved, configs, first):
+    whole = perturb(inject_all(build(GPT2ForSequenceClassification, tiny_config), *configs))
+    save_adapter(whole, tmp_path / "whole")
+    model = build(GPT2ForSequenceClassification, tiny_config)
+    if first is not None:
+        load_adapter(model, saved[first].folder, "first")
+    for damage, message in ((a_tensor_too_many, "unexpected more"), (a_tensor_too_few, "missing ")):
+        for part in (config.method for config in configs):
+            folder = shutil.copytree(tmp_path / "whole", tmp_path / f"{damage.__name__} in {part}")
+            damage(folder / part)
+            assert_load_refused(model, folder, AdapterError, f"{part}.*{message}", name="second")
+    assert torch.equal(load_adapter(model, tmp_path / "whole", "second")(IDS, MASK), whole(IDS, MASK))
 
 
 # --- combinations -----------------------------------------------------------------------------------------------------
 
-@both_orders((LORA, PREFIX), (ADAPTER, BitFitConfig()), (LORA, BitFitConfig()), (LORA, ADAPTER), (IA3_OF_FC, LORA),
-             (DORA_OF_FC, LORA), (PISSA, PROMPT), (VeraConfig(r=4), PTUNING))
-@pytest.mark.parametrize("model_class", HEADED)
-def test_two_methods_together(tiny_config, tmp_path, model_class, configs):
-    """Both act and are trained, both come back from disk, and both go without a trace."""
-    model = build(model_class, tiny_config)
-    base, before = model(IDS, MASK), snapshot(model)
-    alone = [trainable_parameters(inject(build(model_class, tiny_config), config)).trainable for config in configs]
-    head = sum(p.numel() for p in getattr(model, model.head).parameters()) if model.head != "lm_head" else 0
-    perturb(inject_all(model, *configs))
-    assert trainable_parameters(model).trainable == sum(alone) - head
+COMBINATIONS = in_both_orders(
+    (LORA, PREFIX), (ADAPTER, BitFitConfig()), (LORA, BitFitConfig()), (LORA, ADAPTER), (IA3_OF_FC, LORA),
+    (DORA_OF_FC, LORA), (PISSA, PROMPT), (VeraConfig(r=4), PTUNING)) | {
+    "lora, every bias, + bitfit": [EVERY_BIAS, BitFitConfig()],
+    "bitfit + lora, every bias": [BitFitConfig(), EVERY_BIAS],
+    "prefix, projected, + lora everywhere": [PrefixTuningConfig(num_virtual_tokens=3, prefix_projection=True),
+                                             LoraConfig(r=2, target_modules="all-linear")],
+    "bitfit + parallel adapter": [BitFitConfig(), BottleneckConfig(non_linearity="gelu", architecture="parallel")],
+    "normalizing adapter + LayerNorms": [BottleneckConfig(non_linearity="gelu", layer_norm=True),
+                                         BitFitConfig(train="layer_norm")],
+    "adapter + lora everywhere": [ADAPTER, LoraConfig(r=2, target_modules="all-linear")],
+    "ptuning, LSTM, + bitfit": [PromptEncoderConfig(num_virtual_tokens=3, encoder_reparameterization_type="LSTM"),
+                                BitFitConfig()],
+    "dora + ia3, each its own targets": [DORA_OF_FC, IA3Config()],
+    "prompt + ia3 + adapter + bitfit": [PROMPT, IA3Config(), ADAPTER, BitFitConfig()],
+}
 
+
+def bare(name):
+    """A tensor's name as it is in the bare model."""
+    return name.replace(".base_layer.", ".")
+
+
+def trained_sizes(model):
+    """Bare name -> number of elements of all that is trained."""
+    return {bare(name): parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("configs", COMBINATIONS.values(), ids=COMBINATIONS)
+@pytest.mark.parametrize("model_class", HEADED)
+def test_methods_together(tiny_config, tmp_path, model_class, configs):
+    """Each trains what it trains alone, all act, all come back from disk, and all go without a trace."""
+    model, alone = build(model_class, tiny_config), {}
+    base, before = model(IDS, MASK), snapshot(model)
+    for config in configs:
+        alone |= trained_sizes(inject(build(model_class, tiny_config), config))
+    inject_all(model, *configs)
+    assert trained_sizes(model) == alone
+    assert trainable_parameters(model).trainable == sum(alone.values())  # what two of them train counts once
+
+    start = copies(model)
+    train(model, steps=2)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, start[name]) == (bare(name) not in alone), name
+    perturb(model).zero_grad()
     expected = model(IDS, MASK)
     expected.square().mean().backward()
     for name, parameter in model.named_parameters():
@@ -278,120 +354,79 @@ def test_two_methods_together(tiny_config, tmp_path, model_class, configs):
     assert torch.equal(model(IDS, MASK), expected)
 
     save_adapter(model, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {config.method for config in configs}
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(config.method for config in configs)
     assert torch.equal(load_adapter(with_new_head(model_class, tiny_config), tmp_path)(IDS, MASK), expected)
 
     assert_unchanged(remove(model), before)
     assert torch.equal(model(IDS, MASK), base)
 
 
-@both_orders((LoraConfig(r=2, bias="all"), BitFitConfig()))
-def test_tensors_that_two_methods_train_are_trained_once_and_given_back(tiny_config, tmp_path, configs):
-    model = build(GPT2ForSequenceClassification, tiny_config)
-    before = snapshot(model)
-    lora_alone = trainable_parameters(inject(build(GPT2ForSequenceClassification, tiny_config), configs[0]
-                                             if configs[0].method == "lora" else configs[1])).trainable
-    perturb(inject_all(model, *configs))
-    assert trainable_parameters(model).trainable == lora_alone
-    save_adapter(model, tmp_path)
-    loaded = load_adapter(with_new_head(GPT2ForSequenceClassification, tiny_config), tmp_path)
-    assert torch.equal(loaded(IDS, MASK), model(IDS, MASK))
-    assert_unchanged(remove(model), before)
+def test_lora_beside_a_prefix_is_the_prefix_on_a_base_with_lora_folded_in_by_hand(tiny_config):
+    model = perturb(inject_all(build(GPT2LMHeadModel, tiny_config), LORA, PREFIX))
+    by_hand = build(GPT2LMHeadModel, tiny_config)
+    with torch.no_grad():
+        for block, adapted in zip(by_hand.transformer.h, model.transformer.h):
+            c_attn = adapted.attn.c_attn
+            block.attn.c_attn.weight += 3.0 * c_attn.lora_B.weight @ c_attn.lora_A.weight
+        inject(by_hand, PREFIX)
+        by_hand.transformer.prefix_tuning.encoder.weight.copy_(model.transformer.prefix_tuning.encoder.weight)
+    torch.testing.assert_close(model(IDS, MASK), by_hand(IDS, MASK), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("present", "refused"), [
-    *[(config, config) for config in (LORA, DORA_OF_FC, VeraConfig(), IA3Config(), ADAPTER, BitFitConfig(), PREFIX)],
-    *itertools.permutations((FullConfig(), LORA), 2), *itertools.permutations((HeadConfig(), ADAPTER), 2),
-    *itertools.permutations((FullConfig(), HeadConfig()), 2), *itertools.permutations((HeadConfig(), PREFIX), 2),
-    *itertools.permutations((PROMPT, PREFIX, PTUNING), 2), (LORA, LoraConfig(target_modules=["c_fc"])),
-    *itertools.permutations((LORA, IA3Config(), VeraConfig(), LoraConfig(use_dora=True)), 2),
-    (LORA, VeraConfig(target_modules="all-linear")), (ADAPTER, LoraConfig(target_modules=["down"])),
-], ids=lambda config: config.method)
-def test_a_refused_combination_leaves_the_model_as_it_was(tiny_config, present, refused):
-    model = perturb(inject(build(GPT2ForSequenceClassification, tiny_config), present))
+def do_not_combine(*pairs):
+    """Rows (first, second, message) of pairs of which each refuses the other."""
+    return [(first, second, f"already carries {first.method}, which does not combine with {second.method}")
+            for pair in pairs for first, second in itertools.permutations(pair)]
+
+
+ONE_LAYER_EACH = {"LoRALinear": LORA, "IA3Linear": IA3Config(), "VeRALinear": VeraConfig(),
+                  "DoRALinear": LoraConfig(use_dora=True)}
+NOT_TOGETHER = [
+    *[row for config in CASES.values() for row in do_not_combine((config, config))[:1]],
+    (LORA, LoraConfig(target_modules=["c_fc"]), "already carries lora, which does not combine with lora"),
+    *do_not_combine((FullConfig(), LORA), (FullConfig(), HeadConfig()), (HeadConfig(), ADAPTER),
+                    (HeadConfig(), PREFIX), (HeadConfig(), BitFitConfig()),
+                    *itertools.combinations((PROMPT, PREFIX, PTUNING), 2)),
+    *[(ONE_LAYER_EACH[first], ONE_LAYER_EACH[second], rf"h\.0\.attn\.c_attn already carries a {first}")
+      for first, second in itertools.permutations(ONE_LAYER_EACH, 2)],
+    (LORA, VeraConfig(target_modules="all-linear"), r"h\.0\.attn\.c_attn already carries a LoRALinear"),
+    (ADAPTER, LoraConfig(target_modules=["down"]), "'down' match nothing"),
+]
+
+
+@pytest.mark.parametrize(("model_class", "present", "refused", "message"), [
+    *[(GPT2ForSequenceClassification, *row) for row in NOT_TOGETHER],
+    *[(GPT2LMHeadModel, *row) for row in NOT_TOGETHER if row[0] is LORA]],
+    ids=lambda value: getattr(value, "method", value if isinstance(value, str) else None))
+def test_a_refused_combination_leaves_the_model_as_it_was(tiny_config, model_class, present, refused, message):
+    model = perturb(inject(build(model_class, tiny_config), present))
     expected, before, config = model(IDS, MASK), snapshot(model), copy.deepcopy(refused)
-    with pytest.raises(InjectionError, match=r"already carries|match nothing") as caught:
-        inject(model, refused)
-    assert "\n" not in str(caught.value)
+    assert_refused(InjectionError, message, lambda: inject(model, refused))
     assert_unchanged(model, before)
     assert refused == config
     assert torch.equal(model(IDS, MASK), expected)
 
 
-def test_methods_that_work_together_share_a_name(tiny_config):
-    model = inject(build(GPT2ForSequenceClassification, tiny_config), LORA, "mine")
+@lm_and_classifier
+@pytest.mark.parametrize("second", [PREFIX, BitFitConfig()], ids=repr)
+def test_methods_that_work_together_share_a_name(tiny_config, model_class, second):
+    model = inject(build(model_class, tiny_config), LORA, "mine")
     before = snapshot(model)
     for name in ("default", "yours"):
-        with pytest.raises(InjectionError, match=r"the adapter 'mine' is active.*share a name"):
-            inject(model, PREFIX, name)
+        assert_refused(InjectionError, "the adapter 'mine' is active.*share a name",
+                       lambda: inject(model, second, name))
         assert_unchanged(model, before)
-    inject(model, PREFIX, "mine")
-
-
-# --- remove -----------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("model_class", [*HEADED, GPT2Model])
-@every_method
-def test_remove_gives_back_the_same_modules_keys_and_bytes(tiny_config, model_class, config):
-    model = build(model_class, tiny_config)
-    before = snapshot(model)
-    perturb(inject(model, config))
-    assert any(not torch.equal(tensor, before["values"].get(name, torch.empty(0)))
-               for name, tensor in model.state_dict().items())
-    assert remove(model) is model
-    assert_unchanged(model, before)
-
-
-def test_remove_leaves_what_the_user_had_frozen_frozen(tiny_config):
-    model = build(GPT2ForSequenceClassification, tiny_config)
-    model.transformer.wpe.weight.requires_grad_(False)
-    before = snapshot(model)
-    remove(perturb(inject(model, LoraConfig(r=2, bias="all"))))
-    assert_unchanged(model, before)
-
-
-def test_full_fine_tuning_keeps_no_copy_of_the_base_and_says_so(tiny_config):
-    model = perturb(inject(build(GPT2LMHeadModel, tiny_config), FullConfig()))
-    before = snapshot(model)
-    with pytest.raises(InjectionError, match="full keeps no copy of the base"):
-        remove(model)
-    with pytest.raises(InjectionError, match="full keeps no copy of the base"):
-        with disable_adapter(model):
-            pass
-    assert_unchanged(model, before)
-
-
-def test_removing_nothing_is_no_error(tiny_config):
-    model = build(GPT2LMHeadModel, tiny_config)
-    before = snapshot(model)
-    assert remove(model) is model
-    assert_unchanged(model, before)
-
-
-def test_remove_works_on_a_merged_model(tiny_config):
-    model = build(GPT2ForSequenceClassification, tiny_config)
-    before = snapshot(model)
-    remove(merge(perturb(inject(model, LoraConfig(r=2, bias="all")))))
-    assert_unchanged(model, before)
-
-
-def test_after_remove_a_method_can_be_injected_again(tiny_config):
-    model = build(GPT2ForSequenceClassification, tiny_config)
-    expected = model(IDS, MASK)
-    remove(perturb(inject(model, LoraConfig(r=2))))
-    inject(model, LoraConfig(r=3, target_modules=["c_fc"]))
-    assert adapter_modules(model) == ["transformer.h.0.mlp.c_fc", "transformer.h.1.mlp.c_fc"]
-    assert torch.equal(model(IDS, MASK), expected)
+    inject(model, second, "mine")
+    assert adapter_names(model) == ["mine"]
 
 
 # --- disable ----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("model_class", HEADED)
-@every_method
+@on(EVERY_CLASS, MORE_CASES)
 def test_disable_adapter_is_exactly_the_base_model_inside_and_the_trained_one_outside(
         tiny_config, model_class, config):
     model = build(model_class, tiny_config)
-    base, values = model(IDS, MASK), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    base, values = model(IDS, MASK), copies(model)
     perturb(inject(model, config))
     trained, before = model(IDS, MASK), snapshot(model)
     assert not torch.allclose(trained, base, atol=1e-3)
@@ -400,13 +435,15 @@ def test_disable_adapter_is_exactly_the_base_model_inside_and_the_trained_one_ou
             assert same is model
             assert torch.equal(model(IDS, MASK), base)
             assert_same_tensors(model.state_dict(), values)  # biases, head and PiSSA's matrices included
+            assert adapter_modules(model) == []
             assert trained_names(model) == set()
         assert torch.equal(model(IDS, MASK), trained)
         assert_unchanged(model, before)
 
 
-def test_disabling_nothing_is_no_error_and_changes_nothing(tiny_config):
-    model = build(GPT2ForSequenceClassification, tiny_config)
+@lm_and_classifier
+def test_disabling_nothing_is_no_error_and_changes_nothing(tiny_config, model_class):
+    model = build(model_class, tiny_config)
     before = snapshot(model)
     with disable_adapter(model):
         assert_unchanged(model, before)
@@ -457,21 +494,69 @@ def test_disable_adapter_needs_the_bases_weights(tiny_config):
             pass
 
 
+# --- remove -----------------------------------------------------------------------------------------------------------
+
+@on(EVERY_CLASS, MORE_CASES)
+def test_remove_gives_back_the_same_modules_keys_bytes_and_gradient_flags(tiny_config, model_class, config):
+    model = build(model_class, tiny_config)
+    next(p for name, p in model.named_parameters() if name.endswith("wpe.weight")).requires_grad_(False)
+    before = snapshot(model)
+    perturb(inject(model, config))
+    assert any(not torch.equal(tensor, before["values"].get(name, torch.empty(0)))
+               for name, tensor in model.state_dict().items())
+    assert remove(model) is model
+    assert_unchanged(model, before)
+
+
+def test_full_fine_tuning_keeps_no_copy_of_the_base_and_says_so(tiny_config):
+    model = perturb(inject(build(GPT2LMHeadModel, tiny_config), FullConfig()))
+    before = snapshot(model)
+    with pytest.raises(InjectionError, match="full keeps no copy of the base"):
+        remove(model)
+    with pytest.raises(InjectionError, match="full keeps no copy of the base"):
+        with disable_adapter(model):
+            pass
+    assert_unchanged(model, before)
+
+
+def test_removing_nothing_is_no_error(tiny_config):
+    model = build(GPT2LMHeadModel, tiny_config)
+    before = snapshot(model)
+    assert remove(model) is model
+    assert_unchanged(model, before)
+
+
+def test_remove_works_on_a_merged_model(tiny_config):
+    model = build(GPT2ForSequenceClassification, tiny_config)
+    before = snapshot(model)
+    remove(merge(perturb(inject(model, LoraConfig(r=2, bias="all")))))
+    assert_unchanged(model, before)
+
+
+def test_after_remove_a_method_can_be_injected_again(tiny_config):
+    model = build(GPT2ForSequenceClassification, tiny_config)
+    expected = model(IDS, MASK)
+    remove(perturb(inject(model, LoraConfig(r=2))))
+    inject(model, LoraConfig(r=3, target_modules=["c_fc"]))
+    assert adapter_modules(model) == ["transformer.h.0.mlp.c_fc", "transformer.h.1.mlp.c_fc"]
+    assert torch.equal(model(IDS, MASK), expected)
+
+
 # --- merge ------------------------------------------------------------------------------------------------------------
 
-MERGEABLE = {
-    "c_attn": [LORA],
-    "all-linear": [LoraConfig(r=3, lora_alpha=2, target_modules="all-linear")],
-    "lora_only": [LoraConfig(r=2, lora_alpha=4, bias="lora_only")],
-    "bias all": [LoraConfig(r=2, lora_alpha=4, bias="all", target_modules=["c_proj"])],
-    "rslora": [LoraConfig(r=4, lora_alpha=4, use_rslora=True, target_modules=["c_fc", "c_attn"])],
-    "patterns": [LoraConfig(r=2, rank_pattern={"c_fc": 5}, alpha_pattern={"c_attn": 20}, target_modules="all-linear")],
-    "dropout": [LoraConfig(r=2, lora_dropout=0.5)],
+MERGEABLE = {name: [config] for name, config in CASES.items()
+             if isinstance(config, (LoraConfig, VeraConfig, IA3Config))} | {
+    "lora everywhere": [LoraConfig(r=3, lora_alpha=2, target_modules="all-linear")],
+    "lora, its biases": [LoraConfig(r=2, lora_alpha=4, bias="lora_only")],
+    "lora, every bias": [LoraConfig(r=2, lora_alpha=4, bias="all", target_modules=["c_proj"])],
+    "lora, rsLoRA": [LoraConfig(r=4, lora_alpha=4, use_rslora=True, target_modules=["c_fc", "c_attn"])],
+    "lora, patterns": [LoraConfig(r=2, rank_pattern={"c_fc": 5}, alpha_pattern={"c_attn": 20},
+                                  target_modules="all-linear")],
+    "lora, dropout": [LoraConfig(r=2, lora_dropout=0.5)],
     "pissa": [PISSA],
-    "dora": [LoraConfig(r=2, use_dora=True, target_modules="all-linear", bias="all")],
-    "dora on pissa": [LoraConfig(r=2, use_dora=True, init_lora_weights="pissa")],
-    "vera": [VeraConfig(r=4, target_modules="all-linear")],
-    "ia3": [IA3Config(target_modules="all-linear")],
+    "dora from pissa": [LoraConfig(r=2, use_dora=True, init_lora_weights="pissa")],
+    "dora, rsLoRA": [LoraConfig(r=3, lora_alpha=5, use_dora=True, use_rslora=True)],
+    "ia3 everywhere by default": [IA3Config(target_modules="all-linear")],
     "lora and dora": [LORA, DORA_OF_FC],
     "ia3 and lora": [IA3_OF_FC, LORA],
     "lora and bitfit": [LORA, BitFitConfig()],
@@ -480,27 +565,23 @@ MERGEABLE = {
 mergeable = pytest.mark.parametrize("configs", MERGEABLE.values(), ids=MERGEABLE)
 
 
-@pytest.mark.parametrize("model_class", HEADED)
+@pytest.mark.parametrize("model_class", EVERY_CLASS)
 @mergeable
-def test_a_merged_model_computes_the_same_with_plain_layers(tiny_config, model_class, configs):
+def test_a_merged_model_computes_the_same_with_plain_layers_and_unmerging_is_bit_exact(
+        tiny_config, model_class, configs):
     model = build(model_class, tiny_config)
     base, keys = model(IDS, MASK), list(model.state_dict())
-    perturb(inject_all(model, *configs)).eval()
-    expected = model(IDS, MASK)
+    perturb(inject_all(model, *configs))
+    expected, before = model(IDS, MASK), snapshot(model)
     assert (expected - base).abs().max() > 1e-2
     assert merge(model) is model
     torch.testing.assert_close(model(IDS, MASK), expected, atol=1e-5, rtol=0)
     assert adapter_modules(model) == []
     assert list(model.state_dict()) == keys
     assert {type(m) for name, m in model.named_modules() if "c_" in name} == {nn.Linear}
-
-
-@mergeable
-def test_unmerge_restores_everything_bit_for_bit(tiny_config, configs):
-    model = perturb(inject_all(build(GPT2ForSequenceClassification, tiny_config), *configs)).eval()
-    before, expected = snapshot(model), model(IDS, MASK)
-    for _ in range(3):  # by keeping the weights, not by subtraction: nothing drifts
-        assert unmerge(merge(model)) is model
+    assert unmerge(model) is model
+    for _ in range(2):  # by keeping the weights, not by subtraction: nothing drifts
+        unmerge(merge(model))
     assert_unchanged(model, before)
     assert torch.equal(model(IDS, MASK), expected)
 
@@ -514,24 +595,51 @@ def test_a_merged_model_is_saved_as_a_plain_model(tiny_config, tmp_path, configs
     assert torch.equal(plain(IDS, MASK), model(IDS, MASK))
 
 
-@both_orders((LORA, PREFIX), (LORA, PROMPT), (IA3Config(), PTUNING), (DORA_OF_FC, ADAPTER), (ADAPTER, BitFitConfig()))
-def test_merging_a_combination_with_something_that_is_no_change_of_weights_is_refused_as_a_whole(tiny_config, configs):
-    model = perturb(inject_all(build(GPT2ForSequenceClassification, tiny_config), *configs))
+PARTLY_MERGEABLE = in_both_orders((LORA, PREFIX), (LORA, PROMPT), (IA3Config(), PTUNING), (DORA_OF_FC, ADAPTER),
+                                  (ADAPTER, BitFitConfig()))
+NOTHING_TO_MERGE = {"nothing": [], "full": [FullConfig()], "head": [HeadConfig()], "bitfit": [BitFitConfig()],
+                    "LayerNorms": [BitFitConfig(train="layer_norm")]}
+
+
+@pytest.mark.parametrize(("model_class", "configs"), [
+    *[(GPT2ForSequenceClassification, [config]) for config in CASES.values()
+      if config.method in ("adapter", "prompt", "ptuning", "prefix")],
+    *[(model_class, configs) for model_class in LM_AND_CLASSIFIER for configs in PARTLY_MERGEABLE.values()]],
+    ids=lambda value: names_of(value) if isinstance(value, list) else None)
+def test_merging_with_something_that_is_no_change_of_weights_is_refused_as_a_whole(tiny_config, model_class, configs):
+    model = perturb(inject_all(build(model_class, tiny_config), *configs))
     expected, before = model(IDS, MASK), snapshot(model)
-    with pytest.raises(InjectionError, match=r"^(Prefix|Prompt|BottleneckAdapter) cannot be merged"):
-        merge(model)
+    assert_refused(InjectionError, "^(Prefix|Prompt|BottleneckAdapter) cannot be merged: it is not a change of weights",
+                   lambda: merge(model))
     assert_unchanged(model, before)
     assert torch.equal(model(IDS, MASK), expected)
 
 
-def test_while_merged_an_adapter_is_neither_switched_nor_saved_nor_joined_by_another(tiny_config, tmp_path, saved):
-    model = load_adapter(load_adapter(with_new_head(GPT2ForSequenceClassification, tiny_config), saved["bitfit"].folder,
-                                      "other"), saved["lora"].folder, "merged")
-    before = snapshot(merge(model))
-    for operation in (lambda: set_adapter(model, "other"), lambda: save_adapter(model, tmp_path / "new"),
-                      lambda: load_adapter(model, saved["prefix"].folder, "third")):
-        with pytest.raises(MinipeftError, match="merged"):
-            operation()
+@pytest.mark.parametrize("configs", NOTHING_TO_MERGE.values(), ids=NOTHING_TO_MERGE)
+def test_there_must_be_something_to_merge(tiny_config, configs):
+    model = perturb(inject_all(build(GPT2ForSequenceClassification, tiny_config), *configs))
+    before = snapshot(model)
+    why = f"{configs[0].method} trains the model's own tensors" if configs else "no method is injected"
+    assert_refused(InjectionError, f"^there is nothing to merge: {why}$", lambda: merge(model))
+    assert_unchanged(model, before)
+
+
+@on(LM_AND_CLASSIFIER, {"lora": EVERY_BIAS, "dora": LoraConfig(r=2, use_dora=True), "ia3": IA3Config()})
+def test_while_merged_an_adapter_is_neither_switched_nor_saved_nor_joined_by_another(
+        tiny_config, tmp_path, written, model_class, config):
+    saved = written(model_class, tiny_config)
+    save_adapter(perturb(inject(build(model_class, tiny_config), config)), tmp_path / "merged")
+    model = load_adapter(with_new_head(model_class, tiny_config), saved["bitfit"].folder, "other")
+    before = snapshot(merge(load_adapter(model, tmp_path / "merged", "merged")))
+    merged_first, joined = "merged into the weights: call unmerge first", (
+        f"carries {config.method}, merged into its weights: unmerge or remove it")
+    for error, message, operation in (
+            (InjectionError, merged_first, lambda: set_adapter(model, "other")),
+            (InjectionError, merged_first, lambda: load_adapter(model, saved["prefix"].folder, "third")),
+            (InjectionError, joined, lambda: inject(model, config, "merged")),
+            (InjectionError, joined, lambda: inject(model, PREFIX)),
+            (AdapterError, "merged.*unmerge it", lambda: save_adapter(model, tmp_path / "new"))):
+        assert_refused(error, message, operation)
         assert_unchanged(model, before)
     assert torch.equal(set_adapter(unmerge(model), "other")(IDS, MASK), saved["bitfit"].logits)
 
@@ -582,15 +690,6 @@ def test_unmerging_what_is_not_merged_is_refused(tiny_config):
         unmerge(model)
 
 
-@pytest.mark.parametrize("config", [None, FullConfig(), HeadConfig(), BitFitConfig()], ids=repr)
-def test_there_must_be_something_to_merge(tiny_config, config):
-    model = build(GPT2ForSequenceClassification, tiny_config)
-    if config is not None:
-        inject(model, config)
-    with pytest.raises(InjectionError, match="nothing to merge"):
-        merge(model)
-
-
 def test_a_layer_that_is_no_change_of_weights_cannot_be_merged():
     with pytest.raises(InjectionError, match="AdapterLayer cannot be merged"):
         AdapterLayer().merged()
@@ -631,13 +730,14 @@ def pickled(model):
 
 
 copiers = pytest.mark.parametrize("copier", [copy.deepcopy, pickled])
+COPIED = {name: [config] for name, config in CASES.items()} | {
+    "linear adapter": [BottleneckConfig(non_linearity="none")], "lora, its biases": [LoraConfig(r=2, bias="lora_only")],
+    "pissa": [PISSA], "lora + prefix": [LORA, PREFIX], "adapter + bitfit": [ADAPTER, BitFitConfig()],
+    "ptuning + lora": [PTUNING, LORA]}
 
 
 @copiers
-@pytest.mark.parametrize("configs", [
-    [LoraConfig(r=2, bias="lora_only")], [PISSA], [DORA_OF_FC], [VeraConfig(r=4)], [IA3Config()],
-    [BottleneckConfig(non_linearity="none")], [LORA, PREFIX], [ADAPTER, BitFitConfig()], [PTUNING, LORA]],
-    ids=names_of)
+@pytest.mark.parametrize("configs", COPIED.values(), ids=COPIED)
 def test_a_copy_of_an_injected_model_is_complete_and_independent(tiny_config, configs, copier):
     base = build(GPT2ForSequenceClassification, tiny_config)
     expected_base, keys = base(IDS, MASK), list(base.state_dict())
@@ -668,7 +768,7 @@ def test_merging_a_copy_leaves_the_original_alone(tiny_config, model_class, copi
 
 
 @copiers
-def test_a_copy_knows_the_adapters_that_are_out_of_force(tiny_config, saved, copier):
+def test_a_copy_knows_the_adapters_that_are_inactive(tiny_config, saved, copier):
     model = load_all(with_new_head(GPT2ForSequenceClassification, tiny_config), saved)
     before, twin = snapshot(model), copier(model)
     for name, adapter in saved.items():
@@ -679,7 +779,7 @@ def test_a_copy_knows_the_adapters_that_are_out_of_force(tiny_config, saved, cop
 # --- moves ------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.double, 1e-4), (torch.bfloat16, 0.5)], ids=str)
-def test_adapters_in_and_out_of_force_follow_the_model_to_another_type(tiny_config, saved, dtype, tolerance):
+def test_adapters_active_and_inactive_follow_the_model_to_another_type(tiny_config, saved, dtype, tolerance):
     model = with_new_head(GPT2ForSequenceClassification, tiny_config)
     base = model(IDS, MASK)
     load_all(model, saved).to(dtype)
@@ -694,7 +794,7 @@ def test_adapters_in_and_out_of_force_follow_the_model_to_another_type(tiny_conf
 
 @pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no CUDA device"))])
-def test_adapters_in_and_out_of_force_follow_the_model_to_another_device(tiny_config, saved, device):
+def test_adapters_active_and_inactive_follow_the_model_to_another_device(tiny_config, saved, device):
     model = load_all(with_new_head(GPT2ForSequenceClassification, tiny_config), saved).to(device)
     for name in [*saved, *saved]:
         set_adapter(model, name)

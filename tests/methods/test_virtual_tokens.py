@@ -113,9 +113,14 @@ def test_all_positions_but_the_virtual_tokens_are_the_texts(make_tuned, make_ids
 
 
 @every_method
-def test_the_largest_number_that_fits_leaves_one_position(make_tuned, make_ids, config):
-    model = make_tuned(GPT2ForSequenceClassification, dataclasses.replace(config, num_virtual_tokens=39))
-    assert model(make_ids(3, 1)).isfinite().all()
+@pytest.mark.parametrize(("model_class", "shape"), [
+    (GPT2ForSequenceClassification, (3, 2)), (GPT2LMHeadModel, (3, 1, 97))])
+def test_the_largest_number_that_fits_leaves_one_position(make_tuned, make_ids, model_class, shape, config):
+    model = make_tuned(model_class, dataclasses.replace(config, num_virtual_tokens=39))
+    logits = model(make_ids(3, 1))
+    assert logits.shape == shape and logits.isfinite().all()
+    with pytest.raises(ConfigError, match="41 tokens do not fit this model: it has 40 positions"):
+        model(make_ids(3, 2))
 
 
 @every_method

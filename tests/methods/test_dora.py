@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from models import IDS
 
 from minipeft import (
     GPT2Config,
@@ -19,8 +20,6 @@ from minipeft import (
 from minipeft.methods.dora import DoRALinear
 from minipeft.methods.injection import active_injections
 from minipeft.training.optimizer import adamw
-
-IDS = torch.tensor([[5, 17, 80, 3, 41, 9, 60], [70, 2, 2, 33, 8, 95, 1]])
 
 
 def layer(in_features=6, out_features=10, r=3, lora_alpha=6.0, bias=True, moved=True, **fields):

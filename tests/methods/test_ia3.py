@@ -3,13 +3,12 @@
 import pytest
 import torch
 import torch.nn as nn
+from models import IDS
 
 from minipeft import GPT2Config, GPT2LMHeadModel, GPT2Model, IA3Config, inject, trainable_parameters
 from minipeft.methods import ia3
 from minipeft.methods.ia3 import IA3Linear
 from minipeft.methods.injection import active_injections
-
-IDS = torch.tensor([[5, 17, 80, 3, 41, 9, 60], [70, 2, 2, 33, 8, 95, 1]])
 
 
 def layer(feedforward, in_features=6, out_features=10, bias=True):
@@ -99,17 +98,6 @@ def test_in_attention_each_query_key_and_value_has_its_own_factor(make_model):
         for block in fresh.h:
             block.attn.c_proj.weight.zero_()
     torch.testing.assert_close(model(IDS), fresh(IDS), atol=1e-5, rtol=1e-5)
-
-
-def test_a_bfloat16_base_keeps_its_type_and_the_factors_are_float32(make_model):
-    model = inject(make_model(GPT2LMHeadModel).bfloat16(), IA3Config())
-    for layer in active_injections(model)[0].layers.values():
-        assert layer.ia3_l.dtype == torch.float32
-        nn.init.normal_(layer.ia3_l)
-        x = torch.randn(3, layer.base_layer.in_features).bfloat16()
-        assert layer(x).dtype == torch.bfloat16
-        assert layer.merged()["weight"].dtype == torch.bfloat16
-    assert model(IDS).dtype == torch.bfloat16
 
 
 # --- the start and the fields -----------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn as nn
-from models import HEADED, IDS, adapter_modules, assert_unchanged, build, perturb, snapshot, trained_names
+from models import HEADED, IDS, adapter_modules, assert_unchanged, build, snapshot
 
 from minipeft import (
     FullConfig,
@@ -173,21 +173,6 @@ def test_all_linear_keeps_to_the_chosen_blocks(tiny_config):
     assert adapter_modules(model) == names(*[(1, module) for module in ALL_FOUR])
 
 
-def test_a_second_injection_is_refused(tiny_config):
-    model = perturb(inject(build(GPT2LMHeadModel, tiny_config), LoraConfig(r=2)))
-    before = snapshot(model)
-    for config in (LoraConfig(r=2), LoraConfig(r=2, target_modules=["c_fc"]), FullConfig()):
-        with pytest.raises(InjectionError, match="already carries lora"):
-            inject(model, config)
-    assert_unchanged(model, before)
-
-
-def test_a_merged_model_still_carries_its_method(tiny_config):
-    model = merge(inject(build(GPT2LMHeadModel, tiny_config), LoraConfig(r=2)))
-    with pytest.raises(InjectionError, match="carries lora, merged into its weights: unmerge or remove it"):
-        inject(model, LoraConfig(r=2))
-
-
 @pytest.mark.parametrize("config", [None, {"r": 8}, LoraConfig, dataclasses.make_dataclass("VeraConfig", [])()])
 def test_what_is_not_a_method_configuration_is_refused_with_those_that_are(tiny_config, config):
     model = build(GPT2LMHeadModel, tiny_config)
@@ -237,14 +222,6 @@ def test_one_configuration_object_serves_several_models(tiny_config):
     assert adapter_modules(lm) == adapter_modules(tagger)
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_injection_keeps_the_models_mode(tiny_config, training):
-    """from_pretrained gives a model in eval mode: after inject, its adapter dropout must not be active."""
-    model = build(GPT2LMHeadModel, tiny_config).train(training)
-    inject(model, LoraConfig(r=2, lora_dropout=0.5))
-    assert {module.training for module in model.modules()} == {training}
-
-
 # --- freeze and count -------------------------------------------------------------------------------------------------
 
 def test_only_declared_parameters_require_gradients(tiny_config):
@@ -275,14 +252,6 @@ def test_freeze_restores_what_somebody_unfroze(tiny_config):
         parameter.requires_grad_(not parameter.requires_grad)
     freeze(model)
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before
-
-
-def test_frozen_parameters_get_no_gradient_and_declared_ones_do(tiny_config):
-    model = perturb(inject(build(GPT2ForTokenClassification, tiny_config), LoraConfig(r=2, bias="lora_only")))
-    model(IDS).square().mean().backward()
-    declared = trained_names(model)
-    for name, parameter in model.named_parameters():
-        assert (parameter.grad is not None) == (name in declared), name
 
 
 def test_full_fine_tuning_trains_everything_and_replaces_nothing(tiny_config):

@@ -4,6 +4,7 @@ from minipeft.errors import MinipeftError
 from minipeft.methods import METHODS, inject
 from minipeft.methods.adapter import BottleneckConfig
 from minipeft.methods.bitfit import BitFitConfig
+from minipeft.methods.dora import DoraConfig
 from minipeft.methods.full import FullConfig
 from minipeft.methods.head import HeadConfig
 from minipeft.methods.ia3 import IA3Config
@@ -27,9 +28,9 @@ from minipeft.model.tokenizer import get_tokenizer
 from minipeft.tasks.decoding import generate
 
 __all__ = [
-    "METHODS", "BitFitConfig", "BottleneckConfig", "FullConfig", "GPT2Config", "GPT2ForSequenceClassification",
-    "GPT2ForTokenClassification", "GPT2LMHeadModel", "GPT2Model", "HeadConfig", "IA3Config", "KVCache", "LoraConfig",
-    "MinipeftError", "PrefixTuningConfig", "PromptEncoderConfig", "PromptTuningConfig", "VeraConfig",
-    "disable_adapter", "generate", "get_tokenizer", "inject", "load_adapter", "merge", "remove", "save_adapter",
+    "METHODS", "BitFitConfig", "BottleneckConfig", "DoraConfig", "FullConfig", "GPT2Config",
+    "GPT2ForSequenceClassification", "GPT2ForTokenClassification", "GPT2LMHeadModel", "GPT2Model", "HeadConfig",
+    "IA3Config", "KVCache", "LoraConfig", "MinipeftError", "PrefixTuningConfig", "PromptEncoderConfig",
+    "PromptTuningConfig", "VeraConfig", "disable_adapter", "generate", "get_tokenizer", "inject", "load_adapter", "merge", "remove", "save_adapter",
     "set_adapter", "trainable_parameters", "unmerge",
 ]

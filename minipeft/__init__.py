@@ -31,6 +31,6 @@ __all__ = [
     "METHODS", "BitFitConfig", "BottleneckConfig", "DoraConfig", "FullConfig", "GPT2Config",
     "GPT2ForSequenceClassification", "GPT2ForTokenClassification", "GPT2LMHeadModel", "GPT2Model", "HeadConfig",
     "IA3Config", "KVCache", "LoraConfig", "MinipeftError", "PrefixTuningConfig", "PromptEncoderConfig",
-    "PromptTuningConfig", "VeraConfig", "disable_adapter", "generate", "get_tokenizer", "inject", "load_adapter", "merge", "remove", "save_adapter",
-    "set_adapter", "trainable_parameters", "unmerge",
+    "PromptTuningConfig", "VeraConfig", "disable_adapter", "generate", "get_tokenizer", "inject", "load_adapter",
+    "merge", "remove", "save_adapter", "set_adapter", "trainable_parameters", "unmerge",
 ]

@@ -1,4 +1,7 @@
-"""One step of SGD, from the same weights on the same batch, leaves the same trained tensors here and in peft."""
+"""One step of SGD, from the same weights on the same batch, leaves the same trained tensors here and in peft.
+
+And before it: both train equally many parameters, drawn from the same distributions.
+"""
 
 import re
 
@@ -20,7 +23,7 @@ from parity_helpers import (
 )
 from safetensors.torch import load_file
 
-from minipeft import inject, load_adapter, save_adapter
+from minipeft import GPT2Config, GPT2Model, LoraConfig, inject, load_adapter, save_adapter
 from minipeft.methods.saving import TENSORS_FILE
 
 transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
@@ -39,6 +42,15 @@ RICH = {
     "PiSSA": {"r": 4, "target_modules": ["c_proj"], "layers_to_transform": [0, 2]},
     "(IA)^3": {"target_modules": ["c_attn", "c_fc", "mlp.c_proj"], "feedforward_modules": ["c_fc"]},
     "VeRA": {"r": 6, "target_modules": "all-linear", "bias": "vera_only"},
+}
+CHOSEN = {f"{method}, {kind}": (method, RICH[method] if kind == "rich" else None)
+          for method in REPARAMETRISED for kind in ("default", "rich")} | {
+    "LoRA, one block": ("LoRA", {"r": 3, "target_modules": ["c_proj", "transformer.h.0.attn.c_attn"],
+                                 "layers_to_transform": 1, "layers_pattern": "h"}),
+    "LoRA, its biases": ("LoRA", {"r": 2, "bias": "lora_only", "lora_alpha": 10}),
+    "rsLoRA everywhere, patterns": ("rsLoRA", {
+        "r": 4, "target_modules": "all-linear", "rank_pattern": {"c_fc": 9, "c_attn": 1},
+        "alpha_pattern": {"h.1.attn.c_proj": 20.5, "c_attn": 1}, "bias": "lora_only"}),
 }
 
 
@@ -129,11 +141,10 @@ def read_tensors(folder):
 
 
 @tasks
-@pytest.mark.parametrize("chosen", ["default", "rich"])
-@pytest.mark.parametrize("method", REPARAMETRISED)
+@pytest.mark.parametrize(("method", "chosen"), CHOSEN.values(), ids=CHOSEN)
 def test_a_step_from_an_adapter_of_peft_s_trains_the_same_tensors_to_the_same_values(
         pair, tmp_path, method, chosen, task):
-    reference = inject_theirs(pair, method, task, RICH[method] if chosen == "rich" else None)
+    reference = inject_theirs(pair, method, task, chosen)
     start = read_tensors(save_theirs(reference, tmp_path / "start"))
     ours, theirs = load_adapter(pair.ours(), tmp_path / "start"), load_theirs(pair, tmp_path / "start", trainable=True)
     step_both(ours, theirs, task)
@@ -194,3 +205,19 @@ def test_both_train_equally_many_parameters(pair, method, task):
     ours = inject(pair.ours(), METHODS[method].ours())
     theirs = inject_theirs(pair, method, task)
     assert sum(p.numel() for p in ours.parameters() if p.requires_grad) == theirs.get_nb_trainable_parameters()[0]
+
+
+@pytest.mark.parametrize("init", [True, "gaussian", False])
+def test_lora_starts_from_the_same_distribution_in_both(init):
+    """The same bounds and deviations, at a size where uniform, normal and zero can be told apart."""
+    sizes = {"vocab_size": 97, "n_positions": 40, "n_embd": 192, "n_layer": 1, "n_head": 3}
+    torch.manual_seed(0)
+    ours = inject(GPT2Model(GPT2Config(**sizes)), LoraConfig(r=16, init_lora_weights=init)).h[0].attn.c_attn
+    theirs = peft.get_peft_model(transformers.GPT2Model(transformers.GPT2Config(**sizes)), peft.LoraConfig(
+        r=16, init_lora_weights=init, fan_in_fan_out=True)).base_model.model.h[0].attn.c_attn
+    for mine, other in ((ours.lora_A.weight, theirs.lora_A["default"].weight),
+                        (ours.lora_B.weight, theirs.lora_B["default"].weight)):
+        assert mine.shape == other.shape
+        assert mine.std().item() == pytest.approx(other.std().item(), rel=0.05, abs=1e-9)
+        if init != "gaussian":
+            assert mine.abs().max().item() == pytest.approx(other.abs().max().item(), rel=0.01, abs=1e-9)

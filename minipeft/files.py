@@ -1,19 +1,35 @@
-"""Writing files so that nothing is ever half-written: under a temporary name first, then renamed. And reading JSON."""
+"""Writing files so that nothing is ever half-written, lost or mixed; and reading JSON.
+
+A file is written under a temporary name, forced to the disk, then renamed. Files that belong together carry each
+other's digests (`digests`), so that a reader beside a writer sees whether they are of one save. A folder in use is
+locked. What a killed process left behind is cleared by the next one that writes there.
+"""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
+import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from safetensors import SafetensorError
 
 from minipeft.errors import MinipeftError, OutputError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such lock
+    fcntl = None
+
+LOCK_FILE = ".lock"
+_WRITING = ".writing"
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -25,9 +41,13 @@ def _as_json(content: dict[str, Any]) -> str:
     return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
+# --- write ------------------------------------------------------------------------------------------------------------
+
 @contextmanager
 def replacing_folder(folder: str | Path) -> Iterator[Path]:
     """A temporary folder whose files move into `folder` once all of them are written; on an error nothing moves.
+
+    Other files in `folder` stay. The files that move get the access rights that the user's umask gives a new file.
 
     Raises:
         OutputError: the folder cannot be created or written, or the disk is full.
@@ -36,55 +56,22 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
     temporary = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
+        clear_leftovers(folder)
+        temporary = Path(tempfile.mkdtemp(prefix=f"{_WRITING}-{_owner()}-", dir=folder))
         yield temporary
+        mode = _new_file_mode(temporary)
         for file in sorted(path for path in temporary.rglob("*") if path.is_file()):
             target = folder / file.relative_to(temporary)
-            target.parent.mkdir(exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.chmod(mode)
+            _force_to_disk(file)
             file.replace(target)
+            _force_to_disk(target.parent)
     except (OSError, SafetensorError) as error:
         raise OutputError(_cannot_write(folder, error)) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
-
-
-def check_writable(folder: str | Path) -> None:
-    """Find out now whether files can be written into `folder`, and leave nothing there.
-
-    Raises:
-        OutputError: they cannot.
-    """
-    folder = Path(folder)
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        with replacing_folder(folder):
-            pass
-    finally:
-        for path in missing:
-            with suppress(OSError):
-                path.rmdir()
-
-
-def _cannot_write(path: Path, error: Exception) -> str:
-    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-    reason = "the disk is full" if full else getattr(error, "strerror", None) or str(error)
-    return f"cannot write to {path}: {reason}; choose another folder or free some space"
-
-
-def read_json_file(path: Path, error_class: type[MinipeftError] = OutputError) -> dict[str, Any]:
-    """The content of a JSON file that holds one object.
-
-    Raises:
-        error_class: it cannot be read, or holds something else.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise error_class(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise error_class(f"{path} is not a JSON object")
-    return content
 
 
 def write_json_file(path: str | Path, content: dict[str, Any]) -> None:
@@ -103,12 +90,179 @@ def write_text_file(path: str | Path, text: str) -> None:
         OutputError: it cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.writing")
+    temporary = path.with_name(f"{_WRITING}-{_owner()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(path.parent)
         temporary.write_text(text, encoding="utf-8")
+        _force_to_disk(temporary)
         temporary.replace(path)
+        _force_to_disk(path.parent)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
         raise OutputError(_cannot_write(path, error)) from error
+
+
+def check_writable(folder: str | Path) -> None:
+    """Find out now whether files can be written into `folder`, and leave nothing there.
+
+    Raises:
+        OutputError: they cannot.
+    """
+    with _no_empty_folder_left(Path(folder)), replacing_folder(folder):
+        pass
+
+
+@contextmanager
+def _no_empty_folder_left(folder: Path) -> Iterator[None]:
+    """Folders that come to be within the block, on the way to `folder`, go again if they are empty at its end."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    finally:
+        for path in missing:
+            with suppress(OSError):
+                path.rmdir()
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Delete what processes of this machine that live no more were writing into `folder` when they ended."""
+    for path in folder.glob(f"{_WRITING}-*"):
+        host, _, rest = path.name.removeprefix(f"{_WRITING}-").partition("@")
+        number = rest.partition("-")[0]
+        if host == _host() and number.isdigit() and not _lives(int(number)):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _owner() -> str:
+    """This process in a temporary name, so that another one can tell whether it still lives."""
+    return f"{_host()}@{os.getpid()}"
+
+
+def _host() -> str:
+    return socket.gethostname().replace("/", "_").replace("@", "_")
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it belongs to somebody else
+        return True
+    return True
+
+
+def _new_file_mode(folder: Path) -> int:
+    """The access rights of a new file; safetensors would give its files the owner's alone."""
+    probe = folder / "mode"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    return mode
+
+
+def _force_to_disk(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, would outlive a power cut."""
+    with suppress(PermissionError):  # Windows opens no folders
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _cannot_write(path: Path, error: Exception) -> str:
+    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+    reason = "the disk is full" if full else getattr(error, "strerror", None) or str(error)
+    return f"cannot write to {path}: {reason}; choose another folder or free some space"
+
+
+# --- belong together --------------------------------------------------------------------------------------------------
+
+def digests(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file directly in a folder, by name."""
+    return {file.name: digest(file.read_bytes()) for file in sorted(folder.iterdir()) if file.is_file()}
+
+
+def digest(content: bytes) -> str:
+    """The SHA-256 of a file's content, in hexadecimal digits."""
+    return hashlib.sha256(content).hexdigest()
+
+
+@contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Keep other processes that lock `folder` out of it for the length of the block. A lock ends with its process.
+
+    Raises:
+        OutputError: another process has it; or the lock file cannot be written.
+    """
+    if fcntl is None:
+        yield
+        return
+    path = Path(folder) / LOCK_FILE
+    with _no_empty_folder_left(path.parent), _lock(path) as file:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {_host()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _lock(path: Path) -> TextIO:
+    """The lock file, open and locked: the operating system takes the lock away when the process ends, however it does.
+
+    Raises:
+        OutputError: another process has it, or the file cannot be written.
+    """
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise OutputError(_cannot_write(path.parent, error)) from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            with file:
+                file.seek(0)
+                raise OutputError(f"{path.parent} is in use by another run ({file.read().strip() or 'just started'}): "
+                                  "wait for it to end, or choose another folder") from error
+        if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+            return file
+        file.close()  # the run before this one deleted it a moment ago
+
+
+# --- read -------------------------------------------------------------------------------------------------------------
+
+def read_json_file(path: Path, error_class: type[MinipeftError] = OutputError) -> dict[str, Any]:
+    """The content of a JSON file that holds one object.
+
+    Raises:
+        error_class: it cannot be read, or holds something else.
+    """
+    try:
+        return parse_json(path.read_bytes(), path, error_class)
+    except OSError as error:
+        raise error_class(f"{path} is not readable JSON: {error}") from error
+
+
+def parse_json(content: bytes, path: Path, error_class: type[MinipeftError]) -> dict[str, Any]:
+    """The object that a JSON file's content means.
+
+    Raises:
+        error_class: it means none.
+    """
+    try:
+        found = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise error_class(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise error_class(f"{path} is not a JSON object")
+    return found

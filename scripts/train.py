@@ -57,6 +57,8 @@ def parse() -> argparse.Namespace:
     output.add_argument("--output", help="folder of the trained adapter; default checkpoints/METHOD_finetuned")
     output.add_argument("--results-dir", default="results", help="folder of the results file; default results")
     output.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
+    output.add_argument("--save-minutes", type=float, default=10.0,
+                        help="save the state to resume from at least this often; default 10")
     return parser.parse_args()
 
 
@@ -77,7 +79,7 @@ def main() -> int | None:
         if options.method == "baseline":
             baseline(options, print)
             return None
-        return None if finetune(options, print) else 130
+        finetune(options, print)
 
 
 if __name__ == "__main__":

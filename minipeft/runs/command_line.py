@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -19,20 +20,25 @@ from minipeft.tasks import TASKS
 from minipeft.tasks.generation import MAX_SUMMARY_LENGTH
 from minipeft.tasks.task import MAX_LENGTH
 from minipeft.training.loop import TrainingConfig
+from minipeft.training.stopping import handling, stop_at_once
 
 LENGTH_HELP = f"tokens kept of a text; default {MAX_LENGTH}, of one to summarize {MAX_SUMMARY_LENGTH}"
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Call a script's main; a MinipeftError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Call a script's main. A MinipeftError becomes one line on stderr and exit code 2.
+
+    Ctrl-C, a closed terminal (SIGHUP) and a cluster's notice (SIGTERM) become exit code 128 + the signal's number.
+    """
     try:
-        sys.exit(main())
+        with handling(stop_at_once):
+            sys.exit(main())
     except MinipeftError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + getattr(stopped, "number", signal.SIGINT))
     except BrokenPipeError:  # the reader (head, less) has gone
         sys.stderr.close()
 

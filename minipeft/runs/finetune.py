@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn as nn
 
-from minipeft.files import check_writable, write_json_file
+from minipeft.files import check_writable, locked, write_json_file
 from minipeft.methods import inject
 from minipeft.methods.injection import ParameterCount, fingerprint, trainable_parameters
 from minipeft.runs.features import Material, material_of
@@ -27,6 +28,7 @@ from minipeft.training import loop
 from minipeft.training.hardware import cast_frozen, tokens_per_micro_batch
 from minipeft.training.progress import History
 from minipeft.training.sharding import shard
+from minipeft.training.stopping import Stopped
 
 
 def finetune(options: Options, say: Say = silent) -> dict[str, Any]:
@@ -38,22 +40,25 @@ def finetune(options: Options, say: Say = silent) -> dict[str, Any]:
         say: where progress lines go; silent by default.
 
     Returns:
-        The content of the results file, or {} when Ctrl-C ended the training.
+        The content of the results file.
 
     Raises:
+        Stopped: Ctrl-C or a like signal ended the training; the state to resume from is saved. It is a
+            KeyboardInterrupt.
         MinipeftError: whatever is wrong with the request, before anything is written.
     """
     say = say if parallel.rank() == 0 else silent
     plan = choose(options, say)
-    run = prepare(plan, say)
-    history = train(run)
-    if history.interrupted:
-        say(f"interrupted: {plan.folder} holds the best model so far; --resume goes on from here")
-        return {}
-    best_by = run.task.best_by
-    say(f"trained in {history.seconds:.0f} s, best validation {best_by} {history.best[best_by]:.4f}; testing")
-    metrics, seconds = test(plan, run.model, run.task)
-    return write(run, history, metrics, seconds, say)
+    with locked(plan.folder) if parallel.rank() == 0 else nullcontext():
+        run = prepare(plan, say)
+        history = train(run)
+        if history.stopped_by:
+            say(f"interrupted: {plan.folder} holds the best model so far; --resume goes on from here")
+            raise Stopped(history.stopped_by)
+        best_by = run.task.best_by
+        say(f"trained in {history.seconds:.0f} s, best validation {best_by} {history.best[best_by]:.4f}; testing")
+        metrics, seconds = test(plan, run.model, run.task)
+        return write(run, history, metrics, seconds, say)
 
 
 @dataclass
@@ -123,7 +128,7 @@ def train(run: Run) -> History:
     history = loop.train(
         run.material.model, run.material.batches, task.loss_sum, run.material.validate, plan.training, plan.precision,
         options.compile, save_best, state_folder=plan.folder and plan.folder / "training_state", resume=options.resume,
-        request=request, best_by=task.best_by,
+        request=request, best_by=task.best_by, save_minutes=options.save_minutes,
         # A sharded model computes in step, and processes may have a row more or less.
         tokens_per_micro_batch=None if options.shard else tokens_per_micro_batch(plan.device, model.config.n_embd))
     model.eval()

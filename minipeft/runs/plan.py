@@ -19,7 +19,7 @@ from minipeft.model.hub import find
 from minipeft.model.tokenizer import VOCABULARY_FILE, Tokenizer, get_tokenizer
 from minipeft.runs import defaults
 from minipeft.runs.trained import check_vocabulary
-from minipeft.settings import POSITIVE_INTEGER, Settings, setting
+from minipeft.settings import POSITIVE, POSITIVE_INTEGER, Settings, setting
 from minipeft.tasks import task_for
 from minipeft.tasks.task import Task
 from minipeft.training.hardware import choose_device, choose_precision
@@ -62,6 +62,7 @@ class Options(Settings):
     recompute_features: bool = False
     shard: bool = False
     resume: bool = False
+    save_minutes: float = setting(10.0, within=POSITIVE)
     output: str | Path | None = None
     results_dir: str | Path = "results"
     method_values: dict = setting({})

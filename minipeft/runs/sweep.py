@@ -7,6 +7,7 @@ ended, and go on from there when they are called again.
 from __future__ import annotations
 
 import dataclasses
+import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from minipeft.runs.results import results_table
 from minipeft.training.hardware import machine
 from minipeft.training.loop import TrainingConfig
 from minipeft.training.progress import History
+from minipeft.training.stopping import Stopped
 
 COMPARED = ("baseline", "full", "lora", "prefix", "prompt", "adapter", "ia3", "bitfit")
 
@@ -41,6 +43,7 @@ def tune(options: Options, trials: Sequence[dict[str, Any]], say: Say = silent) 
 
     Raises:
         MinipeftError: whatever is wrong with the request or a trial, before the first is trained.
+        Stopped: Ctrl-C or a like signal; the trials that had ended are in the file.
     """
     check_options(options)
     requests = [_with(options, trial) for trial in trials]
@@ -52,8 +55,8 @@ def tune(options: Options, trials: Sequence[dict[str, Any]], say: Say = silent) 
     for trial, request in zip(trials, requests):
         run = prepare(dataclasses.replace(choose(request), folder=None))
         history = train(run)
-        if history.interrupted:
-            break
+        if history.stopped_by:
+            raise Stopped(history.stopped_by)
         results["trials"].append({"trial": trial, **_described(run, history)})
         write_json_file(path, results)
         say(f"{history.best[run.task.best_by]:.4f} after {history.core_seconds:.0f} core seconds: {trial}")
@@ -144,5 +147,7 @@ def _run(command: list[str]) -> int:
     with subprocess.Popen(command) as process:
         try:
             return process.wait()
-        except KeyboardInterrupt:  # which the process gets, too: it saves its state first
+        except KeyboardInterrupt as stopped:  # a terminal's Ctrl-C reaches the process, too: it saves its state first
+            if getattr(stopped, "number", signal.SIGINT) == signal.SIGTERM:
+                process.terminate()
             return process.wait()

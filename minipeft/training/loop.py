@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +23,9 @@ from minipeft.training import distributed as parallel
 from minipeft.training.hardware import computing_in
 from minipeft.training.optimizer import adamw, warmup_cosine
 from minipeft.training.progress import History, Progress
+from minipeft.training.stopping import stop_between_steps
 
+STEPS_BETWEEN_QUESTIONS = 10  # of several processes: whether one was asked to stop, or its state is to be saved
 LossSum = Callable[[Tensor, Batch], Tensor]
 
 
@@ -158,7 +158,7 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: LossSum, validat
           config: TrainingConfig, precision: torch.dtype = torch.float32, compile_model: bool = False,
           save_best: Callable[[], None] = lambda: None, state_folder: Path | None = None, resume: bool = False,
           request: dict[str, Any] | None = None, best_by: str = "accuracy",
-          tokens_per_micro_batch: int | None = None) -> History:
+          tokens_per_micro_batch: int | None = None, save_minutes: float = 10.0) -> History:
     """Train the parameters that require a gradient, in place, and leave the model with its best validation's values.
 
     Args:
@@ -170,6 +170,7 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: LossSum, validat
         compile_model: run the forward and backward pass through torch.compile.
         save_best: called whenever a validation is the best so far, and at an interruption before the first one.
         state_folder: where to keep what resuming needs; None keeps nothing.
+        save_minutes: the state is saved at least this often, not only after validations.
         resume: go on from `state_folder`, if it holds anything.
         request: what else must be the same in a resumed run: data, base model, method.
         best_by: the metric that decides which validation is the best: the highest, or the lowest "loss".
@@ -177,35 +178,43 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: LossSum, validat
             add up to the batch's: the same step but for rounding, in less memory. None computes a batch at once.
 
     Returns:
-        The history. After Ctrl-C `interrupted` is true, and `state_folder` can be resumed from.
+        The history. After Ctrl-C or a like signal `stopped_by` is its number, and `state_folder` can be resumed from.
     """
     schedule = Schedule.of(config, len(batches))
     learner = Learner(model, loss_sum, config, precision, compile_model, tokens_per_micro_batch)
     progress = Progress(model, learner.optimizer, learner.scaler, best_by, state_folder,
-                        {**asdict(config), "precision": str(precision), **(request or {})})
+                        {**asdict(config), "precision": str(precision), **(request or {})}, save_minutes)
     if resume:
         progress.resume()
     parallel.seed_by_rank(config.seed + progress.step * parallel.world_size())
-    _take_steps(learner, schedule, progress, batches, validate, save_best)
-    interrupted = progress.step < schedule.steps
-    if interrupted:
+    stopped_by = _take_steps(learner, schedule, progress, batches, validate, save_best)
+    if stopped_by:
         progress.save()
     progress.restore_best()
     if not progress.best:
         save_best()
     model.eval()
-    return progress.history(interrupted)
+    return progress.history(stopped_by)
 
 
 def _take_steps(learner: Learner, schedule: Schedule, progress: Progress, batches: BucketedBatches,
-                validate: Callable[[], dict[str, Any]], save_best: Callable[[], None]) -> None:
-    """The loop itself: optimizer steps, with validations between them, to the end or to Ctrl-C."""
+                validate: Callable[[], dict[str, Any]], save_best: Callable[[], None]) -> int:
+    """The loop itself: optimizer steps, with validations between them, to the end or until a signal comes.
+
+    Returns:
+        The number of the signal that ended it, or 0.
+    """
+    def asked(here: bool) -> bool:
+        """Whether it holds in any process; all must know in the same step, and ask each other only now and then."""
+        return here if parallel.world_size() == 1 else (
+            progress.step % STEPS_BETWEEN_QUESTIONS == 0 and parallel.any_of(here, learner.device))
+
     learner.model.train()
     batches_of_steps = schedule.batches_from(progress.step, batches)
-    with interrupt_between_steps() as interrupted, \
+    with stop_between_steps() as signal_that_came, \
             tqdm(total=schedule.steps, initial=progress.step, unit="step", desc="training", mininterval=1,
                  disable=parallel.rank() > 0) as bar:
-        while progress.step < schedule.steps and not parallel.any_of(interrupted(), learner.device):
+        while progress.step < schedule.steps and not asked(bool(signal_that_came())):
             step_batches, rate = next(batches_of_steps), schedule.rate(progress.step)
             progress.count(step_batches, optimizer_step(learner, step_batches, rate))
             bar.update()
@@ -219,25 +228,6 @@ def _take_steps(learner: Learner, schedule: Schedule, progress: Progress, batche
                     save_best()
                 learner.model.train()
                 progress.save()
-
-
-@contextmanager
-def interrupt_between_steps() -> Iterator[Callable[[], bool]]:
-    """Within the block the first Ctrl-C only raises a flag, so that a step is never cut in half; a second one acts."""
-    pressed = False
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal pressed
-        if pressed:
-            raise KeyboardInterrupt
-        pressed = True
-
-    try:
-        earlier = signal.signal(signal.SIGINT, handle)
-    except ValueError:  # not the main thread: signals go elsewhere
-        yield lambda: False
-        return
-    try:
-        yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, earlier)
+            elif asked(progress.is_due()):
+                progress.save()
+    return signal_that_came() or (signal.SIGINT if progress.step < schedule.steps else 0)

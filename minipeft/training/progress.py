@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from minipeft.data.batches import Batch
-from minipeft.errors import ConfigError
+from minipeft.errors import ConfigError, OutputError
 from minipeft.training import distributed as parallel
 from minipeft.training.sharding import reshard, spread_like
 from minipeft.training.state import load_training_state, save_training_state
@@ -22,9 +23,10 @@ from minipeft.training.state import load_training_state, save_training_state
 
 @dataclass
 class History:
-    """What training leaves behind: the curve, the best validation, the time, and whether Ctrl-C ended it.
+    """What training leaves behind: the curve, the best validation, the time, and whether a signal ended it.
 
-    `core_seconds` is the time that this process's threads computed, on a machine busy with other things too.
+    `core_seconds` is the time that this process's threads computed, on a machine busy with other things too;
+    `stopped_by` the number of the signal, or 0.
     """
 
     curve: list[dict[str, Any]]
@@ -32,7 +34,7 @@ class History:
     seconds: float
     core_seconds: float
     samples: int
-    interrupted: bool = False
+    stopped_by: int = 0
 
 
 class Stopwatch:
@@ -63,18 +65,20 @@ class Progress:
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, best_by: str,
-                 folder: Path | None, settings: dict[str, Any]) -> None:
+                 folder: Path | None, settings: dict[str, Any], save_minutes: float = math.inf) -> None:
         """
         Args:
             best_by: the metric that decides which validation is the best: the highest, or the lowest "loss".
             folder: where the state is kept; None keeps nothing.
             settings: what must be the same in a resumed run, as JSON.
+            save_minutes: `is_due` so long after the last `save`.
         """
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.best_by, self.folder, self.settings = best_by, folder, settings
         self.step, self.samples, self.clock = 0, 0, Stopwatch()
         self.curve: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {}
+        self._save_seconds, self._saved_at = 60 * save_minutes, time.monotonic()
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._best_values: dict[str, Tensor] = {}
         # Of this process, since the last validation: loss and hits, and over how many targets of all processes.
@@ -134,8 +138,13 @@ class Progress:
         return (f"step {self.step}/{steps}: train loss {point['train_loss']:.3f}, validation loss "
                 f"{point['validation_loss']:.3f}, validation accuracy {point['validation_accuracy']:.4f}{others}")
 
+    def is_due(self) -> bool:
+        """Whether it is time to save again."""
+        return self.folder is not None and time.monotonic() - self._saved_at >= self._save_seconds
+
     def save(self) -> None:
         """Write everything that `resume` needs. Of several processes all must call."""
+        self._saved_at = time.monotonic()
         if self.folder is not None:
             save_training_state(self.folder, self.model, self.optimizer, self.step, tensors=self._best_values, extra={
                 "settings": self.settings, "curve": self.curve, "best": self.best, "samples": self.samples,
@@ -154,6 +163,14 @@ class Progress:
         step, extra, tensors = load_training_state(self.folder, self.model, self.optimizer)
         if not step:
             return
+        try:
+            self._take_over(step, extra, tensors)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise OutputError(f"{self.folder} holds a damaged training state ({type(error).__name__}: {error}): delete "
+                              "it, or start anew without --resume") from error
+
+    def _take_over(self, step: int, extra: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Go on from a state's content, whatever is wrong with it raising one of Python's errors."""
         wanted = json.loads(json.dumps(self.settings))  # as it reads after a trip through the state's header
         changed = [key for key in wanted if extra["settings"].get(key) != wanted[key]]
         if changed:
@@ -174,6 +191,6 @@ class Progress:
             self._trained[name].copy_(value)
         reshard(self.model)
 
-    def history(self, interrupted: bool) -> History:
+    def history(self, stopped_by: int) -> History:
         """What is left of the run."""
-        return History(self.curve, self.best, self.clock.seconds, self.clock.core_seconds, self.samples, interrupted)
+        return History(self.curve, self.best, self.clock.seconds, self.clock.core_seconds, self.samples, stopped_by)

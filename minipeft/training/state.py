@@ -68,6 +68,16 @@ def load_training_state(folder: str | Path, model: nn.Module,
     if not (folder / STATE_FILE).is_file():
         return 0, {}, {}
     step, extra, random_state, tensors = _read(folder)
+    try:
+        return step, extra, _restore(folder, model, optimizer, random_state, tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise OutputError(f"{folder} holds a damaged training state ({type(error).__name__}: {error}): delete it, or "
+                          "start anew without --resume") from error
+
+
+def _restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, random_state: torch.Tensor,
+             tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Put a state's tensors where they belong; those that belong nowhere here are returned."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     stored = _part(tensors, "model")
     if {name: t.shape for name, t in stored.items()} != {name: p.shape for name, p in trained.items()}:
@@ -77,11 +87,13 @@ def load_training_state(folder: str | Path, model: nn.Module,
             parameter.copy_(spread_like(parameter, stored[name]))
     for key, tensor in _part(tensors, "optimizer").items():
         entry, _, name = key.partition("/")
+        if tensor.dim() and tensor.shape != trained[name].shape:
+            raise ValueError(f"{key} is {tuple(tensor.shape)}, the parameter is {tuple(trained[name].shape)}")
         optimizer.state[trained[name]][entry] = spread_like(trained[name], tensor)
     torch.set_rng_state(random_state)
     if torch.cuda.is_available() and "random/cuda" in tensors:
         torch.cuda.set_rng_state(tensors["random/cuda"])
-    return step, extra, _part(tensors, "extra")
+    return _part(tensors, "extra")
 
 
 def _read(folder: Path) -> tuple[int, dict[str, Any], torch.Tensor, dict[str, torch.Tensor]]:
@@ -94,9 +106,13 @@ def _read(folder: Path) -> tuple[int, dict[str, Any], torch.Tensor, dict[str, to
         with open_tensors(folder / STATE_FILE) as file:
             saved = json.loads(file.metadata()["state"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        return saved["step"], saved["extra"], tensors.pop("random/cpu"), tensors
-    except (WeightsError, ValueError, KeyError, TypeError) as error:
-        raise OutputError(f"{folder} holds a damaged training state ({error}): delete it") from error
+        step, extra, random_state = saved["step"], saved["extra"], tensors.pop("random/cpu")
+        if type(step) is not int or step < 0 or not isinstance(extra, dict):
+            raise ValueError(f"step is {step!r}, extra is {type(extra).__name__}")
+        return step, extra, random_state, tensors
+    except (WeightsError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise OutputError(f"{folder} holds a damaged training state ({error}): delete it, or start anew without "
+                          "--resume") from error
 
 
 def _part(tensors: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:

@@ -113,7 +113,8 @@ def test_ctrl_c_leaves_a_model_that_loads_and_resuming_ends_as_if_uninterrupted(
     expected = finetune(options(method, output=str(tmp_path / "whole")))
     said = []
     ctrl_c(step)
-    assert finetune(options(method, output=str(tmp_path / "cut")), said.append) == {}
+    with pytest.raises(KeyboardInterrupt):
+        finetune(options(method, output=str(tmp_path / "cut")), said.append)
     assert "--resume" in said[-1]
     model, task = load_finetuned(tmp_path / "cut")
     assert torch.isfinite(logits_of(model, task)).all()
@@ -128,13 +129,15 @@ def test_ctrl_c_leaves_a_model_that_loads_and_resuming_ends_as_if_uninterrupted(
 
 def test_an_interrupted_run_writes_no_results_file(options, ctrl_c, tmp_path):
     ctrl_c(3)
-    finetune(options())
+    with pytest.raises(KeyboardInterrupt):
+        finetune(options())
     assert files_below(tmp_path / "results") == []
 
 
 def test_without_resume_an_interrupted_run_starts_anew(options, ctrl_c, tmp_path):
     ctrl_c(3)
-    finetune(options())
+    with pytest.raises(KeyboardInterrupt):
+        finetune(options())
     ctrl_c(None)
     results = finetune(options(training_values={"learning_rate": 1e-2}))
     assert results["training_config"]["learning_rate"] == 1e-2
@@ -147,7 +150,8 @@ def test_without_resume_an_interrupted_run_starts_anew(options, ctrl_c, tmp_path
     ids=lambda change: "-".join(change))
 def test_resuming_with_another_request_is_refused(options, ctrl_c, change):
     ctrl_c(3)
-    finetune(options())
+    with pytest.raises(KeyboardInterrupt):
+        finetune(options())
     ctrl_c(None)
     with pytest.raises((ConfigError, OutputError)):
         finetune(options(resume=True, **change))
@@ -155,7 +159,8 @@ def test_resuming_with_another_request_is_refused(options, ctrl_c, change):
 
 def test_resuming_on_another_base_model_is_refused(options, ctrl_c, tmp_path):
     ctrl_c(3)
-    finetune(options())
+    with pytest.raises(KeyboardInterrupt):
+        finetune(options())
     ctrl_c(None)
     with pytest.raises((ConfigError, OutputError)):
         finetune(options(resume=True, model=str(write_tiny_model(tmp_path / "other", seed=1))))

@@ -118,7 +118,7 @@ def test_training_learns_a_separable_task(toy, method):
     history = run(task)
     assert history.curve[-1]["train_loss"] < 0.5 * before["loss"]
     assert history.best["accuracy"] == 1.0 == task.validate()["accuracy"]
-    assert not history.interrupted and not task.model.training
+    assert not history.stopped_by and not task.model.training
     assert history.samples == 4 * 64 and history.seconds > 0
 
 
@@ -350,11 +350,11 @@ def test_a_run_interrupted_anywhere_and_resumed_equals_the_uninterrupted_one_bit
         if number:
             torch.manual_seed(99)  # what a resuming process starts with does not matter
         history = run(task, loss_sum=pressing_ctrl_c(micro_step), state_folder=tmp_path / "cut", resume=True)
-        assert history.interrupted
+        assert history.stopped_by
     task = toy(method, **LONG)
     torch.manual_seed(100)
     history = run(task, state_folder=tmp_path / "cut", resume=True)
-    assert not history.interrupted
+    assert not history.stopped_by
 
     left, wanted = trained_values(task.model), trained_values(whole.model)
     assert all(torch.equal(left[name], wanted[name]) for name in wanted)
@@ -379,7 +379,7 @@ def test_ctrl_c_raises_nothing_finishes_its_step_and_saves_a_usable_model(toy, t
     handler = signal.getsignal(signal.SIGINT)
     history = run(task, loss_sum=pressing_ctrl_c(2), state_folder=tmp_path, save_best=lambda: saved.append(
         trained_values(task.model)))
-    assert history.interrupted and history.curve == [] and history.samples == 16
+    assert history.stopped_by and history.curve == [] and history.samples == 16
     assert signal.getsignal(signal.SIGINT) is handler
     assert saved_state(tmp_path)[0]["step"] == 2
     assert len(saved) == 1
@@ -392,7 +392,7 @@ def test_ctrl_c_after_a_validation_leaves_the_best_model_so_far(toy, tmp_path):
     task, seen = toy(epochs=2, evaluations_per_epoch=2), []
     history = run(task, loss_sum=pressing_ctrl_c(10), validate=scripted([0.9, 0.5], seen, task.model),
                   state_folder=tmp_path)
-    assert history.interrupted and history.best["accuracy"] == 0.9
+    assert history.stopped_by and history.best["accuracy"] == 0.9
     left = trained_values(task.model)
     assert all(torch.equal(left[name], seen[0][name]) for name in left)
 

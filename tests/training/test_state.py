@@ -17,7 +17,7 @@ import minipeft.training.state
 from minipeft import FullConfig, GPT2ForSequenceClassification, LoraConfig, inject
 from minipeft.errors import OutputError
 from minipeft.training.optimizer import adamw
-from minipeft.training.state import load_training_state, save_training_state
+from minipeft.training.state import STATE_FILE, load_training_state, save_training_state
 
 
 def names_in(folder):
@@ -196,3 +196,59 @@ def test_a_process_killed_while_saving_leaves_one_whole_state(tiny_config, tmp_p
     except OutputError:
         return  # to say so would be as good
     assert all(torch.equal(tensor, values[step][name]) for name, tensor in model.state_dict().items())
+
+
+# --- damaged states ---------------------------------------------------------------------------------------------------
+
+def saved(tiny_config, folder):
+    model, optimizer = start(tiny_config, METHODS[0])
+    run(model, optimizer, range(2))
+    save_training_state(folder, model, optimizer, 2, extra={"curve": []})
+    return folder / STATE_FILE
+
+
+def rewritten(file, change):
+    """The state file with its tensors and its header changed."""
+    with safe_open(file, framework="pt") as opened:
+        tensors, header = {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()
+    header = change(tensors, header) or header
+    save_file(tensors, file, metadata=header)
+
+
+def header(text):
+    return lambda tensors, _: {"state": text}
+
+
+DAMAGE = {
+    "step is a text": header('{"step": "2", "extra": {}}'), "step is negative": header('{"step": -1, "extra": {}}'),
+    "step is a bool": header('{"step": true, "extra": {}}'), "extra is a list": header('{"step": 2, "extra": []}'),
+    "no step": header('{"extra": {}}'), "the header is no object": header("[1]"),
+    "the header is deep": header("[" * 9999),
+    "the header is no JSON": header("{"), "no header": lambda tensors, header: {"other": "x"},
+    "no random state": lambda tensors, header: tensors.__delitem__("random/cpu"),
+    "a short random state": lambda tensors, header: tensors.update({"random/cpu": torch.zeros(3, dtype=torch.uint8)}),
+    "a random state of floats": lambda tensors, header: tensors.update({"random/cpu": torch.zeros(5056)}),
+    "moments of another shape": lambda tensors, header: tensors.update(
+        {next(name for name in sorted(tensors) if "exp_avg/" in name): torch.zeros(1, 1)}),
+    "moments of an unknown parameter": lambda tensors, header: tensors.update(
+        {"optimizer/exp_avg/nobody": torch.zeros(1)}),
+}
+
+
+@pytest.mark.parametrize("change", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_state_is_refused_in_one_line_that_says_what_to_do(tiny_config, tmp_path, change):
+    rewritten(saved(tiny_config, tmp_path), change)
+    model, optimizer = start(tiny_config, METHODS[0])
+    with pytest.raises(OutputError, match=r"holds a damaged training state .*delete it") as caught:
+        load_training_state(tmp_path, model, optimizer)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 7, 8, 100, 0.5, 0.99])
+def test_a_state_cut_off_anywhere_is_refused(tiny_config, tmp_path, kept):
+    file = saved(tiny_config, tmp_path)
+    content = file.read_bytes()
+    file.write_bytes(content[:kept if isinstance(kept, int) else int(kept * len(content))])
+    model, optimizer = start(tiny_config, METHODS[0])
+    with pytest.raises(OutputError, match="damaged training state"):
+        load_training_state(tmp_path, model, optimizer)

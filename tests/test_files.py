@@ -1,0 +1,138 @@
+"""files.py: whole files or none, no leftovers of the dead, the user's access rights, one process per locked folder."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from minipeft.errors import OutputError
+from minipeft.files import LOCK_FILE, check_writable, digests, locked, replacing_folder, write_json_file
+
+HOLD = """
+import sys, time
+from minipeft.files import locked
+with locked(sys.argv[1]):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+def test_files_move_in_together_and_what_else_lies_there_stays(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with replacing_folder(tmp_path) as temporary:
+        (temporary / "a").write_text("new")
+        (temporary / "below").mkdir()
+        (temporary / "below" / "b").write_text("new")
+        assert not (tmp_path / "a").exists()
+    assert names(tmp_path) == ["a", "below", "mine.txt"]
+
+
+def test_on_an_error_nothing_moves_and_nothing_stays(tmp_path):
+    with pytest.raises(OutputError, match="cannot write to"), replacing_folder(tmp_path) as temporary:
+        (temporary / "a").write_text("half")
+        raise OSError(28, "No space left on device")
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_files_get_the_access_rights_that_the_users_umask_gives(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        with replacing_folder(tmp_path / "folder") as temporary:
+            (temporary / "private").touch(0o600)  # as safetensors makes its files
+        write_json_file(tmp_path / "results.json", {})
+    finally:
+        os.umask(before)
+    for file in (tmp_path / "folder" / "private", tmp_path / "results.json"):
+        assert file.stat().st_mode & 0o777 == mode
+
+
+def leftover_of(process, folder):
+    """What a process of this number leaves where it was killed while it wrote: a folder, and a file."""
+    with replacing_folder(folder) as temporary:
+        own = temporary.name
+    made = own.replace(f"@{os.getpid()}-", f"@{process}-")
+    (folder / made).mkdir()
+    (folder / made / "half").write_text("half")
+    (folder / f"{made}.json").write_text("half")
+    return {made, f"{made}.json"}
+
+
+def test_leftovers_of_the_dead_are_cleared_by_the_next_writer_and_those_of_the_living_are_not(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    leftover_of(dead.pid, tmp_path)
+    living = leftover_of(os.getppid(), tmp_path)
+    foreign = {name.replace(".writing-", ".writing-another-host") for name in living}
+    for name in foreign:
+        (tmp_path / name).touch()
+    write_json_file(tmp_path / "results.json", {})
+    assert set(names(tmp_path)) == {"results.json"} | living | foreign
+
+
+def test_a_check_of_a_folder_leaves_nothing_there(tmp_path):
+    check_writable(tmp_path / "a" / "b")
+    assert names(tmp_path) == []
+
+
+def test_digests_name_the_files_directly_in_a_folder(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    (tmp_path / "below").mkdir()
+    # FIPS 180-4's own example.
+    assert digests(tmp_path) == {"a": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"}
+
+
+# --- the lock ---------------------------------------------------------------------------------------------------------
+
+def hold(folder):
+    """A process that holds a folder's lock, once it does."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "locked\n"
+    return process
+
+
+def test_a_locked_folder_is_refused_in_one_line_that_names_the_process(tmp_path):
+    process = hold(tmp_path)
+    try:
+        with pytest.raises(OutputError, match=rf"in use by another run \(process {process.pid} on ") as caught:
+            with locked(tmp_path):
+                pytest.fail("locked twice")
+        assert "\n" not in str(caught.value)
+        with locked(tmp_path / "another"):
+            pass
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_the_lock_of_a_dead_process_is_taken_over(tmp_path, how):
+    process = hold(tmp_path)
+    process.send_signal(how)
+    process.wait()
+    deadline = time.monotonic() + 5
+    while True:
+        try:
+            with locked(tmp_path):
+                assert (tmp_path / LOCK_FILE).read_text().startswith(f"process {os.getpid()} on ")
+            break
+        except OutputError:
+            assert time.monotonic() < deadline
+    assert names(tmp_path) == []
+
+
+def test_a_lock_leaves_no_file_and_no_empty_folder_also_after_an_error(tmp_path):
+    with pytest.raises(ValueError, match="inside"), locked(tmp_path / "new" / "folder"):
+        raise ValueError("inside")
+    assert names(tmp_path) == []

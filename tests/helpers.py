@@ -101,6 +101,15 @@ def load(name, *arguments, task=None, **named):
     return load_dataset(name, task_for(name, task), *arguments, **named)
 
 
+def changed_by_hand(folder):
+    """Say of an adapter's or a model's folder that its files are changed by hand: the account forgets their digests."""
+    account = Path(folder) / "minipeft.json"
+    if account.is_file():
+        content = read_json(account)
+        content.pop("files", None)
+        account.write_text(json.dumps(content))
+
+
 def files_below(*folders):
     """Every file below the given folders, to see what a run has left there."""
     return sorted(str(file) for folder in folders for file in Path(folder).rglob("*") if file.is_file())

@@ -1,7 +1,7 @@
-"""Adapter folders in peft's format: written, checked, and loaded into a base model.
+"""Adapter folders in peft's format: written, checked, and loaded into a base model; `folder.py` keeps their files.
 
-A folder holds `adapter_config.json` and `adapter_model.safetensors`, which peft reads and writes too, and
-`minipeft.json`, which peft ignores: the base model's fingerprint, and what prediction needs (label names, length).
+What peft has no place for stands in `minipeft.json`: the base model's fingerprint, and what prediction needs (label
+names, length).
 """
 
 from __future__ import annotations
@@ -14,10 +14,19 @@ import torch
 import torch.nn as nn
 from safetensors.torch import save_file
 
-from minipeft.errors import AdapterError, ConfigError, InjectionError, MinipeftError, WeightsError
-from minipeft.files import read_json_file, replacing_folder, write_json
+from minipeft.errors import AdapterError, ConfigError, InjectionError, MinipeftError
+from minipeft.files import digests, replacing_folder, write_json
 from minipeft.methods import METHODS, inject
 from minipeft.methods.config import MethodConfig
+from minipeft.methods.folder import (
+    CONFIG_FILE,
+    DETAILS_FILE,
+    TENSORS_FILE,
+    clear,
+    parts_of,
+    read_contents,
+    written_before,
+)
 from minipeft.methods.injection import (
     Injection,
     active_injections,
@@ -26,9 +35,8 @@ from minipeft.methods.injection import (
     fingerprint,
 )
 from minipeft.methods.switch import activate, adapter_names, deactivate, remove
-from minipeft.model.weights import open_tensors
+from minipeft.methods.wrappers import check_is_bare, seeing_through
 
-CONFIG_FILE, TENSORS_FILE, DETAILS_FILE = "adapter_config.json", "adapter_model.safetensors", "minipeft.json"
 # Keys of peft's adapter_config.json that do not change what the model computes, whatever they say.
 _HARMLESS = {"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping",
              "peft_version", "modules_to_save", "fan_in_fan_out", "runtime_config"}
@@ -36,17 +44,20 @@ _HARMLESS = {"peft_type", "task_type", "base_model_name_or_path", "revision", "i
 
 # --- save -------------------------------------------------------------------------------------------------------------
 
+@seeing_through
 def save_adapter(model: nn.Module, folder: str | Path, details: dict[str, Any] | None = None) -> None:
     """Write the trained tensors and the configuration of the active adapter; peft loads the folder where it knows the
     method. A combination of methods becomes one sub-folder each, named by the method.
 
     Args:
         model: carries one injection or more.
-        folder: created if absent; files of an earlier adapter are replaced once all new ones are written.
+        folder: created if absent. What an earlier save wrote there is replaced once all new files are written; other
+            files, such as those of another adapter in a sub-folder, stay.
         details: more for `minipeft.json`, such as label names.
 
     Raises:
-        AdapterError: nothing is injected, the adapter is merged, or the method trains the whole model.
+        AdapterError: nothing is injected, the adapter is merged, the method trains the whole model, or a combination's
+            sub-folder holds an adapter of its own.
         OutputError: the folder cannot be written, or the disk is full.
     """
     active = active_injections(model)
@@ -58,20 +69,21 @@ def save_adapter(model: nn.Module, folder: str | Path, details: dict[str, Any] |
         if not injection.config.saves_adapter:
             raise AdapterError(f"{injection.method} has no adapter to save: use save_pretrained")
     folder = Path(folder)
+    earlier = written_before(folder)
+    parts = [folder / injection.method for injection in active] if len(active) > 1 else []
+    for part in parts:
+        if (part / CONFIG_FILE).is_file() and part / CONFIG_FILE not in earlier:
+            raise AdapterError(f"{part} holds an adapter of its own, and would be one of this combination's folders: "
+                               "choose another folder")
     with replacing_folder(folder) as temporary:
         for injection in active:
             part = temporary / injection.method if len(active) > 1 else temporary
             part.mkdir(exist_ok=True)
             _write(model, injection, part, details or {})
-    written = {folder / injection.method for injection in active} if len(active) > 1 else {folder}
-    for earlier in {folder, *(folder / method for method in METHODS)} - written:
-        clear_adapter(earlier)
-
-
-def clear_adapter(folder: Path, keep: tuple[str, ...] = ()) -> None:
-    """Delete an adapter's files, which are not to be taken for what has been saved since; `keep` names exceptions."""
-    for file in {CONFIG_FILE, TENSORS_FILE, DETAILS_FILE} - set(keep):
-        (folder / file).unlink(missing_ok=True)
+        if parts:
+            write_json(temporary / DETAILS_FILE, {"parts": [part.name for part in parts]})
+        written = {folder / file.relative_to(temporary) for file in temporary.rglob("*") if file.is_file()}
+    clear(earlier, folder, written)
 
 
 def _write(model: nn.Module, injection: Injection, folder: Path, details: dict[str, Any]) -> None:
@@ -84,8 +96,9 @@ def _write(model: nn.Module, injection: Injection, folder: Path, details: dict[s
     save_file(tensors, folder / TENSORS_FILE, metadata={"format": "pt"})
     write_json(folder / CONFIG_FILE, config)
     write_json(folder / DETAILS_FILE, {
-        "base_fingerprint": injection.fingerprint, "base_dtype": str(base_of(model).wte.weight.dtype),
-        "base_model": getattr(model, "name_or_path", None), "method": injection.method, **details})
+        "files": digests(folder), "base_fingerprint": injection.fingerprint,
+        "base_dtype": str(base_of(model).wte.weight.dtype), "base_model": getattr(model, "name_or_path", None),
+        "method": injection.method, **details})
 
 
 def _task_type(model: nn.Module) -> str:
@@ -109,12 +122,6 @@ def _stored(model: nn.Module, injection: Injection) -> dict[str, torch.Tensor]:
 
 # --- load -------------------------------------------------------------------------------------------------------------
 
-def read_details(folder: str | Path) -> dict[str, Any]:
-    """The content of a folder's minipeft.json; empty for an adapter that peft wrote."""
-    path = Path(folder) / DETAILS_FILE
-    return read_json_file(path, AdapterError) if path.is_file() else {}
-
-
 def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> nn.Module:
     """Inject the method saved in `folder` into a base model and load its trained tensors.
 
@@ -132,12 +139,13 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     Raises:
         AdapterError: no adapter there, a damaged one, another base's, another head's, or tensors missing or left over.
         ConfigError: a field that changes the numbers and is not implemented here.
-        InjectionError: the model already carries a method under this name.
+        InjectionError: the model already carries a method under this name, or is wrapped.
     """
+    check_is_bare(model)
     folder = Path(folder)
-    parts = [folder / method for method in METHODS if (folder / method / CONFIG_FILE).is_file()]
-    if (folder / CONFIG_FILE).is_file() or not parts:
-        parts = [folder]
+    parts = parts_of(folder)
+    if parts == [folder] and not (folder / CONFIG_FILE).is_file():  # several methods, saved before there were accounts
+        parts = [folder / name for name in METHODS if (folder / name / CONFIG_FILE).is_file()] or parts
     prepared = [_prepare(model, part) for part in parts]
     if name in adapter_names(model):
         raise InjectionError(f"this model already carries an adapter {name!r}: remove it, or load under another name")
@@ -158,27 +166,19 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
 
 def _prepare(model: nn.Module, folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
     """What an adapter folder holds, checked as far as it can be before the model is touched."""
-    for file in (CONFIG_FILE, TENSORS_FILE):
-        if not (folder / file).is_file():
-            raise AdapterError(f"{folder} holds no {file}: it is not an adapter folder")
-    saved = read_json_file(folder / CONFIG_FILE, AdapterError)
+    saved, tensors, details = read_contents(folder)
     config = _parse_config(saved, folder, model)
     task = _task_type(model)
     if saved.get("task_type") not in (None, task):
         raise AdapterError(f"{folder} was trained for {saved['task_type']}, this model is for {task}")
     if saved.get("task_type") is None and config.needs_task:
         raise AdapterError(f"{folder} does not say its task_type, and virtual tokens have a meaning for one task only")
-    details = read_details(folder)
     if "base_fingerprint" in details and details.get("base_dtype") == str(base_of(model).wte.weight.dtype):
         found = fingerprint(model)
         if found != details["base_fingerprint"]:
             raise AdapterError(f"{folder} was trained on another base model ({details.get('base_model')}, fingerprint "
                                f"{details['base_fingerprint']}); this one has fingerprint {found}")
-    try:
-        with open_tensors(folder / TENSORS_FILE) as file:
-            return config, {name: file.get_tensor(name) for name in file.keys()}
-    except WeightsError as error:
-        raise AdapterError(str(error)) from error
+    return config, tensors
 
 
 def _parse_config(saved: dict[str, Any], folder: Path, model: nn.Module) -> Any:

@@ -112,8 +112,9 @@ def _by_our_names(stored: list[StoredTensor], prefix: str,
     """Stored tensors by their names in a model whose base starts with `prefix`, and what is wrong with these names."""
     source, problems = {}, []
     for tensor in stored:
-        in_head = tensor.name.startswith(tuple(f"{head}." for head in heads))
-        ours = tensor.name if in_head else prefix + tensor.name.removeprefix(_PREFIX)
+        name = tensor.name.replace("_orig_mod.", "").removeprefix("module.")  # what torch.compile and DDP put before
+        in_head = name.startswith(tuple(f"{head}." for head in heads))
+        ours = name if in_head else prefix + name.removeprefix(_PREFIX)
         if ours in source:
             problems.append(f"{tensor.name} and {source[ours].name} are the same tensor")
         source[ours] = tensor
@@ -165,7 +166,11 @@ def _listed(items: list[str], at_most: int = 8) -> str:
 # --- fill -------------------------------------------------------------------------------------------------------------
 
 def _fill(model: nn.Module, path: Path, stored_names: dict[str, str], dtype: torch.dtype) -> None:
-    """Read each tensor from a checked file into the model."""
+    """Read each tensor from a checked file into the model.
+
+    Raises:
+        WeightsError: a value that is no finite number.
+    """
     for name, stored_name in stored_names.items():
         # Opened anew for each tensor, so that the pages mapped for the last one are given back.
         with open_tensors(path) as file:
@@ -173,6 +178,9 @@ def _fill(model: nn.Module, path: Path, stored_names: dict[str, str], dtype: tor
             if name.endswith(_TRANSPOSED):
                 tensor = tensor.t()                                               # (in, out) -> (out, in)
             tensor = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        if not torch.isfinite(tensor).all():
+            raise WeightsError(f"{path} holds NaN or infinity in {stored_name}: the file is damaged, or its training "
+                               f"went wrong{'' if dtype == torch.float32 else f', or its values do not fit {dtype}'}")
         _set_parameter(model, name, nn.Parameter(tensor))
 
 

@@ -13,7 +13,7 @@ import torch.nn as nn
 
 from minipeft.data.datasets import KNOWN, choose_dataset, load_dataset
 from minipeft.errors import ConfigError, DataError
-from minipeft.methods.saving import read_details
+from minipeft.methods.folder import read_details
 from minipeft.runs import defaults
 from minipeft.runs.plan import Options, Say, silent
 from minipeft.runs.trained import load_finetuned

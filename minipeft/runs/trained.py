@@ -10,14 +10,15 @@ import torch
 import torch.nn as nn
 
 from minipeft.errors import AdapterError, ConfigError, WeightsError
-from minipeft.files import replacing_folder, write_json
+from minipeft.files import digests, replacing_folder, write_json
+from minipeft.methods.folder import CONFIG_FILE as ADAPTER_CONFIG_FILE
+from minipeft.methods.folder import DETAILS_FILE, check_one_save, clear, read_details, read_together, written_before
 from minipeft.methods.injection import active_injections
-from minipeft.methods.saving import CONFIG_FILE as ADAPTER_CONFIG_FILE
-from minipeft.methods.saving import DETAILS_FILE, clear_adapter, load_adapter, read_details, save_adapter
+from minipeft.methods.saving import load_adapter, save_adapter
 from minipeft.model.config import GPT2Config
 from minipeft.model.hub import find
 from minipeft.model.tokenizer import VOCABULARY_FILE, Tokenizer, get_tokenizer
-from minipeft.model.weights import CONFIG_FILE, read_config
+from minipeft.model.weights import CONFIG_FILE, WEIGHTS_FILE, read_config
 from minipeft.tasks import TASKS, find_task, task_name
 from minipeft.tasks.task import Task
 from minipeft.training import distributed as parallel
@@ -45,12 +46,15 @@ def save_finetuned(model: nn.Module, folder: Path, details: dict[str, Any]) -> N
     if not first:
         return
     vocabulary = find(model.name_or_path) / VOCABULARY_FILE
+    earlier = written_before(folder)
     with replacing_folder(folder) as temporary:
         model.save_pretrained(temporary, state_dict=tensors)
         if vocabulary.is_file():
             shutil.copyfile(vocabulary, temporary / VOCABULARY_FILE)
-        write_json(temporary / DETAILS_FILE, {"method": "full", "base_model": model.name_or_path, **details})
-    clear_adapter(folder, keep=(DETAILS_FILE,))  # one that was there before is not this model's
+        files = digests(temporary)
+        write_json(temporary / DETAILS_FILE, {"method": "full", "base_model": model.name_or_path, "files": files,
+                                              **details})
+    clear(earlier, folder, {folder / name for name in (*files, DETAILS_FILE)})
 
 
 def load_finetuned(folder: str | Path, model_name: str | None = None, device: torch.device | None = None,
@@ -83,6 +87,7 @@ def load_finetuned(folder: str | Path, model_name: str | None = None, device: to
     if is_adapter:
         model = load_adapter(task_class.load_model(base, finetuned_task.label_names), folder)
     else:
+        check_one_save(folder, *read_together(folder, (CONFIG_FILE, WEIGHTS_FILE)))
         model = task_class.model_class.from_pretrained(folder)
     check_vocabulary(finetuned_task.tokenizer, model)
     return model.to(device or torch.device("cpu")), finetuned_task
@@ -130,11 +135,15 @@ def _task(folder: Path, details: dict[str, Any], task_class: type[Task], base: s
 
 
 def check_vocabulary(tokenizer: Tokenizer, model: nn.Module) -> None:
-    """Refuse a vocabulary with entries that the model has no embedding for.
+    """Refuse a vocabulary that is not the model's: too many entries, or another end-of-text token, which comes last.
 
     Raises:
-        WeightsError: there are such.
+        WeightsError: saying which.
     """
     if tokenizer.vocab_size > model.config.vocab_size:
         raise WeightsError(f"the vocabulary has {tokenizer.vocab_size:,} entries, the model only "
                            f"{model.config.vocab_size:,}: put the model's own {VOCABULARY_FILE} beside its weights")
+    end_of_text = model.config.eos_token_id
+    if end_of_text not in (None, tokenizer.eos_token_id):
+        raise WeightsError(f"the vocabulary's end-of-text token is {tokenizer.eos_token_id}, the model's "
+                           f"{end_of_text}: the {VOCABULARY_FILE} beside its weights is cut off, or another model's")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import changed_by_hand
 from models import (
     IDS,
     MASK,
@@ -41,8 +42,8 @@ from minipeft import (
     unmerge,
 )
 from minipeft.errors import AdapterError, ConfigError, MinipeftError, OutputError
+from minipeft.methods.folder import read_details
 from minipeft.methods.injection import active_injections
-from minipeft.methods.saving import read_details
 
 CONFIG, TENSORS, DETAILS = "adapter_config.json", "adapter_model.safetensors", "minipeft.json"
 P = "base_model.model.transformer."
@@ -65,10 +66,12 @@ def adapter(tiny_config, tmp_path):
 
 
 def edit_json(path, **changes):
+    changed_by_hand(path.parent)
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def edit_tensors(path, change):
+    changed_by_hand(path.parent)
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path)
@@ -299,13 +302,13 @@ def test_a_disk_that_fills_up_at_the_last_file_leaves_the_older_adapter(tiny_con
 def test_a_disk_that_fills_up_at_the_second_of_two_methods_leaves_the_older_two(tiny_config, tmp_path, monkeypatch):
     model = inject_all(build(GPT2ForSequenceClassification, tiny_config), *COMBINED)
     save_adapter(model, tmp_path)
-    before = {folder.name: contents(folder) for folder in tmp_path.iterdir()}
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*.*")}
     monkeypatch.setattr(minipeft.methods.saving, "save_file",
                         lambda tensors, path, **rest: save_file(tensors, path, **rest)
                         if "prompt_embeddings" not in tensors else disk_full())
     with pytest.raises(OutputError, match="the disk is full"):
         save_adapter(perturb(model), tmp_path)
-    assert {folder.name: contents(folder) for folder in tmp_path.iterdir()} == before
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*.*")} == before
 
 
 @pytest.mark.parametrize("below", ["", "/a/b"], ids=["the file itself", "below it"])
@@ -512,6 +515,7 @@ def test_fields_that_change_no_number_are_accepted(tiny_config, adapter, fields)
 def test_the_smallest_config_means_the_defaults(tiny_config, tmp_path):
     model = perturb(inject(build(GPT2ForSequenceClassification, tiny_config), LoraConfig()))
     save_adapter(model, tmp_path)
+    changed_by_hand(tmp_path)
     (tmp_path / CONFIG).write_text('{"peft_type": "LORA", "task_type": "SEQ_CLS"}')
     loaded = load_adapter(build(GPT2ForSequenceClassification, tiny_config), tmp_path)
     assert torch.equal(loaded(IDS, MASK), model.eval()(IDS, MASK))

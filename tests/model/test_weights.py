@@ -660,3 +660,10 @@ def test_a_hub_that_takes_the_connection_but_never_answers_is_not_reachable(onli
 def test_a_malformed_endpoint_is_not_reachable(online, endpoint):
     online(endpoint)
     assert not hub.hub_is_reachable(timeout=1)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_no_finite_number_is_refused_by_name(saved, value):
+    rewrite(saved, lambda tensors: tensors["transformer.h.1.mlp.c_fc.weight"].fill_(value))
+    with pytest.raises(WeightsError, match=r"holds NaN or infinity in transformer\.h\.1\.mlp\.c_fc\.weight"):
+        GPT2LMHeadModel.from_pretrained(saved)

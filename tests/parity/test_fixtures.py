@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import minipeft
 from minipeft import disable_adapter, load_adapter, save_adapter, trainable_parameters
-from minipeft.methods.saving import CONFIG_FILE, TENSORS_FILE
+from minipeft.methods.folder import CONFIG_FILE, TENSORS_FILE
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own, on its own attributes
 

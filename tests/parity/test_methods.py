@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from helpers import write_vocabulary
+from helpers import changed_by_hand, write_vocabulary
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity_helpers import (
@@ -37,7 +37,7 @@ from minipeft import (
     trainable_parameters,
 )
 from minipeft.errors import AdapterError, ConfigError
-from minipeft.methods.saving import CONFIG_FILE
+from minipeft.methods.folder import CONFIG_FILE
 from minipeft.tasks.decoding import generate
 
 transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
@@ -362,6 +362,7 @@ def test_peft_s_prompts_pool_a_pad_of_right_padded_texts_and_ours_do_not(pair, t
 
 def edit_config(folder, **fields):
     """Change fields of an adapter_config.json."""
+    changed_by_hand(folder)
     path = folder / CONFIG_FILE
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 

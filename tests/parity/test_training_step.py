@@ -24,7 +24,7 @@ from parity_helpers import (
 from safetensors.torch import load_file
 
 from minipeft import GPT2Config, GPT2Model, LoraConfig, inject, load_adapter, save_adapter
-from minipeft.methods.saving import TENSORS_FILE
+from minipeft.methods.folder import TENSORS_FILE
 
 transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own, on its own attributes

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import files_below, load, logits_of, read_json, write_csv
+from helpers import files_below, load, logits_of, read_json, write_csv, write_tiny_model
 
 from minipeft import GPT2ForSequenceClassification, load_adapter
-from minipeft.errors import AdapterError
+from minipeft.errors import AdapterError, WeightsError
 from minipeft.model.tokenizer import get_tokenizer
 from minipeft.runs.finetune import finetune
 from minipeft.runs.trained import load_finetuned
@@ -82,3 +82,13 @@ def test_a_folder_that_another_method_wrote_before_loads_what_was_written_last(
     model, task = load_finetuned(tmp_path / "output")
     assert read_json(tmp_path / "output" / "minipeft.json")["method"] == second
     assert torch.equal(logits_of(model, task), logits_of(trained_model[1], task))
+
+
+@pytest.mark.parametrize("lines", [255, 256, 262])
+def test_a_vocabulary_cut_off_at_a_lines_end_is_refused_since_its_end_of_text_is_another(options, tmp_path, lines):
+    """Its ranks still count up from 0, so that only the end-of-text token, which takes the next number, tells."""
+    base = write_tiny_model(tmp_path / "base")
+    file = base / "vocab.tiktoken"
+    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:lines]))
+    with pytest.raises(WeightsError, match=r"end-of-text token is|lacks some of the 256 bytes"):
+        finetune(options(model=str(base)))

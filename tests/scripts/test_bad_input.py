@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from helpers import files_below, write_csv, write_imdb, write_parquet, write_tiny_model
+from helpers import changed_by_hand, files_below, write_csv, write_imdb, write_parquet, write_tiny_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -247,6 +247,7 @@ def test_an_adapter_with_missing_misshapen_or_damaged_tensors(refused, adapter):
     tensors[names[1]] = torch.full_like(tensors[names[1]], float("nan"))
     del tensors[names[2]]
     save_file(tensors, adapter / "adapter_model.safetensors")
+    changed_by_hand(adapter)
     line = refused("predict.py", "text", "--adapter", "adapter")
     assert f"{names[0]} is (3, 3)" in line and f"{names[1]} holds NaN" in line and f"missing {names[2]}" in line
 
@@ -274,6 +275,7 @@ WRONG_FIELDS = [
 
 @pytest.mark.parametrize(("file", "field", "value"), WRONG_FIELDS, ids=lambda value: str(value).replace("/", "_"))
 def test_an_adapters_json_with_a_wrong_value(refused, adapter, file, field, value):
+    changed_by_hand(adapter)
     content = json.loads((adapter / file).read_text())
     (adapter / file).write_text(json.dumps({**content, field: value}))
     text = "a text longer than the model has positions " * 5
@@ -550,7 +552,7 @@ def test_a_disk_that_is_full_when_the_results_are_written(script, folder, tiny_m
     whole = files.Path.write_text
 
     def full(path, text, **more):
-        if not path.name.endswith(".writing"):
+        if not path.name.startswith(".writing"):
             return whole(path, text, **more)
         whole(path, '{"accuracy": ')
         raise FULL_DISK[0]
@@ -602,6 +604,7 @@ def test_a_methods_impossible_values_are_refused_by_name(train, options, said):
 
 
 def test_an_adapter_of_another_method_cannot_be_taken_for_this_one(refused, adapter):
+    changed_by_hand(adapter)
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3", "task_type": config["task_type"]}))
     assert "does not fit this model: missing" in refused("predict.py", "--adapter", adapter, "a good film")

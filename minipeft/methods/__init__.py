@@ -13,6 +13,7 @@ from minipeft.errors import ConfigError, InjectionError
 from minipeft.methods import adapter, bitfit, dora, full, head, ia3, lora, prefix, prompt, ptuning, vera
 from minipeft.methods.config import MethodConfig
 from minipeft.methods.injection import Plan, active_injections, carry_out
+from minipeft.methods.wrappers import check_is_bare
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,10 @@ def inject(model: nn.Module, config: Any, name: str = "default") -> nn.Module:
 
     Raises:
         ConfigError: a configuration with a bad value, or of an unknown class.
-        InjectionError: nothing matches, or the method cannot be combined with one the model carries.
+        InjectionError: nothing matches, the method cannot be combined with one the model carries, or the model is
+            wrapped already, by torch.compile or for several processes.
     """
+    check_is_bare(model)
     check_config(config)
     check_combination(model, config.method, name)
     plan = METHODS[config.method].plan(model, config)

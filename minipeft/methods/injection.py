@@ -16,7 +16,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from minipeft.methods.config import MethodConfig
-from minipeft.methods.layers import AdapterLayer
+from minipeft.methods.layers import AdapterLayer, ReplacementLayer
+from minipeft.methods.wrappers import seeing_through
 
 
 @dataclass
@@ -50,8 +51,9 @@ class Injection:
         required_grad: parameter of the bare model -> whether it required a gradient.
         layers: module name -> the layer put there.
         trained_base: the base model's own tensors that the method trains (biases, the head).
-        base_values: the base's value of each of its tensors that the method changes; None where no copy is kept.
-        own_values: the method's values of these, while it is inactive.
+        base_values: the base's Parameter for each of its tensors that the method changes, kept aside while the method's
+            own stands in its place; None where the base's are trained as they stand.
+        own_values: the method's own Parameters for these, kept aside while it is inactive.
         active: whether the method is in the model now.
         merged: module name -> the plain tensors that `merge` replaced.
     """
@@ -63,8 +65,8 @@ class Injection:
     required_grad: dict[str, bool]
     layers: dict[str, AdapterLayer]
     trained_base: list[str]
-    base_values: dict[str, Tensor | None] = field(default_factory=dict)
-    own_values: dict[str, Tensor] = field(default_factory=dict)
+    base_values: dict[str, nn.Parameter | None] = field(default_factory=dict)
+    own_values: dict[str, nn.Parameter] = field(default_factory=dict)
     active: bool = True
     merged: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
@@ -72,31 +74,45 @@ class Injection:
 def carry_out(plan: Plan, model: nn.Module, config: MethodConfig, name: str) -> nn.Module:
     """Do to the model, in place, what the plan says; freeze everything else; keep the record.
 
-    A new head is trained by every method, since it starts random. Of several methods that train one tensor the first
-    keeps the base's value.
+    A new head is trained by every method, since it starts random. Only the first injection freezes: what somebody has
+    unfrozen since is their choice.
     """
-    parameters, earlier = base_parameters(model), all_injections(model)
-    required_grad = earlier[0].required_grad if earlier else {key: p.requires_grad for key, p in parameters.items()}
-    trained = list(dict.fromkeys([*plan.trained, *new_head_tensors(model)]))
-    changed = {*trained, *plan.replaced}.difference(*(other.base_values for other in active_injections(model)))
-    base_values = {key: parameters[key].detach().clone() if plan.keeps_base else None for key in sorted(changed)}
-    earlier.append(Injection(config.method, copy.deepcopy(config), name, fingerprint(model), required_grad, plan.layers,
-                             trained, base_values))
-    for key, value in plan.replaced.items():
-        parameters[key].data = value
+    earlier = all_injections(model)
+    flags = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
+    required_grad = earlier[0].required_grad if earlier else flags
+    injection = Injection(config.method, copy.deepcopy(config), name, fingerprint(model), required_grad, plan.layers,
+                          trained_base=list(dict.fromkeys([*plan.trained, *new_head_tensors(model)])))
+    if not earlier:
+        model.requires_grad_(False)
+    give_own_parameters(model, injection, plan)
     for place, layer in plan.layers.items():
         layer.attach(model, place)
-    freeze(model)
+    earlier.append(injection)
     return model
 
 
-def freeze(model: nn.Module) -> None:
-    """Let gradients flow to what the active injections declare as trained, and to nothing else."""
-    trained = {name for injection in active_injections(model) for name in injection.trained_base}
-    trained |= {f"{name}.{parameter}" for injection in active_injections(model)
-                for name, layer in injection.layers.items() for parameter in layer.trained}
-    for name, parameter in base_parameters(model).items():
-        parameter.requires_grad_(name in trained)
+def give_own_parameters(model: nn.Module, injection: Injection, plan: Plan) -> None:
+    """Put Parameters of the adapter's own in the places of the base's tensors that it changes.
+
+    So no other adapter, and no optimizer of another one, ever holds what this adapter trains. Of several methods in one
+    adapter that train one tensor, all train the first one's.
+    """
+    parameters = base_parameters(model)
+    taken = {key for other in active_injections(model) for key in other.base_values}
+    for key in [key for key in (*injection.trained_base, *plan.replaced) if key not in taken]:
+        injection.base_values[key] = parameters[key] if plan.keeps_base else None
+        if plan.keeps_base:
+            value = plan.replaced.get(key, parameters[key].detach().clone())
+            put_parameter(model, key, nn.Parameter(value, requires_grad=key in injection.trained_base))
+        else:
+            parameters[key].requires_grad_(True)
+
+
+def put_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Make `parameter` the one that goes by this name in the bare model, whatever has been put around its module."""
+    module_name, _, key = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    setattr(module.base_layer if isinstance(module, ReplacementLayer) else module, key, parameter)
 
 
 # --- look up ----------------------------------------------------------------------------------------------------------
@@ -141,12 +157,14 @@ class ParameterCount(NamedTuple):
                 f"trainable%: {100 * self.trainable / self.total:.4f}")
 
 
+@seeing_through
 def trainable_parameters(model: nn.Module) -> ParameterCount:
     """How many parameters are trained, and how many there are; tied ones count once."""
     parameters = list(model.parameters())
     return ParameterCount(sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))
 
 
+@seeing_through
 def positions_left(model: nn.Module) -> int:
     """How many tokens of text fit the model's positions beside the virtual tokens of the active methods."""
     taken = sum(layer.num_virtual_tokens for injection in active_injections(model)

@@ -13,9 +13,17 @@ import torch
 import torch.nn as nn
 
 from minipeft.errors import InjectionError
-from minipeft.methods.injection import Injection, active_injections, all_injections, base_parameters, freeze
+from minipeft.methods.injection import (
+    Injection,
+    active_injections,
+    all_injections,
+    base_parameters,
+    put_parameter,
+)
+from minipeft.methods.wrappers import check_not_data_parallel, seeing_through, unwrapped
 
 
+@seeing_through
 def adapter_names(model: nn.Module) -> list[str]:
     """Names of the adapters a model carries, active or not."""
     return list(dict.fromkeys(injection.name for injection in all_injections(model)))
@@ -25,18 +33,25 @@ def set_adapter(model: nn.Module, name: str) -> nn.Module:
     """Make the adapter `name` the active one, and every other one inactive, without touching the base model.
 
     Raises:
-        InjectionError: no adapter of this name, one that is merged, or one that cannot be taken out.
+        InjectionError: no adapter of this name, one that is merged, or one that cannot be taken out; or a model that is
+            wrapped for several processes.
     """
-    _check_name(model, name)
-    deactivate(model, [injection for injection in active_injections(model) if injection.name != name])
-    activate(model, [injection for injection in all_injections(model)
-                     if injection.name == name and not injection.active])
+    check_not_data_parallel(model)
+    itself = unwrapped(model)
+    _check_name(itself, name)
+    deactivate(itself, [injection for injection in active_injections(itself) if injection.name != name])
+    activate(itself, [injection for injection in all_injections(itself)
+                      if injection.name == name and not injection.active])
     return model
 
 
+@seeing_through
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the block the model is the base model: no adapter, untrained biases and head.
+    """Within the block the model is the base model: no adapter, untrained biases and head, all of it frozen.
+
+    Gradient flags stay what they are: each adapter's parameters are its own, with their own flags, in and out of the
+    block, and what a user has unfrozen of the base takes gradients within it too.
 
     After the block the adapters that were active before are active again. One that was removed within it stays removed.
 
@@ -53,6 +68,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
         activate(model, returning)
 
 
+@seeing_through
 def remove(model: nn.Module, name: str | None = None) -> nn.Module:
     """Take the adapter `name`, or all of them, out for good: the base's own modules, values and requires_grad again.
 
@@ -74,6 +90,7 @@ def remove(model: nn.Module, name: str | None = None) -> nn.Module:
     return model
 
 
+@seeing_through
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
     """Fold every active layer into the weights it adapts: no adapter module stays, and inference costs nothing extra.
@@ -100,6 +117,7 @@ def merge(model: nn.Module) -> nn.Module:
     return model
 
 
+@seeing_through
 @torch.no_grad()
 def unmerge(model: nn.Module) -> nn.Module:
     """Undo `merge`: the original weights, and the adapter layers in their places.
@@ -131,14 +149,12 @@ def deactivate(model: nn.Module, leaving: list[Injection]) -> list[Injection]:
     _check_base_values(leaving)
     for injection in reversed(leaving):
         parameters = base_parameters(model)
-        for name, value in injection.base_values.items():
-            injection.own_values[name] = parameters[name].data
-            parameters[name].data = value.to(parameters[name], copy=True)  # what is kept must stay as it is
+        for name, base_value in injection.base_values.items():
+            injection.own_values[name] = parameters[name]
+            _put_back(model, name, base_value, like=parameters[name])
         for name, layer in reversed(injection.layers.items()):
             layer.detach(model, name)
         injection.active = False
-    if leaving:
-        freeze(model)
     return leaving
 
 
@@ -149,12 +165,18 @@ def activate(model: nn.Module, returning: list[Injection]) -> None:
             _follow(model, layer)
             layer.attach(model, name)
         parameters = base_parameters(model)
-        for name, value in injection.own_values.items():
-            parameters[name].data = value.to(parameters[name])
+        for name, own_value in injection.own_values.items():
+            _put_back(model, name, own_value, like=parameters[name])
         injection.own_values.clear()
         injection.active = True
-    if returning:
-        freeze(model)
+
+
+def _put_back(model: nn.Module, name: str, parameter: nn.Parameter, like: nn.Parameter) -> None:
+    """A Parameter that was kept aside missed the model's moves between devices and types; its gradient flag stays."""
+    if parameter.is_meta != like.is_meta:  # such a Parameter cannot be told to hold another kind of tensor
+        parameter = nn.Parameter(parameter.to(like), requires_grad=parameter.requires_grad)
+    parameter.data = parameter.data.to(like)
+    put_parameter(model, name, parameter)
 
 
 def _check_name(model: nn.Module, name: str) -> None:

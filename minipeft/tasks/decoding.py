@@ -19,6 +19,7 @@ from torch import Tensor
 
 from minipeft.errors import ConfigError
 from minipeft.methods.injection import positions_left
+from minipeft.methods.wrappers import unwrapped
 from minipeft.model.gpt2 import GPT2LMHeadModel
 from minipeft.model.kv_cache import KVCache
 
@@ -98,7 +99,7 @@ class _CachedReader:
                  max_new_tokens: int) -> None:
         if max_new_tokens < 0:
             raise ConfigError(f"max_new_tokens must not be negative, got {max_new_tokens}")
-        T, left = input_ids.shape[1], positions_left(model)
+        model, T, left = unwrapped(model), input_ids.shape[1], positions_left(model)
         if not T:
             raise ConfigError("there is no prompt: generation goes on from one token at least")
         if T + max_new_tokens > left:

@@ -22,7 +22,7 @@ from minipeft import (
     unmerge,
 )
 from minipeft.errors import ConfigError, InjectionError
-from minipeft.methods.injection import active_injections, base_parameters, freeze
+from minipeft.methods.injection import active_injections, base_parameters
 from minipeft.methods.targets import find_targets
 
 ALL_FOUR = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
@@ -243,15 +243,6 @@ def test_the_bases_tensors_are_recorded_by_the_names_they_have_in_the_bare_model
     biases = {f"transformer.h.{layer}.{module}.bias" for layer in (0, 1) for module in ALL_FOUR}
     assert set(injection.trained_base) == set(injection.base_values) == biases | {"score.weight"}
     assert bare < set(base_parameters(model))
-
-
-def test_freeze_restores_what_somebody_unfroze(tiny_config):
-    model = inject(build(GPT2ForSequenceClassification, tiny_config), LoraConfig(r=2))
-    before = {name: p.requires_grad for name, p in model.named_parameters()}
-    for parameter in model.parameters():
-        parameter.requires_grad_(not parameter.requires_grad)
-    freeze(model)
-    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
 
 
 def test_full_fine_tuning_trains_everything_and_replaces_nothing(tiny_config):

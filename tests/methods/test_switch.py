@@ -11,6 +11,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn as nn
+from helpers import changed_by_hand
 from models import (
     CASES,
     EVERY_CLASS,
@@ -58,9 +59,9 @@ from minipeft import (
     unmerge,
 )
 from minipeft.errors import AdapterError, InjectionError, MinipeftError
+from minipeft.methods.folder import CONFIG_FILE, TENSORS_FILE
 from minipeft.methods.injection import active_injections
 from minipeft.methods.layers import AdapterLayer
-from minipeft.methods.saving import CONFIG_FILE, TENSORS_FILE
 from minipeft.methods.switch import adapter_names
 
 LORA, PISSA = LoraConfig(r=2, lora_alpha=6), LoraConfig(r=2, init_lora_weights="pissa")
@@ -231,12 +232,14 @@ def test_a_name_that_is_taken_or_a_model_without_a_copy_of_its_base_takes_no_ada
 # --- damaged adapters beside an active one ----------------------------------------------------------------------------
 
 def edit_config(folder, **fields):
+    changed_by_hand(folder)
     file = folder / CONFIG_FILE
     file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
 
 
 def edit_tensors(folder, change):
     """Save the tensors after change(tensors, the first one's name)."""
+    changed_by_hand(folder)
     tensors = load_file(folder / TENSORS_FILE)
     change(tensors, sorted(tensors)[0])
     save_file(tensors, folder / TENSORS_FILE)
@@ -354,7 +357,7 @@ def test_methods_together(tiny_config, tmp_path, model_class, configs):
     assert torch.equal(model(IDS, MASK), expected)
 
     save_adapter(model, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(config.method for config in configs)
+    assert {path.name for path in tmp_path.iterdir()} == {"minipeft.json", *(config.method for config in configs)}
     assert torch.equal(load_adapter(with_new_head(model_class, tiny_config), tmp_path)(IDS, MASK), expected)
 
     assert_unchanged(remove(model), before)
@@ -373,22 +376,22 @@ def test_lora_beside_a_prefix_is_the_prefix_on_a_base_with_lora_folded_in_by_han
     torch.testing.assert_close(model(IDS, MASK), by_hand(IDS, MASK), atol=1e-5, rtol=1e-5)
 
 
-def do_not_combine(*pairs):
-    """Rows (first, second, message) of pairs of which each refuses the other."""
-    return [(first, second, f"already carries {first.method}, which does not combine with {second.method}")
-            for pair in pairs for first, second in itertools.permutations(pair)]
+def alone(present, refused):
+    """A row for methods that do not go together anywhere."""
+    return present, refused, f"already carries {present.method}, which does not combine with {refused.method}"
 
 
-ONE_LAYER_EACH = {"LoRALinear": LORA, "IA3Linear": IA3Config(), "VeRALinear": VeraConfig(),
-                  "DoRALinear": LoraConfig(use_dora=True)}
+SAME_LAYER = {"LoRALinear": LORA, "IA3Linear": IA3Config(), "VeRALinear": VeraConfig(),
+              "DoRALinear": LoraConfig(use_dora=True)}
 NOT_TOGETHER = [
-    *[row for config in CASES.values() for row in do_not_combine((config, config))[:1]],
-    (LORA, LoraConfig(target_modules=["c_fc"]), "already carries lora, which does not combine with lora"),
-    *do_not_combine((FullConfig(), LORA), (FullConfig(), HeadConfig()), (HeadConfig(), ADAPTER),
-                    (HeadConfig(), PREFIX), (HeadConfig(), BitFitConfig()),
-                    *itertools.combinations((PROMPT, PREFIX, PTUNING), 2)),
-    *[(ONE_LAYER_EACH[first], ONE_LAYER_EACH[second], rf"h\.0\.attn\.c_attn already carries a {first}")
-      for first, second in itertools.permutations(ONE_LAYER_EACH, 2)],
+    *[alone(config, config) for config in CASES.values()],
+    alone(LORA, LoraConfig(target_modules=["c_fc"])),
+    *[alone(*order) for pair in (
+        (FullConfig(), LORA), (FullConfig(), HeadConfig()), (HeadConfig(), ADAPTER), (HeadConfig(), PREFIX),
+        (HeadConfig(), BitFitConfig()), (PROMPT, PREFIX), (PROMPT, PTUNING), (PREFIX, PTUNING))
+      for order in itertools.permutations(pair)],
+    *[(SAME_LAYER[present], SAME_LAYER[refused], rf"h\.0\.attn\.c_attn already carries a {present}")
+      for present, refused in itertools.permutations(SAME_LAYER, 2)],
     (LORA, VeraConfig(target_modules="all-linear"), r"h\.0\.attn\.c_attn already carries a LoRALinear"),
     (ADAPTER, LoraConfig(target_modules=["down"]), "'down' match nothing"),
 ]
@@ -408,7 +411,7 @@ def test_a_refused_combination_leaves_the_model_as_it_was(tiny_config, model_cla
 
 
 @lm_and_classifier
-@pytest.mark.parametrize("second", [PREFIX, BitFitConfig()], ids=repr)
+@pytest.mark.parametrize("second", [PREFIX, BitFitConfig()], ids=lambda config: config.method)
 def test_methods_that_work_together_share_a_name(tiny_config, model_class, second):
     model = inject(build(model_class, tiny_config), LORA, "mine")
     before = snapshot(model)
@@ -805,3 +808,110 @@ def test_adapters_active_and_inactive_follow_the_model_to_another_device(tiny_co
     set_adapter(model, "dora")
     unmerge(merge(model).to("cpu" if device == "cuda" else device))
     assert len({tensor.device for tensor in [*model.parameters(), *model.buffers()]}) == 1
+
+
+# --- parameters of one's own ------------------------------------------------------------------------------------------
+
+OWN = [LoraConfig(r=2, bias="all"), LoraConfig(r=2, init_lora_weights="pissa", bias="lora_only"), BitFitConfig(),
+       IA3Config(), PREFIX, HeadConfig()]
+
+
+@pytest.fixture
+def two(tiny_config, tmp_path):
+    """A classifier that carries two trained adapters, "one" and "two", each with biases and a head of its own."""
+    for name, seed in (("one", 1), ("two", 2)):
+        model = inject(build(GPT2ForSequenceClassification, tiny_config), LoraConfig(r=2, bias="all"))
+        save_adapter(perturb(model, size=0.5, seed=seed), tmp_path / name)
+    model = build(GPT2ForSequenceClassification, tiny_config)
+    for name in ("one", "two"):
+        load_adapter(model, tmp_path / name, name)
+    return model
+
+
+def trained_ids(model):
+    return {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+
+
+def test_two_adapters_share_no_parameter_with_each_other_or_the_base(two):
+    second = trained_ids(two)
+    first = trained_ids(set_adapter(two, "one"))
+    with disable_adapter(two):
+        base = {id(parameter) for parameter in two.parameters()}
+    assert len(first) == len(second) and first.isdisjoint(second) and base.isdisjoint(first | second)
+    assert trained_ids(set_adapter(two, "two")) == second  # and they are the same objects when they come back
+
+
+def test_two_optimizers_one_for_each_adapter_move_their_own_only(two):
+    optimizers = {}
+    for name in ("one", "two"):
+        trained = [p for p in set_adapter(two, name).parameters() if p.requires_grad]
+        optimizers[name] = torch.optim.AdamW(trained, lr=0.1)
+    other = {name: p.detach().clone() for name, p in two.named_parameters()}
+    set_adapter(two, "one").train()(IDS, MASK).sum().backward()
+    for optimizer in optimizers.values():
+        optimizer.step()
+    assert_same_tensors(dict(set_adapter(two, "two").named_parameters()), other)
+
+
+def test_a_gradient_that_was_not_zeroed_stays_with_its_adapter(two):
+    set_adapter(two, "one")(IDS, MASK).sum().backward()
+    assert all(p.grad is None for p in set_adapter(two, "two").parameters())
+    with disable_adapter(two):
+        assert all(p.grad is None for p in two.parameters())
+    assert two.score.weight.grad is None and set_adapter(two, "one").score.weight.grad is not None
+
+
+def test_within_one_autocast_block_each_adapter_answers_with_its_own_head(two):
+    """Autocast remembers what it has cast by the Parameter it came from."""
+    alone = {}
+    for name in ("one", "two"):
+        with torch.autocast("cpu", torch.bfloat16):
+            alone[name] = set_adapter(two, name)(IDS, MASK)
+    with torch.autocast("cpu", torch.bfloat16), disable_adapter(two):
+        base = two(IDS, MASK)
+    with torch.autocast("cpu", torch.bfloat16):
+        for name in ("one", "two", "one"):
+            assert torch.equal(set_adapter(two, name)(IDS, MASK), alone[name]), name
+            with disable_adapter(two):
+                assert torch.equal(two(IDS, MASK), base)
+    assert not torch.allclose(alone["one"], alone["two"])
+
+
+@pytest.mark.parametrize("config", OWN, ids=lambda config: f"{config.method} {getattr(config, 'bias', '')}")
+def test_the_bases_own_parameters_are_never_written_to(tiny_config, config):
+    model = build(GPT2ForSequenceClassification, tiny_config)
+    base = {name: (parameter, parameter.detach().clone()) for name, parameter in model.named_parameters()}
+    perturb(inject(model, config))
+    for parameter, value in base.values():
+        assert torch.equal(parameter, value)
+    remove(model)
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == {
+        name: id(parameter) for name, (parameter, _) in base.items()}
+
+
+# --- gradient flags ---------------------------------------------------------------------------------------------------
+
+def flags(model):
+    return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
+
+def test_what_a_user_unfreezes_or_freezes_stays_so_through_every_switch(two, tmp_path):
+    two.transformer.wte.weight.requires_grad_(True)
+    set_adapter(two, "one").transformer.h[0].attn.c_attn.lora_A.weight.requires_grad_(False)
+    expected = flags(two)
+    with disable_adapter(two):
+        assert {name for name, flag in flags(two).items() if flag} == {"transformer.wte.weight"}
+        two(IDS, MASK).sum().backward()
+        assert two.transformer.wte.weight.grad is not None
+    assert flags(two) == expected
+    assert flags(set_adapter(two, "two"))["transformer.wte.weight"]
+    assert flags(two)["transformer.h.0.attn.c_attn.lora_A.weight"]
+    assert flags(set_adapter(two, "one")) == expected
+    load_adapter(two, tmp_path / "one", "three")
+    assert flags(two)["transformer.wte.weight"]
+    remove(two, "three")
+    assert flags(set_adapter(two, "one")) == expected
+    unmerge(merge(two))
+    assert flags(two) == expected
+    remove(two)
+    assert all(flags(two).values())  # as before the first injection

@@ -364,6 +364,19 @@ def test_methods_together(tiny_config, tmp_path, model_class, configs):
     assert torch.equal(model(IDS, MASK), base)
 
 
+@pytest.mark.parametrize("configs", [[EVERY_BIAS, BitFitConfig()], [BitFitConfig(), LORA]], ids=names_of)
+def test_a_method_that_joins_a_trained_one_does_not_take_its_values_for_the_bases(tiny_config, configs):
+    model = build(GPT2ForSequenceClassification, tiny_config)
+    base, before = model(IDS, MASK), snapshot(model)
+    for config in configs:
+        perturb(inject(model, config))
+    expected = model(IDS, MASK)
+    with disable_adapter(model):
+        assert torch.equal(model(IDS, MASK), base)
+    assert torch.equal(model(IDS, MASK), expected)
+    assert_unchanged(remove(model), before)
+
+
 def test_lora_beside_a_prefix_is_the_prefix_on_a_base_with_lora_folded_in_by_hand(tiny_config):
     model = perturb(inject_all(build(GPT2LMHeadModel, tiny_config), LORA, PREFIX))
     by_hand = build(GPT2LMHeadModel, tiny_config)

@@ -43,11 +43,13 @@ At step 0
     BottleneckConfig(architecture="parallel", scaling=4.0)        is the base model, bit for bit: for the same reason
     No setting changes that. W_down starts uniform between -1 / sqrt(C) and 1 / sqrt(C). The first step's gradient
     reaches W_up and b_up only: on its way to W_down it is multiplied by W_up, which is still zero.
+    The comparison is with the base model under the same new head, which is random.
 Positions and mask
     Untouched. Each token is changed by itself; a text has as many positions as before, and a KV cache holds what it
     holds without adapters: one key and one value per token and block. Under gradient checkpointing an adapter is a part
     of its block and is computed again with it.
 Saved
+    In adapter_model.safetensors:
     base_model.model.transformer.h.0.attn.adapter.down.weight (48, 768)
     base_model.model.transformer.h.0.attn.adapter.down.bias (48,)
     base_model.model.transformer.h.0.attn.adapter.up.weight (768, 48)
@@ -57,12 +59,17 @@ Saved
     base_model.model.transformer.h.0.mlp.adapter.up.weight (768, 48)
     base_model.model.transformer.h.0.mlp.adapter.up.bias (768,)
     base_model.model.score.weight (2, 768)
-    and so for every block. adapter_config.json must say peft_type MINIPEFT_BOTTLENECK, and each field that is not at
-    its default. peft has no such method: only this library reads the folder.
+    and so for every block. pfeiffer and parallel have `.mlp.adapter.` only. With layer_norm=True each adapter also has
+    layer_norm.weight (768,) and layer_norm.bias (768,), such as
+    base_model.model.transformer.h.0.mlp.adapter.layer_norm.weight. adapter_config.json must say peft_type
+    MINIPEFT_BOTTLENECK, and each field that is not at its default. peft has no such method: only this library reads the
+    folder.
 Merging
     Not possible: act stands between the two matrices, so what is added is no matrix times the input, and no weight of
     the base can take it in. The adapters stay and are computed at each prediction. `merge` refuses non_linearity none,
-    too.
+    too. Then the adapter is one matrix, but it is added behind the sub-layer (parallel: beside it), which has no single
+    matrix from its input to its output to take it in. Behind a sub-layer, and without a LayerNorm of its own, it could
+    be multiplied into the sub-layer's last matrix, c_proj; this library does not do that.
 Cost
     2 C m + C + m parameters per adapter, 2 * 768 * 48 + 768 + 48 = 74,544; a LayerNorm has 2 C more. Two adapters per
     block for houlsby, 24 * 74,544 = 1,789,056, one for the others. In all 24 * 74,544 + 1,536 = 1,790,592 trained, the
@@ -70,7 +77,8 @@ Cost
     Forward: 4 C m operations per token and adapter, 2 * 4 * 768 * 48 = 294,912 per block beside the 14,155,776 of its
     own matrices, 2.1 % more. Each adapter is two products that wait for each other; parallel does not wait for h.
     Backward: from the loss down to the lowest adapter the gradient passes through the frozen matrices as in full
-    fine-tuning; their own gradients, a third of the work on them, are never computed. Optimizer: 8 bytes per trained
+    fine-tuning; of the three products per matrix (forward, the input's gradient, the matrix's own gradient) the
+    third is never computed. Optimizer: 8 bytes per trained
     parameter for AdamW's two means, 14,324,736 bytes.
 Errors
     BottleneckConfig(non_linearity="silu")

@@ -18,6 +18,7 @@ Symbols
     x (batch, seq, in) the layer's input      y (batch, seq, out) its output      W (out, in) frozen
     b (out,) the layer's own `bias`, trained
     g (width,) a LayerNorm's own `weight`     mean(x), var(x) (batch, seq, 1), over the width     eps = 1e-5
+    var(x) is the mean of (x - mean(x))^2: the sum is divided by the number of channels, width, not by width - 1
     sqrt the square root; in a LayerNorm in = out = width, 768 for GPT-2
 Trained
     b of every linear layer and LayerNorm of the base; a new classification head. With train="layer_norm" instead g and
@@ -28,9 +29,11 @@ Frozen
 At step 0
     BitFitConfig()                      is the base model, bit for bit: nothing is added, and nothing has moved yet
     BitFitConfig(train="layer_norm")    is the base model, bit for bit: for the same reason
+    The comparison is with the base model under the same new head, which is random.
 Positions and mask
     Untouched. The same b is added to every token; a text has as many positions as before.
 Saved
+    In adapter_model.safetensors:
     base_model.model.transformer.h.0.ln_1.bias (768,)
     base_model.model.transformer.h.0.attn.c_attn.bias (2304,)
     base_model.model.transformer.h.0.attn.c_proj.bias (768,)
@@ -51,7 +54,8 @@ Cost
     Forward: not one operation more. Backward: every layer's input gets its gradient through the frozen W, 2 in out
     operations per token; W's own gradient, as many again, is never computed. b's gradient is the sum of y's gradient
     over batch and seq. It needs no x, so a linear layer keeps nothing for the backward pass.
-    Optimizer: 8 bytes per trained parameter for AdamW's two means, 829,440 bytes; the base's copy is half of that.
+    Optimizer: 8 bytes per trained parameter for AdamW's two means, 829,440 bytes. The base's own
+    values of all that is trained, the head's included, are kept aside: 4 * 103,680 = 414,720 bytes in float32.
 Errors
     BitFitConfig(train="all")
         train must be one of bias, layer_norm, got 'all'

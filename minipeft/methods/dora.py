@@ -14,7 +14,7 @@ other; LoRA alone tends to change them together.
                 |        B (out, r)
                 |         /  * s
                 +--------+
-                |  * c (out,)              the norm in c is a constant to the backward pass: only m gets a gradient
+                |  * c (out,)              through the norm in c no gradient flows: it is a constant
                 |  + bias
                 |
                 y (batch, seq, out)
@@ -25,7 +25,9 @@ Symbols
     m (out,) is lora_magnitude_vector, trained: how long each row of the adapted matrix is
     s = lora_alpha / r, a number; with use_rslora s = lora_alpha / sqrt(r)
     ||W + s B A|| (out,) the Euclidean length of each row      c (out,) stretches each row to the length that m says
-    With lora_dropout, in training only: y = x W^T + bias + (c - 1) * z W^T + c * s * z A^T B^T, where z = dropout(x)
+    With lora_dropout, in training only: y = x W^T + bias + (c - 1) * z W^T + c * s * z A^T B^T
+    z = dropout(x) (batch, seq, in) is x with a share lora_dropout of it set to zero and the rest divided by
+    1 - lora_dropout
 Trained
     A, B and m of each target; a new classification head; biases if `bias` asks for them. By default the targets are all
     modules called c_attn.
@@ -37,9 +39,11 @@ At step 0
     DoraConfig(init_lora_weights="gaussian")    is the base model, bit for bit: the same; A is normal
     DoraConfig(init_lora_weights="pissa")       is the base model, up to rounding: m = ||W||, and W - s B A + s B A
     DoraConfig(init_lora_weights=False)         is not the base model: A and B are both random; m = ||W + s B A||
+    The comparison is with the base model under the same new head, which is random.
 Positions and mask
     Untouched. Each token is updated by itself; a text has as many positions as before.
 Saved
+    In adapter_model.safetensors:
     base_model.model.transformer.h.0.attn.c_attn.lora_A.weight (8, 768)
     base_model.model.transformer.h.0.attn.c_attn.lora_B.weight (2304, 8)
     base_model.model.transformer.h.0.attn.c_attn.lora_magnitude_vector (2304,)
@@ -55,8 +59,11 @@ Cost
     Forward: LoRA's 2 r (in + out) operations per token and target, and for the norm the whole product B A once per
     forward pass: 2 r in out operations, as many as W takes for r tokens, and (out, in) matrices in memory. With
     lora_dropout, training multiplies by W twice: x W^T and z W^T.
-    Backward: as LoRA's; W's own gradient is never computed. For m's gradient x W^T and x A^T B^T are kept too, both
-    (batch, seq, out). Optimizer: 8 bytes per trained parameter for AdamW's two means, 2,592,768 bytes.
+    Backward: full fine-tuning takes three products per matrix: forward, the input's gradient and W's own gradient. The
+    third is never computed. A and B take 4 r (in + out) operations per token and target: half of them for the input's
+    gradient, half for their own. With lora_dropout the input's gradient passes through W twice. For m's gradient x W^T
+    and x A^T B^T are kept too, both (batch, seq, out). Optimizer: 8 bytes per trained parameter for AdamW's two means,
+    2,592,768 bytes.
 Errors
     DoraConfig(r=0)
         r must be a positive integer, got 0

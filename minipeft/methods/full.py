@@ -4,7 +4,9 @@ No layer is added or replaced: the model's own tensors move. Any change of W can
 product of two thin matrices. The price is memory, and a file as large as the model for every task.
 
     y = x W^T + bias
-    theta_next = theta - rate * (mean / (sqrt(square) + eps) + decay * theta)
+    mean_next = 0.9 * mean + 0.1 * g
+    square_next = 0.999 * square + 0.001 * g^2
+    theta_next = theta - rate * (mean_next / (1 - 0.9^t) / (sqrt(square_next / (1 - 0.999^t)) + eps) + decay * theta)
 
                 x (batch, seq, in)
                 |
@@ -17,7 +19,9 @@ product of two thin matrices. The price is memory, and a file as large as the mo
 Symbols
     x (batch, seq, in) a layer's input      y (batch, seq, out) its output      W (out, in), bias (out,) trained
     theta any tensor of the model, theta_next what a step of AdamW makes of it; both in its own shape
-    mean, square AdamW's running means of the gradient and of its square, each in theta's shape, their start corrected
+    g the gradient of theta, in its shape     t the number of this step, 1 for the first
+    mean, square AdamW's running means of g and g^2, each in theta's shape and 0 before the first step; mean_next,
+    square_next are those after this step. They start too small: the divisions by 1 - 0.9^t and 1 - 0.999^t correct it.
     rate the learning rate      decay the weight decay, for the matrices of linear layers, else 0      eps = 1e-8
     sqrt the square root, number by number
 Trained
@@ -26,12 +30,15 @@ Frozen
     Nothing: `inject` sets requires_grad to True on every parameter.
 At step 0
     FullConfig()    is the base model, bit for bit: nothing is added, and nothing has moved yet
+    The comparison is with the base model under the same new head, which is random.
 Positions and mask
     Untouched.
 Saved
     No adapter folder and no adapter_config.json: `save_adapter` answers "full has no adapter to save: use
     save_pretrained". `save_pretrained` writes the whole model, config.json and model.safetensors, which transformers
-    loads: all 124,441,344 numbers, under the model's own names, such as transformer.h.0.attn.c_attn.weight.
+    loads: all 124,441,344 numbers, in the official layout: names such as
+    transformer.h.0.attn.c_attn.weight (768, 2304), the blocks' matrices as (in, out), and score.weight (2, 768), the
+    head's, as (out, in).
 Merging
     Not possible, and not needed: the trained weights are the model's own. No copy of the base is kept, so `remove` and
     `disable_adapter` are refused.
@@ -52,7 +59,8 @@ Errors
         full keeps no copy of the base model's weights: load it anew
 Differs from the paper
     The first paper unfreezes layer by layer, from the last one down, and gives lower layers smaller learning rates.
-    Here all layers are trained from the start, at one rate.
+    Here all layers are trained from the start, at one rate. Loshchilov and Hutter let every weight decay, by the
+    decay times the schedule's factor; here, only the matrices of linear layers decay, by decay * rate, as in PyTorch.
 
 Papers: Howard, Ruder (2018), "Universal Language Model Fine-tuning for Text Classification", arXiv 1801.06146.
 Loshchilov, Hutter (2017), "Decoupled Weight Decay Regularization", 1711.05101, for AdamW.

@@ -30,18 +30,22 @@ Frozen
     The whole base model: `inject` sets requires_grad to False when it carries out the plan.
 At step 0
     HeadConfig()    is the base model, bit for bit: no layer is added. The head is random, and so are the labels.
+    The comparison is with the base model under the same new head.
 Positions and mask
     Untouched. The attention mask also says which token is a text's last real one: without it, padding is read.
 Saved
+    In adapter_model.safetensors:
     base_model.model.score.weight (2, 768)
     in tagging base_model.model.classifier.weight and base_model.model.classifier.bias. adapter_config.json must say
     peft_type MINIPEFT_HEAD; there are no settings. peft has no such method and cannot read the folder.
 Merging
     Not possible, and not needed: the head is the model's own, and no layer is added.
 Cost
-    labels * width parameters: 2 * 768 = 1,536 trained.
+    labels * width parameters: 2 * 768 = 1,536 trained. Tagging has a bias besides: 2 * 768 + 2 = 1,538.
     Forward: the base, once per text. In eval mode, without dropout, a text's h_last is the same in every epoch;
-    scripts/train.py computes it once (runs/features.py). From then on a text costs 2 labels width operations.
+    scripts/train.py computes it once (runs/features.py), and the base is in eval mode then. From then on a text costs
+    2 labels width operations. In tagging nothing is kept: each token would need a feature. There the base reads each
+    text in every epoch, in training mode, so its dropout acts.
     Backward: it ends at the head. W's gradient is all there is; no gradient passes through the base, and none of its
     activations are kept. Optimizer: 8 bytes per trained parameter for AdamW's two means, 12,288 bytes.
 Errors

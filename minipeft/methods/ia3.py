@@ -19,7 +19,8 @@ trains few parameters in every block, and folds into the weights without a trace
 Symbols
     x (batch, seq, in) the layer's input      y (batch, seq, out) its output
     W (out, in), bias (out,) frozen
-    l is ia3_l, trained, (out, 1) or (1, in): the shape says whether it scales the rows or the columns of W
+    l is ia3_l, trained. It is stored as (out, 1) or (1, in): the shape says whether it scales the rows or the columns
+    of W. The equation uses it flat, as (out,) or (in,).
     A c_attn's output holds queries, keys and values, a third each. The input of mlp.c_proj is what comes out of GELU.
 Trained
     l of each target; a new classification head.
@@ -28,9 +29,11 @@ Frozen
 At step 0
     IA3Config()                          is the base model, bit for bit: l = 1
     IA3Config(init_ia3_weights=False)    is not the base model: l is normal, with mean 0 and deviation 1
+    The comparison is with the base model under the same new head, which is random.
 Positions and mask
     Untouched. Every token is rescaled by the same l; a text has as many positions as before.
 Saved
+    In adapter_model.safetensors:
     base_model.model.transformer.h.0.attn.c_attn.ia3_l (2304, 1)
     base_model.model.transformer.h.0.mlp.c_proj.ia3_l (1, 3072)
     base_model.model.score.weight (2, 768)
@@ -45,9 +48,9 @@ Cost
     twelve. With the head 12 * 5,376 + 1,536 = 66,048 trained.
     Forward: one multiplication per number that is rescaled, 5,376 per token and block, beside the 14,155,776 operations
     of the block's four matrices.
-    Backward: the input's gradient passes through W as in full fine-tuning; W's own gradient, as much work again, is
-    never computed. Kept for l's gradient: what l is multiplied by. Optimizer: 8 bytes per trained parameter for AdamW's
-    two means, 528,384 bytes.
+    Backward: full fine-tuning takes three products per matrix: forward, the input's gradient and W's own gradient. The
+    third is never computed. Kept for l's gradient: what l is multiplied by. Optimizer: 8 bytes per trained parameter
+    for AdamW's two means, 528,384 bytes.
 Errors
     IA3Config(target_modules=["c_attn"], feedforward_modules=["mlp.c_proj"])
         feedforward_modules ['mlp.c_proj'] must be among the target_modules ['c_attn']

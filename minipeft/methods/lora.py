@@ -29,24 +29,33 @@ Frozen
 At step 0
     LoraConfig()                                is the base model, bit for bit: B = 0, so the update is 0
     LoraConfig(init_lora_weights="gaussian")    is the base model, bit for bit: B = 0; A is normal, of deviation 1 / r
-    LoraConfig(init_lora_weights="pissa")       is the base model, up to rounding: W - s B A + s B A
+    LoraConfig(init_lora_weights="pissa")       is the base model, up to rounding: W - s B A + s B A; in training only
+                                                  without lora_dropout, which acts on s B A alone
     LoraConfig(init_lora_weights=False)         is not the base model: A and B are both random
+    The comparison is with the base model under the same new head, which is random.
 Positions and mask
     Untouched. Each token is updated by itself; a text has as many positions as before.
 Saved
+    In adapter_model.safetensors:
     base_model.model.transformer.h.0.attn.c_attn.lora_A.weight (8, 768)
     base_model.model.transformer.h.0.attn.c_attn.lora_B.weight (2304, 8)
     base_model.model.score.weight (2, 768)
-    and so for every target. adapter_config.json must say peft_type LORA, r, lora_alpha and target_modules; peft wants
+    and so for every target. adapter_config.json must say peft_type LORA, r, lora_alpha and target_modules,
+    and use_rslora, rank_pattern and alpha_pattern where they are not the default, as s depends on them. peft wants
     fan_in_fan_out true for GPT-2, whose matrices it keeps as (in, out).
+    With PiSSA the saved A and B are the trained ones, and the file does not hold what was left of W. They belong to
+    W - s B A with A and B as they started. So loading needs the base's own W and init_lora_weights pissa: it takes the
+    singular values out of W again, and then puts the saved A and B in. On another machine that agrees up to rounding.
 Merging
-    W <- W + s B A, the layer's own `weight`; its bias stays. `unmerge` puts the kept W back, bit for bit.
+    W <- W + s B A, the layer's own `weight`; its bias stays. `unmerge` puts the kept W back, bit for bit. With PiSSA
+    the kept W is what the start left of it, W - s B A; the base's own W comes back with `remove` or `disable_adapter`.
 Cost
     r (in + out) parameters per target: 8 * (768 + 2304) = 24,576 for a c_attn of GPT-2 beside 1,769,472 in its W.
     In all 12 * 24,576 + 1,536 = 296,448 trained, the head's 2 * 768 = 1,536 among them.
-    Forward: 2 r (in + out) operations per token and target beside 2 in out, at r = 8 1.4 % more.
-    Backward: the input's gradient passes through W as in full fine-tuning; W's own gradient, a third of the work on
-    it, is never computed. Optimizer: 8 bytes per trained parameter for AdamW's two means, 2,371,584 bytes.
+    Forward: 2 r (in + out) operations per token and target beside 2 in out, 1.4 % more at r = 8.
+    Backward: full fine-tuning takes three products per matrix: forward, the input's gradient and W's own gradient. The
+    third is never computed. A and B take 4 r (in + out) operations per token and target: half of them for the input's
+    gradient, half for their own. Optimizer: 8 bytes per trained parameter for AdamW's two means, 2,371,584 bytes.
 Errors
     LoraConfig(r=0)
         r must be a positive integer, got 0

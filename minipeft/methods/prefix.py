@@ -41,10 +41,11 @@ At step 0
     PrefixTuningConfig()                            is not the base model: P is standard normal
     PrefixTuningConfig(init_weights="zero")         is not the base model: a key of zeros takes its share, see below
     PrefixTuningConfig(prefix_projection=True)      is not the base model: P is random
-    No start is. A key of zeros scores 0 with every query, and exp(0) = 1: V of them take V / (V + the sum of exp(score)
-    over the text's tokens) of a softmax. Where these scores are 0, too, and a query sees t tokens of the text, the
-    prefix takes V of V + t shares: 20 of 25 at the fifth token, and a fifth of the base's attention output is left.
-    init_weights is not read with prefix_projection.
+    No setting starts as the base model. A key of zeros scores 0 with every query, and exp(0) = 1: V of them take V / (V
+    + the sum of exp(score) over the text's tokens) of a softmax. Where these scores are 0, too, and a query sees t
+    tokens of the text, the prefix takes V of V + t shares: 20 of 25 at the fifth token, and a fifth of the base's
+    attention output is left. init_weights is not read with prefix_projection.
+    The comparison is with the base model under the same new head, which is random.
 Positions and mask
     With V = 20 and a text of 5 tokens:
     Positions. The text stands at 20 to 24, and so do position_ids 0 to 4 that a caller gives: 20 is added to them.
@@ -61,6 +62,7 @@ Positions and mask
     Gradient checkpointing. A block adds its keys and values to a copy of the cache. So when it is computed again in the
     backward pass, it finds the 20 there, and not its own 5 besides.
 Saved
+    In adapter_model.safetensors:
     prompt_embeddings (20, 18432)
     base_model.score.weight (2, 768)
     The first is P, also with prefix_projection: E and the network are not kept. Row i is virtual token i. Its
@@ -69,19 +71,27 @@ Saved
     adapter_config.json must say peft_type PREFIX_TUNING, task_type and num_virtual_tokens. token_dim 768, num_layers
     12, num_attention_heads 12 and num_transformer_submodules 1 are written for peft and, where they are there, must be
     the model's.
+    task_type is SEQ_CLS for this classifier, TOKEN_CLS for tagging and CAUSAL_LM for a language model; loading checks
+    that it is the model's.
+    prefix_projection and encoder_hidden_size stay in a loaded configuration. They say how P was made, and change
+    nothing: loading builds that network, and a table with the saved P takes its place.
 Merging
     Not possible: keys and values are a part of what attention reads, not a change of weights. They are put in before
     each text.
+    `merge` is refused: "Prefix cannot be merged: it is not a change of weights".
 Cost
     2 V L C parameters: 2 * 20 * 12 * 768 = 368,640. In all 2 * 20 * 12 * 768 + 1,536 = 370,176 trained, the head's
     2 * 768 = 1,536 among them. With prefix_projection V C + C h + h + 2 L C h + 2 L C and the head:
     20 * 768 + 768 * 768 + 768 + 18,432 * 768 + 18,432 + 1,536 = 14,781,696; once saved and loaded 370,176 again.
     Forward: not a token more. Each query scores V keys more and adds V values more: 4 V C operations per token and
     block, 4 * 20 * 768 = 61,440 beside the 14,155,776 of the block's matrices, 0.4 %. Attention is given a mask where
-    the base needs none. The network, if there is one, runs once per call; a loaded adapter has none.
-    Backward: the gradient passes through all blocks down to the first one's attention; no frozen matrix's own gradient,
-    a third of the work on it, is computed. Optimizer: 8 bytes per trained parameter for AdamW's two means, 2,961,408
-    bytes.
+    the base needs none. The network, if there is one, runs once per call, 2 V (C h + h 2 L C) operations:
+    2 * 20 * (768 * 768 + 768 * 18,432) = 589,824,000, as many as the matrices take for 3.5 tokens of text. A loaded
+    adapter has no network.
+    Backward: the gradient passes through all blocks down to the first one's attention. Full fine-tuning takes three
+    products per matrix: forward, the input's gradient and the matrix's own gradient. The third is never computed for a
+    frozen matrix. Optimizer: 8 bytes per trained parameter for AdamW's two means, 2,961,408 bytes; with
+    prefix_projection 8 * 14,781,696 = 118,253,568 bytes.
 Errors
     PrefixTuningConfig(init_weights="zeros")
         init_weights must be one of None, zero, got 'zeros'

@@ -33,9 +33,11 @@ At step 0
     PromptTuningConfig()                                      is not the base model: P is standard normal
     PromptTuningConfig(prompt_tuning_init="SAMPLE_VOCAB")     is not the base model: P is V rows of wte, drawn at random
     With prompt_tuning_init="TEXT" P is the rows of prompt_tuning_init_text's tokens, repeated or cut to V: the base
-    model with these words before each text, which is not the base model on the text either. No start is: a text's
-    tokens stand V positions later, and each spends a part of its attention on the prompt. Where all scores are equal,
-    one that sees t tokens of the text gives V of V + t shares to the prompt: the first token of a text 20 of 21.
+    model with these words before each text, which is not the base model on the text either. No setting starts as the
+    base model: a text's tokens stand V positions later, and each spends a part of its attention on the prompt. Where
+    all scores are equal, one that sees t tokens of the text gives V of V + t shares to the prompt: the first token of a
+    text 20 of 21.
+    The comparison is with the base model under the same new head, which is random.
 Positions and mask
     With V = 20 and a text of 5 tokens:
     Positions. The prompt stands at 0 to 19, the text at 20 to 24. position_ids 0 to 4 that a caller gives mean the
@@ -50,19 +52,25 @@ Positions and mask
     25, a mask (batch, 6) becomes (batch, 26), and the cache then holds 26.
     Gradient checkpointing. The prompt is put in before the first block, and only blocks are computed a second time.
 Saved
+    In adapter_model.safetensors:
     prompt_embeddings (20, 768)
     base_model.score.weight (2, 768)
     adapter_config.json must say peft_type PROMPT_TUNING, task_type and num_virtual_tokens. token_dim 768, num_layers
     12, num_attention_heads 12 and num_transformer_submodules 1 are written for peft and, where they are there, must be
     the model's. With prompt_tuning_init TEXT peft wants tokenizer_name_or_path, too.
+    task_type is SEQ_CLS for this classifier, TOKEN_CLS for tagging and CAUSAL_LM for a language model; loading checks
+    that it is the model's.
+    In a loaded configuration prompt_tuning_init is RANDOM, whatever was saved: P comes from the file.
 Merging
     Not possible: the prompt is input, not a change of weights. It is read before each text.
+    `merge` is refused: "Prompt cannot be merged: it is not a change of weights".
 Cost
     V C parameters: 20 * 768 = 15,360. In all 20 * 768 + 1,536 = 16,896 trained, the head's 2 * 768 = 1,536 among them.
     Forward: V tokens more per text in every block: 276 instead of 256 is 8 % more, 25 instead of 5 five times as much.
     With a KV cache a text pays for them once, in its first call.
-    Backward: the gradient passes through all blocks down to the input; no frozen matrix's own gradient, a third of the
-    work on it, is computed. Optimizer: 8 bytes per trained parameter for AdamW's two means, 135,168 bytes.
+    Backward: the gradient passes through all blocks down to the input. Full fine-tuning takes three products per
+    matrix: forward, the input's gradient and the matrix's own gradient. The third is never computed for a frozen
+    matrix. Optimizer: 8 bytes per trained parameter for AdamW's two means, 135,168 bytes.
 Errors
     PromptTuningConfig(prompt_tuning_init="random")
         prompt_tuning_init must be one of RANDOM, SAMPLE_VOCAB, TEXT, got 'random'

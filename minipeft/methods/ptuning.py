@@ -30,7 +30,9 @@ By hand, with V = 1, C = 2, h = 1: E = (1, 2), W_1 = (1, 1), b_1 = 1 give 1 + 2 
 Symbols
     E (V, C) is encoder.embedding.weight        h = encoder_hidden_size, the network's width, by default C
     W_1 (h, C), b_1 (h,), W_2 (h, h), b_2 (h,), W_3 (C, h), b_3 (C,) are the linear layers of encoder.mlp_head; with the
-    LSTM W_1 is (2 h, 2 h) and W_2 (C, 2 h)     E, the W and the b are all trained
+    LSTM W_1 is (2 h, 2 h) and W_2 (C, 2 h)     E, the W and the b are all trained, and so is the LSTM
+    lstm is PyTorch's nn.LSTM(C, h, encoder_num_layers, bidirectional=True). Each layer has for each direction
+    weight_ih (4 h, C), above the first layer (4 h, 2 h), weight_hh (4 h, h), bias_ih (4 h,) and bias_hh (4 h,).
     relu(x) = max(x, 0)       P (V, C) the prompt       V = num_virtual_tokens       C = n_embd, 768 in GPT-2 124M
     ids (batch, seq) the text's token ids       wte (vocabulary, C), wpe (n_positions, C) the frozen embeddings
     [P; ...] stacks along the sequence          positions (V + seq,) are 0, 1, 2, ...
@@ -44,9 +46,10 @@ Frozen
 At step 0
     PromptEncoderConfig()                                             is not the base model: P is random
     PromptEncoderConfig(encoder_reparameterization_type="LSTM")       is not the base model: P is random
-    No start is: a text's tokens stand V positions later, and each spends a part of its attention on the prompt. Where
-    all scores are equal, one that sees t tokens of the text gives V of V + t shares to the prompt: the first token of a
-    text 20 of 21.
+    No setting starts as the base model: a text's tokens stand V positions later, and each spends a part of its
+    attention on the prompt. Where all scores are equal, one that sees t tokens of the text gives V of V + t shares to
+    the prompt: the first token of a text 20 of 21.
+    The comparison is with the base model under the same new head, which is random.
 Positions and mask
     With V = 20 and a text of 5 tokens:
     Positions. The prompt stands at 0 to 19, the text at 20 to 24. position_ids 0 to 4 that a caller gives mean the
@@ -62,23 +65,36 @@ Positions and mask
     Gradient checkpointing. The network runs before the first block, and only blocks are computed a second time.
     All of this is prompt.py's class Prompt; this file adds the network alone.
 Saved
+    In adapter_model.safetensors:
     prompt_embeddings (20, 768)
     base_model.score.weight (2, 768)
     P alone: E and the network are not kept, and P is made without dropout. adapter_config.json must say peft_type
     P_TUNING, task_type and num_virtual_tokens. token_dim 768, num_layers 12, num_attention_heads 12 and
     num_transformer_submodules 1 are written for peft and, where they are there, must be the model's.
+    task_type is SEQ_CLS for this classifier, TOKEN_CLS for tagging and CAUSAL_LM for a language model; loading checks
+    that it is the model's.
+    The encoder_* fields stay in a loaded configuration. They say how P was made, and change nothing: loading builds
+    that network, and a table with the saved P takes its place.
 Merging
     Not possible: the prompt is input, not a change of weights. It is read before each text.
+    `merge` is refused: "Prompt cannot be merged: it is not a change of weights".
 Cost
     V C + (C h + h) + (h^2 + h) + (h C + C) parameters: 20 * 768 + 3 * (768 * 768 + 768) = 1,787,136 by default.
     In all 1,787,136 + 1,536 = 1,788,672 trained, the head's 2 * 768 = 1,536 among them. Once saved and loaded,
-    20 * 768 + 1,536 = 16,896. The LSTM has 27,175,680 to train, the head's among them.
+    20 * 768 + 1,536 = 16,896. With the LSTM of two layers:
+    layer 0     2 * (3072 * 768 + 3072 * 768 + 2 * 3072) = 9,449,472
+    layer 1     2 * (3072 * 1536 + 3072 * 768 + 2 * 3072) = 14,168,064
+    W and b     (1536 * 1536 + 1536) + (768 * 1536 + 768) = 3,541,248
+    in all      9,449,472 + 14,168,064 + 3,541,248 + 20 * 768 + 1,536 = 27,175,680, the head's among them
     Forward: V tokens more per text in every block: 276 instead of 256 is 8 % more, 25 instead of 5 five times as much.
-    With a KV cache a text pays for them once, in its first call. The network runs once per call, not per text, and
-    the MLP takes fewer operations than one token of text; a loaded adapter has no network.
-    Backward: the gradient passes through all blocks down to the input and then through the network; no frozen matrix's
-    own gradient, a third of the work on it, is computed. Optimizer: 8 bytes per trained parameter for AdamW's two
-    means, 14,309,376 bytes.
+    With a KV cache a text pays for them once, in its first call. The network runs once per call, not per text.
+    The MLP takes 2 * 20 * 3 * 768 * 768 = 70,778,880 operations, fewer than one token of text, whose matrices take
+    12 * 14,155,776 = 169,869,312. The LSTM with its two linear layers takes 2 V per number in a matrix:
+    2 * 20 * (9,437,184 + 14,155,776 + 3,538,944) = 1,085,276,160, as many as 6.4 tokens. A loaded adapter has neither.
+    Backward: the gradient passes through all blocks down to the input and then through the network. Full fine-tuning
+    takes three products per matrix: forward, the input's gradient and the matrix's own gradient. The third is never
+    computed for a frozen matrix. Optimizer: 8 bytes per trained parameter for AdamW's two means, 14,309,376 bytes; with
+    the LSTM 8 * 27,175,680 = 217,405,440 bytes.
 Errors
     PromptEncoderConfig(encoder_reparameterization_type="GRU")
         encoder_reparameterization_type must be one of MLP, LSTM, got 'GRU'

@@ -19,8 +19,9 @@ target, one between the matrices and one after them. The matrices follow from a 
 Symbols
     x (batch, seq, in) the layer's input      y (batch, seq, out) its output      * multiplies number by number
     W (out, in), bias (out,) frozen           r the rank; it may be larger than in and out
-    A (r, in) is vera_A, B (out, r) is vera_B: uniform, within sqrt(6 / in) and sqrt(6 / r). They are as large as the
-    largest target needs; a smaller one uses A's first `in` columns and B's first `out` rows.
+    A (r, in) is vera_A, uniform between -sqrt(6 / in) and sqrt(6 / in); B (out, r) is vera_B, uniform between
+    -sqrt(6 / r) and sqrt(6 / r). They are as large as the largest target needs; a smaller one uses A's first `in`
+    columns and B's first `out` rows.
     d (r,) is vera_lambda_d, b (out,) is vera_lambda_b: trained, each target has its own
     dropout(x) is x, in training with a share vera_dropout of it set to zero and the rest divided by 1 - vera_dropout
 Trained
@@ -33,9 +34,11 @@ At step 0
     VeraConfig()                 is the base model, bit for bit: b = 0, so the update is 0
     VeraConfig(d_initial=1.0)    is the base model, bit for bit: whatever d is. No setting starts elsewhere.
     While b = 0, d's gradient is 0 too: in the first step only b moves.
+    The comparison is with the base model under the same new head, which is random.
 Positions and mask
     Untouched. Each token is updated by itself; a text has as many positions as before.
 Saved
+    In adapter_model.safetensors:
     base_model.model.transformer.h.0.attn.c_attn.vera_lambda_d (256,)
     base_model.model.transformer.h.0.attn.c_attn.vera_lambda_b (2304,)
     base_model.vera_A (256, 768)
@@ -49,7 +52,7 @@ Merging
 Cost
     r + out parameters per target: 256 + 2304 = 2,560 for a c_attn of GPT-2, and for all twelve 12 * 2,560 = 30,720.
     With the head 12 * 2,560 + 1,536 = 32,256 trained. A and B are 256 * (768 + 2304) = 786,432 frozen numbers, once.
-    Forward: 2 r (in + out) operations per token and target beside 2 in out, at r = 256 44 % more.
+    Forward: 2 r (in + out) operations per token and target beside 2 in out, 44 % more at r = 256.
     Backward: the input's gradient passes through W, and through B and A, 2 r (in + out) operations more. The own
     gradients of W, A and B are never computed. Optimizer: 8 bytes per trained parameter for AdamW's two means, 258,048
     bytes.

@@ -186,7 +186,16 @@ def _cannot_write(path: Path, error: Exception) -> str:
 
 def digests(folder: Path) -> dict[str, str]:
     """The SHA-256 of every file directly in a folder, by name."""
-    return {file.name: digest(file.read_bytes()) for file in sorted(folder.iterdir()) if file.is_file()}
+    return {file.name: file_digest(file) for file in sorted(folder.iterdir()) if file.is_file()}
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file, read in parts: a whole model need not fit into memory a second time."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            found.update(part)
+    return found.hexdigest()
 
 
 def digest(content: bytes) -> str:

@@ -10,6 +10,7 @@ notices files of two different saves, and a later save deletes what an earlier o
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,51 +70,55 @@ def read_contents(folder: Path) -> Contents:
     for name in (CONFIG_FILE, TENSORS_FILE):
         if not (folder / name).is_file():
             raise AdapterError(f"{folder} holds no {name}: it is not an adapter folder")
-    details, files = read_together(folder, (CONFIG_FILE, TENSORS_FILE))
+    details, files, others = read_together(folder, (CONFIG_FILE, TENSORS_FILE))
     try:
         contents = Contents(parse_json(files[CONFIG_FILE], folder / CONFIG_FILE, AdapterError),
                             {without_wrappers(name): tensor for name, tensor in load(files[TENSORS_FILE]).items()},
                             details)
     except (SafetensorError, ValueError) as error:
         raise AdapterError(f"{folder / TENSORS_FILE} is truncated or not a safetensors file: {error}") from error
-    check_one_save(folder, details, files)
+    check_one_save(folder, others)
     return contents
 
 
-def read_together(folder: Path, names: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The account, and the content of the named files: of one save if there is one, also after a moment.
+def read_together(folder: Path, names: tuple[str, ...], read: Callable[[Path], Any] = Path.read_bytes,
+                  digest_of: Callable[[Any], str] = digest) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """The account and the named files: of one save if there is one, also after a moment.
+
+    Args:
+        read: what to read of a file; default its content.
+        digest_of: the digest of what was read.
+
+    Returns:
+        (account, what was read by name, names of the files that are not those of the account).
 
     Raises:
         AdapterError: a file cannot be read, or the account is damaged.
     """
     for _ in range(_READS):
         details = read_details(folder)
+        known = details.get("files", {})
+        if not isinstance(known, dict):
+            raise AdapterError(f"{folder / DETAILS_FILE}: files must be an object, got {known!r}")
         try:
-            files = {name: (folder / name).read_bytes() for name in names}
+            files = {name: read(folder / name) for name in names}
         except OSError as error:
             raise AdapterError(f"{folder} cannot be read: {error}") from error
-        if not changed(folder, details, files):
+        others = [name for name, found in files.items() if known.get(name) not in (None, digest_of(found))]
+        if not others:
             break
         time.sleep(_PAUSE)
-    return details, files
+    return details, files, others
 
 
-def changed(folder: Path, details: dict[str, Any], files: dict[str, bytes]) -> list[str]:
-    """Names of the files that are not those which the account names, by their digests."""
-    known = details.get("files", {})
-    if not isinstance(known, dict):
-        raise AdapterError(f"{folder / DETAILS_FILE}: files must be an object, got {known!r}")
-    return [name for name, content in files.items() if known.get(name) not in (None, digest(content))]
-
-
-def check_one_save(folder: Path, details: dict[str, Any], files: dict[str, bytes]) -> None:
-    """Refuse files of different saves.
+def check_one_save(folder: Path, others: list[str]) -> None:
+    """Refuse a folder with files of another save than its account's.
 
     Raises:
-        AdapterError: naming those that are not as the account has them.
+        AdapterError: naming them.
     """
-    if names := changed(folder, details, files):
-        raise AdapterError(f"{folder} holds files of different saves: {', '.join(names)} is not what {DETAILS_FILE} "
+    if others:
+        raise AdapterError(f"{folder} holds files of different saves: {', '.join(others)} is not what {DETAILS_FILE} "
                            "names. A save was stopped, or the file was changed by hand: save again, or delete "
                            f"{DETAILS_FILE}")
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 from minipeft.errors import AdapterError, ConfigError, WeightsError
-from minipeft.files import digests, replacing_folder, write_json
+from minipeft.files import digests, file_digest, replacing_folder, write_json
 from minipeft.methods.folder import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from minipeft.methods.folder import DETAILS_FILE, check_one_save, clear, read_details, read_together, written_before
 from minipeft.methods.injection import active_injections
@@ -87,7 +87,8 @@ def load_finetuned(folder: str | Path, model_name: str | None = None, device: to
     if is_adapter:
         model = load_adapter(task_class.load_model(base, finetuned_task.label_names), folder)
     else:
-        check_one_save(folder, *read_together(folder, (CONFIG_FILE, WEIGHTS_FILE)))
+        *_, others = read_together(folder, (CONFIG_FILE, WEIGHTS_FILE), read=file_digest, digest_of=str)
+        check_one_save(folder, others)
         model = task_class.model_class.from_pretrained(folder)
     check_vocabulary(finetuned_task.tokenizer, model)
     return model.to(device or torch.device("cpu")), finetuned_task

@@ -92,3 +92,11 @@ def test_a_vocabulary_cut_off_at_a_lines_end_is_refused_since_its_end_of_text_is
     file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:lines]))
     with pytest.raises(WeightsError, match=r"end-of-text token is|lacks some of the 256 bytes"):
         finetune(options(model=str(base)))
+
+
+def test_a_whole_model_with_the_weights_of_another_save_is_refused_by_name(options, tmp_path):
+    for name, seed in (("old", 0), ("new", 1)):
+        finetune(options("full", output=str(tmp_path / name), training_values={"seed": seed}))
+    (tmp_path / "old" / "model.safetensors").write_bytes((tmp_path / "new" / "model.safetensors").read_bytes())
+    with pytest.raises(AdapterError, match=r"holds files of different saves: model\.safetensors is not what"):
+        load_finetuned(tmp_path / "old")

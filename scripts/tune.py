@@ -1,62 +1,6 @@
-"""Compare settings of a method on the validation split, never on the test split; appends to results/tuning_METHOD.json.
+"""The `minipeft tune` command by a file, for those who read from here: it is in minipeft/commands/tune.py."""
 
-    python scripts/tune.py --method lora --train-size 4000 \\
-        --try '{"learning_rate": 1e-3}' --try '{"learning_rate": 3e-3, "r": 16}'
-
-`--method NAME --help` adds the method's own options, which all trials share.
-"""
-
-from __future__ import annotations
-
-import argparse
-import json
-from typing import Any
-
-from minipeft.errors import ConfigError
-from minipeft.methods import METHODS
-from minipeft.runs.command_line import (
-    LENGTH_HELP,
-    add_data_options,
-    add_machine_options,
-    add_method_options,
-    options_of,
-    run,
-)
-from minipeft.runs.sweep import tune
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", default="lora", help=f"{', '.join(METHODS)}; default lora")
-    parser.add_argument("--model", help="mini, gpt2, ..., or a folder; default: gpt2 on CUDA, mini on a CPU")
-    parser.add_argument("--try", dest="trials", action="append", required=True, metavar="JSON",
-                        help="one trial: fields of the method's configuration or of the training, max_length, "
-                             "truncation, dropout")
-    add_data_options(parser)
-    parser.add_argument("--train-size", type=int, help="use only so many training examples")
-    parser.add_argument("--validation-size", type=int, help="use only so many validation examples")
-    parser.add_argument("--max-length", type=int, help=LENGTH_HELP)
-    parser.add_argument("--results-dir", default="results")
-    add_machine_options(parser)
-    add_method_options(parser)
-    return parser.parse_args()
-
-
-def read_trial(text: str) -> dict[str, Any]:
-    """One trial from the command line."""
-    try:
-        trial = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"--try {text!r} is not JSON: {error}") from error
-    if not isinstance(trial, dict):
-        raise ConfigError(f"--try {text!r} is not a JSON object")
-    return trial
-
-
-def main() -> None:
-    arguments = parse()
-    tune(options_of(arguments), [read_trial(text) for text in arguments.trials], print)
-
+from minipeft.commands.start import script
 
 if __name__ == "__main__":
-    run(main)
+    script("tune")

@@ -15,6 +15,9 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from helpers import write_csv, write_tiny_model
+
+from minipeft.commands.start import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 MINI = ROOT / "checkpoints" / "mini"
@@ -74,6 +77,35 @@ def test_an_installed_package_has_mini_and_the_sample_in_any_folder(wheel, tmp_p
     assert used.returncode == 0, used.stderr[-3000:]
     package = tmp_path / "installed" / "minipeft"
     assert used.stdout.split() == [str(package), str(package / "mini"), "8192", "320", "1", "2"]
+
+
+def test_the_wheel_brings_the_minipeft_command(wheel):
+    [entries] = [name for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt")]
+    assert wheel.read(entries).decode().split("\n", 1)[1].strip() == "minipeft = minipeft.commands.start:main"
+
+
+@pytest.mark.slow
+@pytest.mark.kind("7: pip install gives a minipeft command")
+def test_the_installed_command_trains_and_compares_in_any_folder(wheel, tmp_path):
+    """As in pip's own script for it, the entry point's function is called. Its processes find the package, too."""
+    wheel.extractall(tmp_path / "installed")
+    (tmp_path / "elsewhere").mkdir()
+    write_csv(tmp_path / "elsewhere" / "films.csv")
+    tiny = write_tiny_model(tmp_path / "tiny")
+
+    def minipeft(*arguments):
+        code = "import sys; from minipeft.commands.start import main; sys.exit(main())"
+        return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=tmp_path / "elsewhere", text=True,
+                              env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")}, capture_output=True)
+
+    shown = minipeft()
+    assert shown.returncode == 0 and all(f"\n  {name} " in shown.stdout for name in COMMANDS)
+    assert (minipeft("trian").returncode, minipeft("trian").stderr.count("\n")) == (2, 1)
+    compared = minipeft("compare", "--methods", "bitfit", "--model", tiny, "--dataset", "films.csv", "--epochs", 1)
+    assert compared.returncode == 0, compared.stderr
+    assert "| bitfit | " in compared.stdout
+    asked = minipeft("evaluate", "--adapter", "checkpoints/films_bitfit", "--dataset", "films.csv")
+    assert asked.returncode == 0 and "4 of 4 test examples" in asked.stdout, asked.stderr
 
 
 # --- what it declares -------------------------------------------------------------------------------------------------

@@ -18,9 +18,9 @@ from pathlib import Path
 from parts import PARTS, Benchmark
 from tables import benchmark_headline, benchmark_tables, draw_benchmark, write_speed
 
+from minipeft.commands.start import run
 from minipeft.errors import ConfigError
 from minipeft.files import check_writable, read_json_file, write_json_file, write_text_file
-from minipeft.runs.command_line import run
 from minipeft.runs.results import rewrite
 from minipeft.training.hardware import machine, versions
 

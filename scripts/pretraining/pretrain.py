@@ -16,6 +16,8 @@ import torch
 from recipe import PackedWindows, PretrainingConfig, bits_per_byte, pretrain, validation_loss
 from vocabulary import train_vocabulary
 
+from minipeft.commands.options import add_dataclass_options, given
+from minipeft.commands.start import run
 from minipeft.data.datasets import data_folder, read_parquet_split, stratified_split
 from minipeft.data.examples import clean
 from minipeft.errors import DataError
@@ -23,7 +25,6 @@ from minipeft.files import check_writable, write_json_file
 from minipeft.model import hub
 from minipeft.model.gpt2 import GPT2Config, GPT2LMHeadModel
 from minipeft.model.tokenizer import VOCABULARY_FILE, get_tokenizer
-from minipeft.runs.command_line import add_dataclass_options, given, run
 from minipeft.settings import POSITIVE_INTEGER, PROBABILITY, Range, Settings, setting
 from minipeft.training.hardware import choose_device, machine, versions
 

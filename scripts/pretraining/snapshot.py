@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
+from minipeft.commands.start import run
 from minipeft.files import read_json_file
 from minipeft.model.gpt2 import GPT2Config, GPT2LMHeadModel
 from minipeft.model.tokenizer import VOCABULARY_FILE
-from minipeft.runs.command_line import run
 from minipeft.training.state import load_training_state
 
 

@@ -30,7 +30,8 @@ def test_it_is_one_screen_without_functions_of_its_own():
     assert loop.end_lineno - loop.lineno < 12
 
 
-def test_it_trains_what_is_declared_and_comes_back_from_disk(folder, monkeypatch, capsys):
+def test_it_trains_what_is_declared_and_comes_back_from_disk(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     lines = run(monkeypatch, capsys, "2")
     assert lines[0].startswith("trainable params: 197,120 ||")
     assert 0 <= accuracy(lines) <= 1
@@ -40,7 +41,8 @@ def test_it_trains_what_is_declared_and_comes_back_from_disk(folder, monkeypatch
 
 
 @pytest.mark.slow
-def test_by_default_it_learns(folder, monkeypatch, capsys):
+def test_by_default_it_learns(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     lines = run(monkeypatch, capsys)
     assert len([line for line in lines if line.startswith("step ")]) == 6
     assert accuracy(lines) > 0.6

@@ -1,15 +1,14 @@
-"""command_line.py: options made from a configuration class, and what the command line set of them."""
+"""commands/options.py: options made from a configuration class, and what the command line set of them."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import dataclass
 
 import pytest
 
-from minipeft.errors import ConfigError, OutputError
-from minipeft.runs.command_line import add_dataclass_options, add_method_options, given, options_of, run
+from minipeft.commands.options import add_dataclass_options, add_method_options, given, new_parser, options_of
+from minipeft.errors import ConfigError
 from minipeft.settings import POSITIVE_INTEGER, Settings, setting
 
 
@@ -69,18 +68,16 @@ def test_help_shows_choices_and_the_defaults_that_count(capsys):
 @pytest.mark.parametrize(("command", "method", "option"), [
     ([], "lora", "--lora-alpha"), (["--model", "x", "--method", "prefix"], "prefix", "--prefix-projection"),
     (["--method=full", "--r", "3"], "full", None), (["--method", "nothing"], "nothing", None)])
-def test_a_method_that_is_named_anywhere_adds_its_options(monkeypatch, command, method, option):
-    monkeypatch.setattr(sys, "argv", ["program", *command])
+def test_a_method_that_is_named_anywhere_adds_its_options(command, method, option):
     parser = argparse.ArgumentParser()
-    assert add_method_options(parser, also=("nothing",)) == method
+    assert add_method_options(parser, command, also=("nothing",)) == method
     shown = parser.format_help()
     assert (f"method {method}:" in shown) == (option is not None) and (option or "") in shown
 
 
-def test_a_method_that_is_none_is_refused(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["program", "--method", "nothing"])
+def test_a_method_that_is_none_is_refused():
     with pytest.raises(ConfigError, match="unknown method 'nothing': use full, head"):
-        add_method_options(argparse.ArgumentParser())
+        add_method_options(argparse.ArgumentParser(), ["--method", "nothing"])
 
 
 def test_options_have_what_was_asked_for_and_their_own_defaults_for_the_rest():
@@ -93,15 +90,9 @@ def test_options_have_what_was_asked_for_and_their_own_defaults_for_the_rest():
         options_of(argparse.Namespace(test_size=0))
 
 
-@pytest.mark.parametrize(("outcome", "code", "line"), [
-    (None, None, ""), (130, 130, ""), (OutputError("two\nlines"), 2, "error: two lines\n"),
-    (KeyboardInterrupt(), 130, "interrupted\n")])
-def test_an_end_becomes_an_exit_code_and_one_line_at_most(capsys, outcome, code, line):
-    def main():
-        if isinstance(outcome, BaseException):
-            raise outcome
-        return outcome
-
-    with pytest.raises(SystemExit) as ended:
-        run(main)
-    assert (ended.value.code, capsys.readouterr().err) == (code, line)
+@pytest.mark.parametrize(("program", "usage", "example"), [
+    ("minipeft train", "usage: minipeft train [-h]", "    minipeft train --epochs 1"),
+    ("train.py", "usage: train.py [-h]", "    python scripts/train.py --epochs 1")])
+def test_help_names_the_program_as_it_was_started(program, usage, example):
+    shown = new_parser(program, "Train:\n\n    minipeft train --epochs 1\n").format_help().splitlines()
+    assert shown[0] == usage and example in shown

@@ -1,17 +1,15 @@
-"""What the scripts share: option groups made from dataclasses, and one line and exit code 2 for a user's mistake."""
+"""What the commands share: a parser, and option groups made from dataclasses."""
 
 from __future__ import annotations
 
 import argparse
-import signal
-import sys
+import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
 from minipeft.data.datasets import KNOWN
-from minipeft.errors import MinipeftError
 from minipeft.methods import METHODS
 from minipeft.runs.defaults import DEFAULTS
 from minipeft.runs.plan import Options, check_method
@@ -20,33 +18,23 @@ from minipeft.tasks import TASKS
 from minipeft.tasks.generation import MAX_SUMMARY_LENGTH
 from minipeft.tasks.task import MAX_LENGTH
 from minipeft.training.loop import TrainingConfig
-from minipeft.training.stopping import handling, stop_at_once
 
 LENGTH_HELP = f"tokens kept of a text; default {MAX_LENGTH}, of one to summarize {MAX_SUMMARY_LENGTH}"
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """Call a script's main. A MinipeftError becomes one line on stderr and exit code 2.
-
-    Ctrl-C, a closed terminal (SIGHUP) and a cluster's notice (SIGTERM) become exit code 128 + the signal's number.
-    """
-    try:
-        with handling(stop_at_once):
-            sys.exit(main())
-    except MinipeftError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt as stopped:
-        print("interrupted", file=sys.stderr)
-        sys.exit(128 + getattr(stopped, "number", signal.SIGINT))
-    except BrokenPipeError:  # the reader (head, less) has gone
-        sys.stderr.close()
+def new_parser(program: str, description: str, **more: Any) -> argparse.ArgumentParser:
+    """A parser whose examples begin as the user began: with `minipeft train`, or with `python scripts/train.py`."""
+    if program.endswith(".py"):
+        description = re.sub(r"\bminipeft (\w+)", r"python scripts/\1.py", description)
+    return argparse.ArgumentParser(prog=program, description=description,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter, **more)
 
 
-def add_method_options(parser: argparse.ArgumentParser, also: Sequence[str] = ()) -> str:
+def add_method_options(parser: argparse.ArgumentParser, arguments: Sequence[str], also: Sequence[str] = ()) -> str:
     """Add the options of the method that the command line names, which is looked up ahead of all other options.
 
     Args:
+        arguments: the command line.
         also: what --method may name besides; it has no options of its own.
 
     Returns:
@@ -57,7 +45,7 @@ def add_method_options(parser: argparse.ArgumentParser, also: Sequence[str] = ()
     """
     ahead = argparse.ArgumentParser(add_help=False)
     ahead.add_argument("--method", default="lora")
-    method = ahead.parse_known_args()[0].method
+    method = ahead.parse_known_args(arguments)[0].method
     check_method(method, also)
     if method in METHODS and any(field.metadata["option"] for field in fields(METHODS[method].config_class)):
         add_dataclass_options(parser.add_argument_group(f"method {method}"), METHODS[method].config_class,

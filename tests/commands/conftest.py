@@ -1,4 +1,4 @@
-"""What the tests of scripts share: a tiny model, a folder of their own, and a way to call a script."""
+"""What the tests of commands share: a tiny model, a folder of their own, and a way to call a script."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scripts as a user calls them: train, evaluate, predict, report, and their help. Bad input has its own file."""
+"""The commands as a user calls them, by scripts/: train, evaluate, predict, report, and their help."""
 
 from __future__ import annotations
 

@@ -1,0 +1,69 @@
+"""Test a saved adapter (or a fully fine-tuned model) on a dataset's test split:
+
+    minipeft evaluate --adapter checkpoints/lora_finetuned
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from minipeft.commands.options import add_data_options, add_machine_options, new_parser, options_of
+from minipeft.files import check_writable, write_json_file
+from minipeft.runs.inference import evaluate, load
+from minipeft.runs.record import headline
+
+
+def parse(words: Sequence[str], program: str) -> argparse.Namespace:
+    parser = new_parser(program, __doc__)
+    what = parser.add_argument_group("what to test")
+    what.add_argument("--adapter", default="checkpoints/lora_finetuned", help="folder that training wrote; default "
+                                                                              "checkpoints/lora_finetuned")
+    what.add_argument("--model", help="base model; default: the one the adapter was trained on")
+    what.add_argument("--test-size", type=int, help="use only so many test examples")
+    what.add_argument("--json", type=Path, help="also write the metrics to this file")
+    add_data_options(parser)
+    add_machine_options(parser)
+    return parser.parse_args(words)
+
+
+def main(words: Sequence[str], program: str) -> None:
+    arguments = parse(words, program)
+    options = options_of(arguments)
+    if arguments.json:
+        check_writable(arguments.json.parent)
+    trained = load(arguments.adapter, options)
+    found = evaluate(trained, options, print)
+    more = " (--full takes all)" if found.examples < found.available else ""
+    print(f"{found.dataset}, {found.examples:,} of {found.available:,} test examples{more}")
+    print(headline(trained.task, found.metrics))
+    print_metrics(found.metrics)
+    if "confusion_matrix" in found.metrics:
+        print_confusion_matrix(found.metrics["confusion_matrix"], trained.task.label_names)
+    if "by_type" in found.metrics:
+        print_by_type(found.metrics["by_type"])
+    if arguments.json:
+        write_json_file(arguments.json, {"adapter": arguments.adapter, "dataset": found.dataset,
+                                         "metrics": found.metrics})
+
+
+def print_metrics(metrics: dict[str, Any]) -> None:
+    """All that are one number, on a line."""
+    print("   ".join(f"{key} {value:.4f}" for key, value in metrics.items() if isinstance(value, float)))
+
+
+def print_confusion_matrix(matrix: list[list[int]], label_names: list[str]) -> None:
+    """Rows are true labels, columns predicted ones."""
+    width = max(len(label) for label in label_names) + 2
+    print(f"{'true / predicted':>{width + 10}}" + "".join(f"{label:>{width}}" for label in label_names))
+    for label, row in zip(label_names, matrix):
+        print(f"{label:>{width + 10}}" + "".join(f"{count:>{width},}" for count in row))
+
+
+def print_by_type(rows: dict[str, dict[str, Any]]) -> None:
+    """A line for each type of entity: its metrics, and how many of it there are."""
+    for kind, row in rows.items():
+        metrics = "   ".join(f"{key} {value:.4f}" for key, value in row.items() if key != "entities")
+        print(f"{kind:>20}  {metrics}   of {row['entities']:,}")

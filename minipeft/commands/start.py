@@ -1,0 +1,72 @@
+"""How every command begins and ends: `minipeft COMMAND`, and scripts/COMMAND.py, which is the same."""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from minipeft.errors import MinipeftError
+from minipeft.training.stopping import handling, stop_at_once
+
+# Each is a module beside this one: main(arguments, program) takes what follows the command's name, and the name of the
+# program as it was started, and returns an exit code or None.
+COMMANDS = {
+    "train": "fine-tune a GPT-2 with a method, and test it",
+    "predict": "what a trained model says of texts",
+    "evaluate": "test a trained model on a dataset",
+    "compare": "train and test several methods on one dataset",
+    "tune": "compare settings of a method on the validation split",
+    "anatomy": "what a method does to a model: its modules, a picture, memory, traffic",
+    "report": "tables from results files",
+}
+
+
+def main() -> None:
+    """The `minipeft` command: the first argument says which command the others are for."""
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print("usage: minipeft COMMAND [OPTIONS]\n\nParameter-efficient fine-tuning of GPT-2.\n")
+        print("\n".join(f"  {command:10} {summary}" for command, summary in COMMANDS.items()))
+        print("\n`minipeft COMMAND --help` lists the options of a command.")
+    elif name in COMMANDS:
+        start(name, arguments, f"minipeft {name}")
+    else:
+        print(f"error: unknown command {name!r}: use {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def script(name: str) -> None:
+    """What scripts/NAME.py does: the same command, with that file's name in its help."""
+    start(name, sys.argv[1:], f"{name}.py")
+
+
+def start(name: str, arguments: list[str], program: str) -> None:
+    """Run one command to its end, which is the end of the program.
+
+    Args:
+        arguments: what follows the command's name.
+        program: how it was started: "minipeft train" or "train.py".
+    """
+    command = importlib.import_module(f"minipeft.commands.{name}")
+    run(command.main, arguments, program)
+
+
+def run(main: Callable[..., int | None], *arguments: Any) -> None:
+    """Call a program's main with the arguments given. A MinipeftError becomes one line on stderr and exit code 2.
+
+    Ctrl-C, a closed terminal (SIGHUP) and a cluster's notice (SIGTERM) become exit code 128 + the signal's number.
+    """
+    try:
+        with handling(stop_at_once):
+            sys.exit(main(*arguments))
+    except MinipeftError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as stopped:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + getattr(stopped, "number", signal.SIGINT))
+    except BrokenPipeError:  # the reader (head, less) has gone
+        sys.stderr.close()

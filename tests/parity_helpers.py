@@ -148,11 +148,11 @@ def load_theirs(pair, folder, trainable=False):
         return peft.PeftModel.from_pretrained(pair.theirs(), folder, is_trainable=trainable).eval()
 
 
-def save_theirs(model, folder):
+def save_theirs(model, folder, **how):
     """Write peft's adapter; returns the folder."""
     model.create_or_update_model_card = lambda folder: None   # a README, slow to write, that no test reads
     with silent():
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, **how)
     return folder
 
 

@@ -1,6 +1,7 @@
 """An adapter folder's files: which belong together, and which of them an earlier save wrote.
 
     adapter_config.json, adapter_model.safetensors      what peft reads and writes too
+    adapter_model.bin                                   what peft wrote in place of the latter until 2023: only read
     minipeft.json                                       what peft ignores: the account of this save
 
 The account names the files of the save with their digests, or the sub-folders that hold one method each. By it a loader
@@ -9,21 +10,25 @@ notices files of two different saves, and a later save deletes what an earlier o
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load
+from safetensors.torch import load, save_file
 from torch import Tensor
 
-from minipeft.errors import AdapterError, MinipeftError
-from minipeft.files import digest, parse_json, read_json_file
+from minipeft.errors import AdapterError, MinipeftError, OutputError
+from minipeft.files import digest, parse_json, read_json_file, replacing_folder
+from minipeft.methods.pickled import read_tensors
 from minipeft.methods.wrappers import without_wrappers
 
 CONFIG_FILE, TENSORS_FILE, DETAILS_FILE = "adapter_config.json", "adapter_model.safetensors", "minipeft.json"
+PICKLED_FILE = "adapter_model.bin"
 # How often, and after how many seconds, a folder is read again whose files are not of one save: a writer renames them
 # within milliseconds.
 _READS, _PAUSE = 20, 0.05
@@ -62,23 +67,75 @@ def parts_of(folder: Path) -> list[Path]:
 
 
 def read_contents(folder: Path) -> Contents:
-    """The three files of an adapter, all of one save.
+    """The files of an adapter, all of one save.
 
     Raises:
         AdapterError: one is missing or damaged, or they are of different saves.
     """
-    for name in (CONFIG_FILE, TENSORS_FILE):
+    for name in (CONFIG_FILE, tensors_file(folder)):
         if not (folder / name).is_file():
             raise AdapterError(f"{folder} holds no {name}: it is not an adapter folder")
-    details, files, others = read_together(folder, (CONFIG_FILE, TENSORS_FILE))
-    try:
-        contents = Contents(parse_json(files[CONFIG_FILE], folder / CONFIG_FILE, AdapterError),
-                            {without_wrappers(name): tensor for name, tensor in load(files[TENSORS_FILE]).items()},
-                            details)
-    except (SafetensorError, ValueError) as error:
-        raise AdapterError(f"{folder / TENSORS_FILE} is truncated or not a safetensors file: {error}") from error
+    path = folder / tensors_file(folder)
+    details, files, others = read_together(folder, (CONFIG_FILE, path.name))
+    config = parse_json(files[CONFIG_FILE], folder / CONFIG_FILE, AdapterError)
+    if path.name == PICKLED_FILE:
+        tensors = read_tensors(files[path.name], path)
+    else:
+        try:
+            tensors = load(files[path.name])
+        except (SafetensorError, ValueError) as error:
+            raise AdapterError(f"{path} is truncated or not a safetensors file: {error}") from error
     check_one_save(folder, others)
-    return contents
+    bare = {}
+    for name, tensor in tensors.items():
+        if without_wrappers(name) in bare:
+            raise AdapterError(f"{path} holds {without_wrappers(name)} twice, once as {name}")
+        bare[without_wrappers(name)] = tensor
+    return Contents(config, bare, details)
+
+
+def tensors_file(folder: Path) -> str:
+    """The name of the file that holds an adapter's tensors: peft's older one where only that is there.
+
+    Raises:
+        AdapterError: a damaged account.
+    """
+    if (folder / TENSORS_FILE).is_file() or not (folder / PICKLED_FILE).is_file():
+        return TENSORS_FILE
+    account = read_details(folder).get("files")
+    # What this library saved is never pickled: then the file that its account names is missing.
+    return TENSORS_FILE if isinstance(account, dict) and TENSORS_FILE in account else PICKLED_FILE
+
+
+def convert(folder: str | Path, output: str | Path) -> list[Path]:
+    """Write the tensors of an adapter_model.bin as adapter_model.safetensors, and copy the configuration as it stands.
+
+    Args:
+        output: created if absent; may be `folder` itself. Nothing there is replaced or deleted.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        AdapterError: no such adapter, or a .bin that is damaged or holds anything but tensors.
+        OutputError: one of the files is there already, or cannot be written.
+    """
+    folder, output = Path(folder), Path(output)
+    if tensors_file(folder) != PICKLED_FILE:
+        holds = f"holds {TENSORS_FILE}" if (folder / TENSORS_FILE).is_file() else f"holds no {PICKLED_FILE}"
+        raise AdapterError(f"{folder} {holds}: there is nothing to convert")
+    tensors = read_contents(folder).tensors
+    copied = [] if output.resolve() == folder.resolve() else [
+        name for name in (CONFIG_FILE, DETAILS_FILE) if (folder / name).is_file()]
+    if present := [name for name in (TENSORS_FILE, *copied) if (output / name).exists()]:
+        raise OutputError(f"{output} holds {', '.join(present)} already: choose another folder")
+    with replacing_folder(output) as temporary:
+        # Safetensors stores whole tensors of their own: no views, and no values that two names share.
+        save_file({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()},
+                  temporary / TENSORS_FILE, metadata={"format": "pt"})
+        for name in copied:
+            shutil.copyfile(folder / name, temporary / name)
+    return [output / name for name in (TENSORS_FILE, *copied)]
 
 
 def read_together(folder: Path, names: tuple[str, ...], read: Callable[[Path], Any] = Path.read_bytes,

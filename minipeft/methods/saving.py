@@ -7,6 +7,7 @@ names, length).
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from minipeft.methods.config import MethodConfig
 from minipeft.methods.folder import (
     CONFIG_FILE,
     DETAILS_FILE,
+    PICKLED_FILE,
     TENSORS_FILE,
     clear,
     parts_of,
     read_contents,
+    tensors_file,
     written_before,
 )
 from minipeft.methods.injection import (
@@ -36,6 +39,9 @@ from minipeft.methods.injection import (
 )
 from minipeft.methods.switch import activate, adapter_names, deactivate, remove
 from minipeft.methods.wrappers import check_is_bare, seeing_through
+from minipeft.model.pretrained import PretrainedModel
+
+logger = logging.getLogger(__name__)
 
 # Keys of peft's adapter_config.json that do not change what the model computes, whatever they say.
 _HARMLESS = {"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping",
@@ -96,7 +102,7 @@ def _write(model: nn.Module, injection: Injection, folder: Path, details: dict[s
     save_file(tensors, folder / TENSORS_FILE, metadata={"format": "pt"})
     write_json(folder / CONFIG_FILE, config)
     write_json(folder / DETAILS_FILE, {
-        "files": digests(folder), "base_fingerprint": injection.fingerprint,
+        "files": digests(folder), "base_fingerprint": injection.fingerprint or None,  # None: injected on meta
         "base_dtype": str(base_of(model).wte.weight.dtype), "base_model": getattr(model, "name_or_path", None),
         "method": injection.method, **details})
 
@@ -142,16 +148,15 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
         InjectionError: the model already carries a method under this name, or is wrapped.
     """
     check_is_bare(model)
-    folder = Path(folder)
-    parts = parts_of(folder)
-    if parts == [folder] and not (folder / CONFIG_FILE).is_file():  # several methods, saved before there were accounts
-        parts = [folder / name for name in METHODS if (folder / name / CONFIG_FILE).is_file()] or parts
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise InjectionError("this model is on the meta device and has no values: load its weights first")
+    parts = adapter_parts(folder)
     prepared = [_prepare(model, part) for part in parts]
     if name in adapter_names(model):
         raise InjectionError(f"this model already carries an adapter {name!r}: remove it, or load under another name")
     earlier = deactivate(model, active_injections(model))
     try:
-        for part, (config, tensors) in zip(parts, prepared):
+        for part, (config, tensors, _) in zip(parts, prepared):
             random_state = torch.get_rng_state()  # loading draws initial values that it then overwrites
             inject(model, config, name)
             torch.set_rng_state(random_state)
@@ -161,24 +166,84 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
             remove(model, name)
         activate(model, earlier)
         raise
+    for part, (*_, notes) in zip(parts, prepared):
+        if notes:
+            logger.warning("%s: %s", part, "; ".join(notes))
     return model.eval()
 
 
-def _prepare(model: nn.Module, folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
-    """What an adapter folder holds, checked as far as it can be before the model is touched."""
+def adapter_parts(folder: str | Path) -> list[Path]:
+    """The folders that hold one method each of the adapter in `folder`; of one method that is the folder itself.
+
+    Raises:
+        AdapterError: a damaged account.
+    """
+    parts = parts_of(Path(folder))
+    if parts == [Path(folder)] and not (parts[0] / CONFIG_FILE).is_file():  # a combination from before the accounts
+        return [parts[0] / name for name in METHODS if (parts[0] / name / CONFIG_FILE).is_file()] or parts
+    return parts
+
+
+def _prepare(model: nn.Module, folder: Path) -> tuple[Any, dict[str, torch.Tensor], list[str]]:
+    """What an adapter folder holds, checked as far as it can be before the model is touched: its configuration, its
+    tensors, and what to say of it."""
     saved, tensors, details = read_contents(folder)
     config = _parse_config(saved, folder, model)
-    task = _task_type(model)
-    if saved.get("task_type") not in (None, task):
-        raise AdapterError(f"{folder} was trained for {saved['task_type']}, this model is for {task}")
-    if saved.get("task_type") is None and config.needs_task:
-        raise AdapterError(f"{folder} does not say its task_type, and virtual tokens have a meaning for one task only")
-    if "base_fingerprint" in details and details.get("base_dtype") == str(base_of(model).wte.weight.dtype):
+    notes = [*_check_task(saved, tensors, folder, model, config.needs_task), *_ignored(saved, tensors, folder)]
+    known = details.get("base_fingerprint")
+    if known and details.get("base_dtype") == str(base_of(model).wte.weight.dtype):
         found = fingerprint(model)
-        if found != details["base_fingerprint"]:
+        if found not in ("", known):
             raise AdapterError(f"{folder} was trained on another base model ({details.get('base_model')}, fingerprint "
-                               f"{details['base_fingerprint']}); this one has fingerprint {found}")
-    return config, tensors
+                               f"{known}); this one has fingerprint {found}")
+    return config, tensors, notes
+
+
+def head_of(tensors: dict[str, torch.Tensor]) -> type[PretrainedModel] | None:
+    """The model class whose new head an adapter's tensors hold; None where they hold none."""
+    heads = {model_class.head: model_class for model_class in PretrainedModel.__subclasses__()
+             if model_class.has_new_head}
+    modules = {name.removeprefix("base_model.").removeprefix("model.").partition(".")[0] for name in tensors}
+    return next((heads[module] for module in sorted(modules) if module in heads), None)
+
+
+def _check_task(saved: dict[str, Any], tensors: dict[str, torch.Tensor], folder: Path, model: nn.Module,
+                needed: bool) -> list[str]:
+    """What to say where an adapter does not say that it is for the model's task. The tensors decide: many adapters in
+    public were saved with another task_type than their model's.
+
+    Args:
+        needed: the method has a meaning for one task only.
+
+    Raises:
+        AdapterError: it is for another task.
+    """
+    says, task, head = saved.get("task_type"), _task_type(model), head_of(tensors)
+    if says == task:
+        return []
+    if says is None and needed:
+        raise AdapterError(f"{folder} does not say its task_type, and virtual tokens have a meaning for one task only")
+    fits = head.task_type == task if head else not (needed or getattr(model, "has_new_head", False))
+    if not fits and (says is not None or head is not None):
+        raise AdapterError(f"{folder} was trained for {head.task_type if head else says}, this model is for {task}")
+    held = f"holds the {head.head} of" if head else "fits"
+    return [f"task_type {says or 'null'} is ignored, since the adapter {held} a {task} model"]
+
+
+def _ignored(saved: dict[str, Any], tensors: dict[str, torch.Tensor], folder: Path) -> list[str]:
+    """What to say of what is there and is not read."""
+    named = saved.get("modules_to_save") or []
+    named = list(dict.fromkeys(map(str, named if isinstance(named, list) else [named])))
+    lacking = [name for name in named if not any(f".{name}." in key for key in tensors)]
+    if len(lacking) < len(named):  # peft names both heads, whichever the model has
+        lacking = [name for name in lacking if name not in ("classifier", "score")]
+    notes = [f"modules_to_save {', '.join(lacking)} is ignored, since {tensors_file(folder)} holds no such module"
+             ] if lacking else []
+    if saved.get("auto_mapping"):
+        notes.append("auto_mapping is ignored, since the model is there already")
+    if (folder / TENSORS_FILE).is_file() and (folder / PICKLED_FILE).is_file():
+        notes.append(f"{PICKLED_FILE} is ignored, since {TENSORS_FILE} is there")
+    return notes
 
 
 def _parse_config(saved: dict[str, Any], folder: Path, model: nn.Module) -> Any:
@@ -217,7 +282,7 @@ def _fill(model: nn.Module, injection: Injection, tensors: dict[str, torch.Tenso
                  if not torch.isfinite(tensor.float()).all()]
     if problems:
         more = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
-        raise AdapterError(f"{folder / TENSORS_FILE} does not fit this model: {'; '.join(problems[:6])}{more}")
+        raise AdapterError(f"{folder / tensors_file(folder)} does not fit this model: {'; '.join(problems[:6])}{more}")
     layer_tensors = set()
     for name, layer in injection.layers.items():
         layer_tensors |= layer.stored(name).keys()

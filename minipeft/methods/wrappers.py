@@ -71,5 +71,7 @@ def seeing_through(function: Function) -> Function:
 
 
 def without_wrappers(name: str) -> str:
-    """A tensor's name as the bare model has it: `_orig_mod.` anywhere, `module.` where a model's names begin."""
-    return re.sub(r"^(base_model\.model\.)?module\.", r"\1", name.replace("_orig_mod.", ""))
+    """A tensor's name as the bare model has it: torch.compile's and FSDP's words anywhere, `module.` where a model's
+    names begin."""
+    name = name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "")
+    return re.sub(r"^(base_model\.model\.)?module\.", r"\1", name)

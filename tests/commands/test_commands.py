@@ -21,8 +21,9 @@ from helpers import (
     write_imdb,
 )
 
+from minipeft.commands import train as command
 from minipeft.methods import METHODS
-from minipeft.runs import defaults, finetune
+from minipeft.runs import defaults
 from minipeft.tasks.task import Task
 
 QUICK = ("--epochs", 3, "--batch-size", 4, "--learning-rate", 0.02, "--precision", "fp32")
@@ -248,7 +249,7 @@ def test_switches_reach_the_run(script, tiny_model, monkeypatch):
         received.update(vars(options))
         return {"done": True}
 
-    monkeypatch.setattr(finetune, "finetune", note)
+    monkeypatch.setattr(command, "finetune", note)
     assert script("train.py", "--full", "--compile", "--gradient-checkpointing", "--resume", "--max-length", 9,
                   "--dropout", 0.3, "--device", "cpu", "--truncation", "head", "--test-size", 5).code == 0
     assert {"full": True, "compile": True, "gradient_checkpointing": True, "resume": True, "max_length": 9,

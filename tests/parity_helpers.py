@@ -164,6 +164,33 @@ def silent():
         yield
 
 
+# --- a trainer's folder -----------------------------------------------------------------------------------------------
+
+def write_trainer_files(folder, model):
+    """What transformers' Trainer leaves beside an adapter at a checkpoint."""
+    transformers = pytest.importorskip("transformers")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    torch.save(torch.optim.lr_scheduler.ConstantLR(optimizer).state_dict(), folder / "scheduler.pt")
+    torch.save({"cpu": torch.get_rng_state()}, folder / "rng_state.pth")
+    torch.save(transformers.TrainingArguments(output_dir=str(folder), report_to=[], use_cpu=True),
+               folder / "training_args.bin")
+    (folder / "trainer_state.json").write_text('{"global_step": 100}')
+    (folder / "README.md").write_text("---\nlibrary_name: peft\n---\n")
+
+
+def write_checkpoint(folder, base, task, method="LoRA", num_labels=2):
+    """A checkpoint of transformers' Trainer: a pickled adapter for a base model on disk; returns peft's model."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    torch.manual_seed(0)
+    with silent():
+        model = getattr(transformers, TASKS[task]).from_pretrained(base, num_labels=num_labels, pad_token_id=PAD)
+        model = move(peft.get_peft_model(model, METHODS[method].theirs(task))).eval()
+    save_theirs(model, folder, safe_serialization=False)
+    write_trainer_files(folder, model)
+    return model
+
+
 # --- batches and logits -----------------------------------------------------------------------------------------------
 
 class Batch(NamedTuple):

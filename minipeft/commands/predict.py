@@ -28,7 +28,8 @@ def parse(words: Sequence[str], program: str) -> argparse.Namespace:
     what.add_argument("--adapter", default="checkpoints/lora_finetuned", help="folder that training wrote; default "
                                                                               "checkpoints/lora_finetuned")
     what.add_argument("--model", help="base model; default: the one the adapter was trained on")
-    what.add_argument("--task", help="the .py file of a task of your own; default: what the adapter was trained for")
+    what.add_argument("--task", help="a task's name or, of a task of your own, its .py file; default: what the "
+                                       "adapter was trained for")
     how = parser.add_argument_group("how to write a summary or translation; greedily by default")
     how.add_argument("--max-new-tokens", type=int, help="default as in training")
     how.add_argument("--num-beams", type=int, help="beam search: continuations followed at once; not streamed")

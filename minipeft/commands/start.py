@@ -21,6 +21,7 @@ COMMANDS = {
     "tune": "compare settings of a method on the validation split",
     "anatomy": "what a method does to a model: its modules, a picture, memory, traffic",
     "report": "tables from results files",
+    "convert": "an adapter that peft pickled, as safetensors",
 }
 
 

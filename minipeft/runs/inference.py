@@ -13,10 +13,9 @@ import torch.nn as nn
 
 from minipeft.data.datasets import KNOWN, choose_dataset, load_dataset
 from minipeft.errors import ConfigError, DataError
-from minipeft.methods.folder import read_details
 from minipeft.runs import defaults
 from minipeft.runs.plan import Options, Say, silent
-from minipeft.runs.trained import load_finetuned
+from minipeft.runs.trained import details_of, load_finetuned
 from minipeft.settings import SEED
 from minipeft.tasks import task_for
 from minipeft.tasks.generation import Generation
@@ -79,10 +78,14 @@ def evaluate(trained: Trained, options: Options, say: Say = silent) -> Evaluatio
     """
     name, why = (options.dataset, "asked for") if options.dataset is not None else _dataset(trained, options)
     say(f"dataset    {name} ({why})")
-    task = trained.task
+    task, named = trained.task, "label_names" in details_of(trained.folder)
     data = load_dataset(name, task_for(name, options.task or task.name), options.data_dir, options.text_column,
-                        options.label_column, label_names=task.label_names or None)
+                        options.label_column, label_names=(named and task.label_names) or None)
     task.check_installed()
+    if not named and len(data.label_names) == len(task.label_names) and data.label_names != task.label_names:
+        task.label_names = data.label_names
+        say(f"labels     {', '.join(f'{i} = {label}' for i, label in enumerate(data.label_names))} (in the dataset's "
+            "order: the model's folder does not name them)")
     if data.label_names != task.label_names:
         raise DataError(f"{name} has the labels {', '.join(data.label_names)}, but {trained.folder} was trained for "
                         f"{', '.join(task.label_names)}")
@@ -94,7 +97,7 @@ def evaluate(trained: Trained, options: Options, say: Say = silent) -> Evaluatio
 
 def _dataset(trained: Trained, options: Options) -> tuple[str, str]:
     """The dataset to test on where none is named, and why that one."""
-    trained_on = read_details(trained.folder).get("dataset")
+    trained_on = details_of(trained.folder).get("dataset")
     if trained_on in (*KNOWN, "sample"):
         return trained_on, "which the model was trained on"
     if trained.task.name != "classification":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,17 @@ import torch.nn as nn
 from minipeft.errors import AdapterError, ConfigError, WeightsError
 from minipeft.files import digests, file_digest, replacing_folder, write_json
 from minipeft.methods.folder import CONFIG_FILE as ADAPTER_CONFIG_FILE
-from minipeft.methods.folder import DETAILS_FILE, check_one_save, clear, read_details, read_together, written_before
-from minipeft.methods.injection import active_injections
-from minipeft.methods.saving import load_adapter, save_adapter
+from minipeft.methods.folder import (
+    DETAILS_FILE,
+    check_one_save,
+    clear,
+    read_contents,
+    read_details,
+    read_together,
+    written_before,
+)
+from minipeft.methods.injection import active_injections, positions_left
+from minipeft.methods.saving import adapter_parts, head_of, load_adapter, save_adapter
 from minipeft.model.config import GPT2Config
 from minipeft.model.hub import find
 from minipeft.model.tokenizer import VOCABULARY_FILE, Tokenizer, get_tokenizer
@@ -59,13 +68,14 @@ def save_finetuned(model: nn.Module, folder: Path, details: dict[str, Any]) -> N
 
 def load_finetuned(folder: str | Path, model_name: str | None = None, device: torch.device | None = None,
                    task: str | None = None) -> tuple[nn.Module, Task]:
-    """A model and its task from what `finetune` left: an adapter folder on its base, or a whole model.
+    """A model and its task from what `finetune` left, an adapter folder on its base or a whole model; or from an
+    adapter folder that peft or transformers' Trainer left, or that holds several methods.
 
     Args:
         model_name: the base to put an adapter on; default is the one it was trained on.
         device: default the CPU.
-        task: a name in TASKS or the path of a .py file; default is what the folder was trained for, and
-            classification where it does not say.
+        task: a name in TASKS or the path of a .py file; default is what the folder was trained for or, where it does
+            not say, the one that has the adapter's head. Without names, labels are called 0, 1, ...
 
     Returns:
         (model in eval mode, task).
@@ -76,14 +86,16 @@ def load_finetuned(folder: str | Path, model_name: str | None = None, device: to
         ConfigError: an unknown task.
     """
     folder = Path(folder)
-    details = read_details(folder)
-    task_class = _task_class(folder, details, task)
-    is_adapter = (folder / ADAPTER_CONFIG_FILE).is_file()
+    parts = adapter_parts(folder)
+    is_adapter = (parts[0] / ADAPTER_CONFIG_FILE).is_file()
     if not is_adapter and not (folder / CONFIG_FILE).is_file():
         raise AdapterError(f"{folder} holds neither {ADAPTER_CONFIG_FILE} nor {CONFIG_FILE}: train first, or name "
-                           "the folder that training printed")
+                           f"{_adapters_below(folder) or 'the folder that training printed'}")
+    details = details_of(folder)
+    from_head = _from_head(parts[0], details) if is_adapter else {"task": "classification"}
+    task_class = _task_class(folder, details, from_head, task)
     base = (model_name or _base_model(folder, details)) if is_adapter else folder
-    finetuned_task = _task(folder, details, task_class, base)
+    finetuned_task = _task(folder, {**from_head, **details}, task_class, base)
     if is_adapter:
         model = load_adapter(task_class.load_model(base, finetuned_task.label_names), folder)
     else:
@@ -91,12 +103,50 @@ def load_finetuned(folder: str | Path, model_name: str | None = None, device: to
         check_one_save(folder, others)
         model = task_class.model_class.from_pretrained(folder)
     check_vocabulary(finetuned_task.tokenizer, model)
+    if finetuned_task.max_length > positions_left(model):  # virtual tokens that peft trained take some
+        finetuned_task = dataclasses.replace(finetuned_task, max_length=positions_left(model))
     return model.to(device or torch.device("cpu")), finetuned_task
 
 
-def _task_class(folder: Path, details: dict[str, Any], asked: str | None) -> type[Task]:
+def details_of(folder: str | Path) -> dict[str, Any]:
+    """What a folder notes for prediction; of an adapter of several methods, what the first one's folder does.
+
+    Raises:
+        AdapterError: a damaged account.
+    """
+    return read_details(adapter_parts(folder)[0])
+
+
+def _adapters_below(folder: Path) -> str:
+    """The sub-folders that hold an adapter, such as a trainer's checkpoints."""
+    found = sorted(path.parent for path in folder.glob(f"*/{ADAPTER_CONFIG_FILE}"))
+    return f"one of {', '.join(map(str, found[:6]))}" if found else ""
+
+
+def _from_head(folder: Path, details: dict[str, Any]) -> dict[str, Any]:
+    """What an adapter's head says of its task where its details do not: which task has such a head, and how many
+    labels.
+
+    Raises:
+        AdapterError: an adapter that cannot be read.
+    """
+    if {"task", "label_names"} <= details.keys():
+        return {}
+    tensors = read_contents(folder).tensors
+    head = head_of(tensors)
+    tasks = [task for task in TASKS.values() if task.model_class is head]
+    labels = [len(tensor) for name, tensor in tensors.items() if head and name.endswith(f".{head.head}.weight")]
+    return {"task": tasks[0].name, "label_names": [str(i) for i in range(labels[0])]} if tasks and labels else {}
+
+
+def _task_class(folder: Path, details: dict[str, Any], from_head: dict[str, Any], asked: str | None) -> type[Task]:
     """The task a folder was trained for, which is also the one that is asked for, if one is."""
-    trained_for = task_name(str(details.get("task", "classification")))
+    trained_for = details.get("task", from_head.get("task"))
+    if asked is None and trained_for is None:
+        writing = [name for name, kind in TASKS.items() if not kind.model_class.has_new_head]
+        raise AdapterError(f"{folder} does not say what it was trained for, and holds no head that would: name the "
+                           f"task with --task {' or '.join(writing)}")
+    trained_for = task_name(str(trained_for))
     if asked is None and trained_for not in TASKS:
         raise AdapterError(f"{folder} was trained for the task {trained_for!r}, which is not one of "
                            f"{', '.join(TASKS)}: name the .py file that defines it with --task")

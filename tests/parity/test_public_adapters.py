@@ -21,6 +21,7 @@ from parity_helpers import (
     save_theirs,
     silent,
     write_pair,
+    write_trainer_files,
 )
 from safetensors.torch import load_file, save_file
 
@@ -213,24 +214,11 @@ def test_virtual_tokens_are_for_the_task_that_they_say_unless_a_head_is_there(pa
 
 # --- a trainer's folder -----------------------------------------------------------------------------------------------
 
-def beside_a_trainer_s_files(folder, model):
-    """What transformers' Trainer leaves beside an adapter at a checkpoint."""
-    transformers = pytest.importorskip("transformers")
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
-    torch.save(torch.optim.lr_scheduler.ConstantLR(optimizer).state_dict(), folder / "scheduler.pt")
-    torch.save({"cpu": torch.get_rng_state()}, folder / "rng_state.pth")
-    torch.save(transformers.TrainingArguments(output_dir=str(folder), report_to=[], use_cpu=True),
-               folder / "training_args.bin")
-    (folder / "trainer_state.json").write_text('{"global_step": 100}')
-    (folder / "README.md").write_text("---\nlibrary_name: peft\n---\n")
-
-
 @EACH_TASK
 @pytest.mark.kind("6: a checkpoint folder of transformers' Trainer loads its adapter")
 def test_a_trainer_s_checkpoint_loads_its_adapter(pairs, tmp_path, said, task):
     folder, theirs = pickled(pairs[task], "LoRA", task, tmp_path / "checkpoint-100")
-    beside_a_trainer_s_files(folder, theirs)
+    write_trainer_files(folder, theirs)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert_same_logits(load_adapter(pairs[task].ours(), folder), theirs, "LoRA", task)
     assert said() == [] and {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from helpers import write_csv
+from helpers import rows, write_csv
+from parity_helpers import write_checkpoint
 
 from minipeft.errors import ConfigError, DataError
 from minipeft.runs.finetune import finetune
@@ -41,6 +42,35 @@ def test_a_dataset_with_other_labels_is_refused(trained, tmp_path):
     other = write_csv(tmp_path / "other.csv", [(f"film {i}", ("good", "poor")[i % 2]) for i in range(40)])
     with pytest.raises(DataError, match="label 'good' is none of negative, positive"):
         evaluate(trained[0], Options(dataset=other))
+
+
+@pytest.fixture
+def public(tiny_model, tmp_path):
+    """public(num_labels): a classifier that transformers' Trainer left, which does not name its labels."""
+
+    def make(num_labels=2):
+        write_checkpoint(tmp_path / "checkpoint-8", tiny_model, "SEQ_CLS", num_labels=num_labels)
+        return load(tmp_path / "checkpoint-8", Options(model=str(tiny_model), precision="fp32"))
+
+    return make
+
+
+@pytest.mark.kind("6: a trainer's folder is tested on a dataset whose labels it does not name")
+def test_labels_that_an_adapter_does_not_name_are_the_dataset_s_in_their_order_and_that_is_said(public, tmp_path):
+    films = write_csv(tmp_path / "films.csv")
+    said = []
+    found = evaluate(public(), Options(dataset=films), said.append)
+    assert said[1] == ("labels     0 = negative, 1 = positive (in the dataset's order: the model's folder does not "
+                       "name them)")
+    write_csv(tmp_path / "numbers.csv", [(text, ("negative", "positive").index(label)) for text, label in rows()])
+    numbers = evaluate(public(), Options(dataset=str(tmp_path / "numbers.csv")), said.append)
+    assert numbers.metrics == found.metrics and len(said) == 3
+
+
+def test_a_dataset_with_another_number_of_labels_is_refused(public, tmp_path):
+    films = write_csv(tmp_path / "films.csv")
+    with pytest.raises(DataError, match=r"has the labels negative, positive, but .* was trained for 0, 1, 2"):
+        evaluate(public(num_labels=3), Options(dataset=films))
 
 
 def test_a_classifier_predicts_a_line_for_each_text_and_writes_none(trained):

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import files_below, load, logits_of, read_json, write_csv, write_tiny_model
+from models import inject_all, perturb
+from parity_helpers import write_checkpoint
+from safetensors.torch import load_file, save_file
 
-from minipeft import GPT2ForSequenceClassification, load_adapter
+from minipeft import (
+    GPT2ForSequenceClassification,
+    GPT2ForTokenClassification,
+    GPT2LMHeadModel,
+    LoraConfig,
+    PrefixTuningConfig,
+    load_adapter,
+    save_adapter,
+)
 from minipeft.errors import AdapterError, WeightsError
 from minipeft.model.tokenizer import get_tokenizer
 from minipeft.runs.finetune import finetune
@@ -100,3 +112,89 @@ def test_a_whole_model_with_the_weights_of_another_save_is_refused_by_name(optio
     (tmp_path / "old" / "model.safetensors").write_bytes((tmp_path / "new" / "model.safetensors").read_bytes())
     with pytest.raises(AdapterError, match=r"holds files of different saves: model\.safetensors is not what"):
         load_finetuned(tmp_path / "old")
+
+
+# --- what others left -------------------------------------------------------------------------------------------------
+
+TEXTS = ["a good film", "a bad film number 7, truly bad", "x"]
+
+
+@torch.no_grad()
+def assert_same_logits(model, task, theirs):
+    """The same logits as peft's model of each text by itself; a classifier's, a tagger's or a language model's."""
+    for text in TEXTS:
+        ids = torch.tensor([task.tokenizer.encode(text)])
+        torch.testing.assert_close(model(ids), theirs(input_ids=ids).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own, on its own attributes
+@pytest.mark.parametrize(("kind", "asked", "expected", "model_class"), [
+    ("SEQ_CLS", None, "classification", GPT2ForSequenceClassification),
+    ("TOKEN_CLS", None, "tagging", GPT2ForTokenClassification),
+    ("CAUSAL_LM", "summarization", "summarization", GPT2LMHeadModel)])
+@pytest.mark.parametrize("method", ["LoRA", "prefix tuning"])
+@pytest.mark.kind("6: a trainer's folder loads with its base, its task and as many labels as its head has")
+def test_a_trainer_s_checkpoint_loads_with_its_head_s_task_and_labels(
+        tiny_model, tmp_path, kind, asked, expected, model_class, method):
+    theirs = write_checkpoint(tmp_path / "checkpoint-8", tiny_model, kind, method, num_labels=5)
+    model, task = load_finetuned(tmp_path / "checkpoint-8", str(tiny_model), task=asked)
+    assert type(model) is model_class and task.name == expected and not model.training
+    assert task.label_names == ([] if kind == "CAUSAL_LM" else ["0", "1", "2", "3", "4"])
+    assert task.max_length == (64 if method == "LoRA" else 59)  # five virtual tokens take positions
+    if kind != "TOKEN_CLS" or method == "LoRA":  # peft fails there itself: virtual rows among the tokens'
+        assert_same_logits(model, task, theirs)
+
+
+def test_a_language_model_s_adapter_without_notes_says_that_its_task_has_to_be_named(tiny_model, tmp_path):
+    write_checkpoint(tmp_path, tiny_model, "CAUSAL_LM")
+    with pytest.raises(AdapterError, match=r"does not say what it was trained for, .*--task summarization or transl"):
+        load_finetuned(tmp_path, str(tiny_model))
+    with pytest.raises(AdapterError, match="was trained for CAUSAL_LM, this model is for SEQ_CLS"):
+        load_finetuned(tmp_path, str(tiny_model), task="classification")
+
+
+def test_a_folder_of_checkpoints_names_them(tiny_model, tmp_path):
+    for number in (100, 200):
+        write_checkpoint(tmp_path / "runs" / f"checkpoint-{number}", tiny_model, "SEQ_CLS")
+    with pytest.raises(AdapterError, match=r"name one of .*runs/checkpoint-100, .*runs/checkpoint-200$"):
+        load_finetuned(tmp_path / "runs", str(tiny_model))
+
+
+@pytest.mark.parametrize("account", [True, False], ids=["with an account", "from before the accounts"])
+@pytest.mark.parametrize("noted", [True, False], ids=["with details", "without details"])
+@pytest.mark.kind("6: a folder of several methods loads")
+def test_a_folder_of_several_methods_loads(tiny_model, tmp_path, account, noted):
+    model = GPT2ForSequenceClassification.from_pretrained(tiny_model, num_labels=3)
+    perturb(inject_all(model, LoraConfig(r=2), PrefixTuningConfig(num_virtual_tokens=3)))
+    details = {"task": "classification", "label_names": ["bad", "dull", "good"], "max_length": 32}
+    save_adapter(model, tmp_path, details if noted else None)
+    if not account:
+        (tmp_path / "minipeft.json").unlink()
+    loaded, task = load_finetuned(tmp_path)
+    assert task.label_names == (details["label_names"] if noted else ["0", "1", "2"])
+    assert task.max_length == (32 if noted else 61)
+    assert torch.equal(logits_of(loaded, task), logits_of(model.eval(), task))
+
+
+def test_notes_beside_a_pickled_adapter_name_its_labels(tiny_model, tmp_path):
+    theirs = write_checkpoint(tmp_path, tiny_model, "SEQ_CLS")
+    notes = {"label_names": ["negative", "positive"], "base_model": str(tiny_model)}
+    (tmp_path / "minipeft.json").write_text(json.dumps(notes))
+    model, task = load_finetuned(tmp_path)
+    assert task.label_names == ["negative", "positive"]
+    assert_same_logits(model, task, theirs)
+
+
+def test_an_adapter_of_ours_whose_notes_were_lost_keeps_the_number_of_its_labels(options, tiny_model, tmp_path):
+    labels = ("good", "bad", "dull")
+    write_csv(tmp_path / "films.csv", [(f"{label} film {i}", label) for i in range(20) for label in labels])
+    finetune(options())
+    (tmp_path / "output" / "lora" / "minipeft.json").unlink()
+    tensors = load_file(tmp_path / "output" / "lora" / "adapter_model.safetensors")
+    model, task = load_finetuned(tmp_path / "output" / "lora", str(tiny_model))
+    assert task.label_names == ["0", "1", "2"]
+    assert torch.equal(model.score.weight, tensors["base_model.model.score.weight"])
+    save_file({name: tensor for name, tensor in tensors.items() if "score" not in name},
+              tmp_path / "output" / "lora" / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="holds no head that would"):
+        load_finetuned(tmp_path / "output" / "lora", str(tiny_model))

@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from minipeft.errors import WeightsError
 from minipeft.model import weights
 from minipeft.model.config import GPT2Config
 from minipeft.model.hub import find
@@ -91,7 +92,30 @@ class PretrainedModel(nn.Module):
             state_dict: the whole tensors of a model that is spread over processes; default the model's own.
 
         Raises:
+            WeightsError: the model is not the GPT-2 that its configuration describes, such as one that carries an
+                adapter: nobody could read the folder.
             OutputError: the folder cannot be written, or the disk is full.
         """
         config = {"architectures": [type(self).__name__], **self.config.to_dict()}
+        self._check_described(self.state_dict() if state_dict is None else state_dict)
         weights.save(self, config, folder, dtype, state_dict)
+
+    def _check_described(self, tensors: dict[str, Tensor]) -> None:
+        """Refuse tensors other than those of a model that is made from the same configuration.
+
+        Raises:
+            WeightsError: naming some.
+        """
+        with torch.device("meta"):
+            described = type(self)(self.config).state_dict()
+        added = [name for name in tensors if name not in described]
+        if added:
+            more = f" and {len(added) - 3} more" if len(added) > 3 else ""
+            raise WeightsError(f"this model carries what is no part of a {type(self).__name__}: "
+                               f"{', '.join(added[:3])}{more}. Merge an adapter into the weights first, or "
+                               "write it alone with save_adapter")
+        others = [f"{name} is {tuple(tensors[name].shape)}, not {tuple(expected.shape)}" if name in tensors else
+                  f"{name} is missing" for name, expected in described.items()
+                  if name not in tensors or tensors[name].shape != expected.shape]
+        if others:
+            raise WeightsError(f"this model is not the one that its configuration describes: {'; '.join(others[:6])}")

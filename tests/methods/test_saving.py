@@ -12,12 +12,14 @@ import pytest
 import torch
 from helpers import changed_by_hand
 from models import (
+    CASES,
     IDS,
     MASK,
     assert_load_refused,
     assert_unchanged,
     build,
     inject_all,
+    on,
     perturb,
     snapshot,
     with_new_head,
@@ -41,7 +43,7 @@ from minipeft import (
     save_adapter,
     unmerge,
 )
-from minipeft.errors import AdapterError, ConfigError, MinipeftError, OutputError
+from minipeft.errors import AdapterError, ConfigError, InjectionError, MinipeftError, OutputError, WeightsError
 from minipeft.methods.folder import read_details
 from minipeft.methods.injection import active_injections
 
@@ -319,6 +321,61 @@ def test_a_place_that_cannot_be_a_folder_is_an_output_error(tiny_config, tmp_pat
         save_adapter(model, f"{tmp_path}/file{below}")
     assert "\n" not in str(caught.value)
     assert names_in(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "mine"
+
+
+LEFT_IN_THE_TREE = {name: config for name, config in CASES.items() if config.method not in ("head", "bitfit")}
+
+
+@on([GPT2LMHeadModel, GPT2ForSequenceClassification], LEFT_IN_THE_TREE)
+@pytest.mark.kind("5: save_pretrained refuses a model that carries an adapter")
+def test_a_model_that_carries_an_adapter_is_not_saved_as_a_whole(tiny_config, tmp_path, model_class, config):
+    """Neither library could read the folder."""
+    model = inject(build(model_class, tiny_config), config)
+    with pytest.raises(WeightsError, match=r"no part of a GPT2.*Merge an adapter .*with save_adapter") as told:
+        model.save_pretrained(tmp_path / "whole")
+    assert "\n" not in str(told.value) and not (tmp_path / "whole").exists()
+    with disable_adapter(model):  # what is left then is the base model
+        model.save_pretrained(tmp_path / "base")
+        assert torch.equal(model_class.from_pretrained(tmp_path / "base")(IDS, MASK), model(IDS, MASK))
+
+
+@on([GPT2ForSequenceClassification], {name: config for name, config in CASES.items() if name not in LEFT_IN_THE_TREE})
+def test_a_method_that_changes_the_model_s_own_tensors_is_saved_as_a_whole(tiny_config, tmp_path, model_class, config):
+    model = perturb(inject(build(model_class, tiny_config), config)).eval()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(model_class.from_pretrained(tmp_path)(IDS, MASK), model(IDS, MASK))
+
+
+# --- adapter folders: the meta device ---------------------------------------------------------------------------------
+
+@on([GPT2ForSequenceClassification, GPT2LMHeadModel], {name: CASES[name] for name in ("lora", "ia3", "prompt")})
+@pytest.mark.kind("5: an adapter injected on the meta device loads on its base")
+def test_an_adapter_that_was_injected_on_meta_loads_on_the_base_that_it_got_later(
+        tiny_config, tmp_path, model_class, config):
+    base = build(model_class, tiny_config)
+    with torch.device("meta"):
+        model = inject(model_class(tiny_config), config)
+    values = base.state_dict()
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            known = values.get(name.replace(".base_layer", ""))
+            tensor.copy_(0.1 * torch.randn(tensor.shape) if known is None else known)
+    save_adapter(model, tmp_path)
+    assert read_details(tmp_path)["base_fingerprint"] is None
+    loaded = load_adapter(build(model_class, tiny_config), tmp_path)
+    assert torch.equal(loaded(IDS, MASK), model.eval()(IDS, MASK))
+    edit_json(tmp_path / DETAILS, base_fingerprint="")  # as it was written before
+    assert torch.equal(load_adapter(build(model_class, tiny_config), tmp_path)(IDS, MASK), model(IDS, MASK))
+
+
+def test_an_adapter_is_not_loaded_into_a_model_without_values(tiny_config, adapter):
+    """They would be lost without a word."""
+    with torch.device("meta"):
+        model = GPT2ForSequenceClassification(tiny_config)
+    with pytest.raises(InjectionError, match="is on the meta device and has no values: load its weights first"):
+        load_adapter(model, adapter[0])
+    assert not active_injections(model)
 
 
 # --- adapter folders: refused to load ---------------------------------------------------------------------------------

@@ -183,6 +183,25 @@ def test_saving_takes_tensors_that_a_caller_gathered(tmp_path, make_model, cls):
     assert_same_parameters(model, make_model(cls))
 
 
+@pytest.mark.parametrize(("change", "told"), [
+    (lambda model: setattr(model.transformer, "wte", torch.nn.Embedding(99, 24)),
+     r"not the one that its configuration describes: transformer\.wte\.weight is \(99, 24\), not \(97, 24\)"),
+    (lambda model: model.add_module("gate", torch.nn.Linear(2, 2)), r"no part of a GPT2ForSequence.*: gate\.weight"),
+    (lambda model: delattr(model, "score"), r"score\.weight is missing")])
+def test_a_model_that_its_configuration_does_not_describe_is_not_saved(tmp_path, make_model, change, told):
+    model = make_model(GPT2ForSequenceClassification)
+    change(model)
+    with pytest.raises(WeightsError, match=told):
+        model.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_saving_leaves_the_random_generator_as_it_was(tmp_path, make_model):
+    model, before = make_model(GPT2LMHeadModel), torch.get_rng_state()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_saving_leaves_the_model_as_it_was(tmp_path, make_model):
     model = make_model(GPT2LMHeadModel)
     model.save_pretrained(tmp_path, dtype=torch.float16)

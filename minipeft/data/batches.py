@@ -26,25 +26,46 @@ class Batch:
     labels: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on `device`, copied to a GPU while it computes. The mask stays: the model looks at it first."""
+        """The batch on `device`, copied to a GPU while it computes.
+
+        What follows from the batch's values is found before it travels: to look at a value on a GPU is to wait for the
+        GPU. So the mask stays, as the model looks at it first.
+        """
         def there(tensor: Tensor) -> Tensor:
             return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
-        return Batch(there(self.input_ids), self.attention_mask, there(self.labels))
+        moved = Batch(there(self.input_ids), self.attention_mask, there(self.labels))
+        if self.positions is not None:
+            moved.positions, moved.targets = there(self.positions), there(self.targets)
+            moved.targets_of_rows = self.targets_of_rows
+        return moved
 
     @cached_property
     def positions(self) -> Tensor | None:
-        """Where a token has a label, boolean (B, T); None where labels are one per text."""
-        return None if self.labels.dim() == 1 else self.labels != IGNORED_LABEL
+        """Which tokens have a label, (N,): their numbers in the batch, row after row; None if labels are one per text.
+
+        The token in row b and column t has the number b T + t.
+        """
+        return None if self.labels.dim() == 1 else (self.labels != IGNORED_LABEL).flatten().nonzero()[:, 0]
 
     @cached_property
     def targets(self) -> Tensor:
         """The labels that count, (N,): one per text, or one per token at `positions`."""
-        return self.labels if self.positions is None else self.labels[self.positions]
+        return self.labels if self.positions is None else self.labels.flatten()[self.positions]
+
+    @cached_property
+    def targets_of_rows(self) -> list[int]:
+        """How many labels count in each row: B numbers."""
+        return self.labels.ne(IGNORED_LABEL).reshape(len(self.labels), -1).sum(dim=1).tolist()
 
     def micro_batches(self, tokens: int | None) -> list[Batch]:
         """The batch in parts that are computed one after the other: see `number_of_micro_batches`."""
-        number = number_of_micro_batches(*self.attention_mask.shape, tokens)
+        return self.parts(number_of_micro_batches(*self.attention_mask.shape, tokens))
+
+    def parts(self, number: int) -> list[Batch]:
+        """The batch's rows in so many batches, of equally many rows but for one."""
+        if number == 1:
+            return [self]
         parts = (tensor.tensor_split(number) for tensor in (self.input_ids, self.attention_mask, self.labels))
         return [Batch(*part) for part in zip(*parts)]
 

@@ -154,12 +154,13 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     prepared = [_prepare(model, part) for part in parts]
     if name in adapter_names(model):
         raise InjectionError(f"this model already carries an adapter {name!r}: remove it, or load under another name")
+    device = base_of(model).wte.weight.device
+    devices = [device] if device.type == "cuda" else []
     earlier = deactivate(model, active_injections(model))
     try:
         for part, (config, tensors, _) in zip(parts, prepared):
-            random_state = torch.get_rng_state()  # loading draws initial values that it then overwrites
-            inject(model, config, name)
-            torch.set_rng_state(random_state)
+            with torch.random.fork_rng(devices):  # loading draws initial values that it then overwrites
+                inject(model, config, name)
             _fill(model, active_injections(model)[-1], tensors, part)
     except MinipeftError:
         if name in adapter_names(model):

@@ -167,14 +167,14 @@ def attention_mask_for(attention_mask: Tensor | None, T: int, past: int, device:
         A boolean tensor, True where query may look at key, broadcastable to (B, H, T, past + T); or None.
     """
     padded_left = attention_mask is not None and bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any())
-    padded_past = attention_mask is not None and past > 0 and not bool(attention_mask.all())
+    padded_past = attention_mask is not None and not bool(attention_mask[:, :past].all())
     if not padded_left and not padded_past and (past == 0 or T == 1):
         return None
     # Query i stands at position past + i of the keys: the causal triangle is aligned to the lower right corner.
     mask = torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past)             # (T, S)
     if padded_left or padded_past:
         itself = mask.triu(past)  # a pad still sees itself: a row that sees nothing is NaN in some kernels
-        mask = (mask & attention_mask[:, None, None, :].bool().to(device)) | itself        # (B, 1, T, S)
+        mask = (mask & attention_mask[:, None, None, :].bool().to(device, non_blocking=True)) | itself   # (B, 1, T, S)
     return mask
 
 
@@ -260,12 +260,13 @@ class GPT2LMHeadModel(PretrainedModel):
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 position_ids: Tensor | None = None, cache: KVCache | None = None,
                 inputs_embeds: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-        """Next-token logits (B, T, vocab_size) or, with boolean `positions` (B, T), (N, vocab_size) at those only.
+        """Next-token logits (B, T, vocab_size) or, with `positions` (N,), (N, vocab_size) at those only.
 
-        Further arguments as `GPT2Model.forward`.
+        `positions` are numbers of tokens in the batch, row after row: b T + t. A mask would do, but on a GPU it has to
+        be looked at before anything can go on. Further arguments as `GPT2Model.forward`.
         """
         x = self.transformer(input_ids, attention_mask, position_ids, cache, inputs_embeds)           # (B, T, C)
-        return self.lm_head(x if positions is None else x[positions])
+        return self.lm_head(x if positions is None else x.flatten(0, 1).index_select(0, positions))   # (N, vocab)
 
 
 class GPT2ForSequenceClassification(PretrainedModel):
@@ -311,9 +312,10 @@ class GPT2ForTokenClassification(PretrainedModel):
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None,
                 positions: Tensor | None = None) -> Tensor:
-        """Label logits (B, T, K) or, with boolean `positions` (B, T), (N, K) at those only."""
+        """Label logits (B, T, K) or, with `positions` (N,) as `GPT2LMHeadModel` has them, (N, K) at those only."""
         x = self.transformer(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds)    # (B, T, C)
-        return self.classifier(self.dropout(x if positions is None else x[positions]))
+        x = x if positions is None else x.flatten(0, 1).index_select(0, positions)                    # (N, C)
+        return self.classifier(self.dropout(x))
 
 
 def last_real_token(x: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -24,7 +24,7 @@ from minipeft.data.batches import Batch, BucketedBatches
 from minipeft.model.gpt2 import last_real_token
 from minipeft.runs.plan import RunPlan
 from minipeft.tasks.classification import Classification, metrics
-from minipeft.tasks.evaluation import evaluation_batches, gather, predicting
+from minipeft.tasks.evaluation import predictions
 from minipeft.tasks.task import Encoded, Task
 
 
@@ -100,9 +100,9 @@ def pooled_features(model: nn.Module, ids: Sequence[np.ndarray], device: torch.d
         batch_size: texts per forward pass; default what suits the device.
         progress: title of a progress bar; None shows none.
     """
-    found = []
-    with predicting(model, device, precision):
-        for numbers, batch in evaluation_batches(ids, [0] * len(ids), device, batch_size, progress):
-            hidden = model.transformer(batch.input_ids, attention_mask=batch.attention_mask)             # (B, T, C)
-            found += zip(numbers, last_real_token(hidden, batch.attention_mask).float().cpu())           # (B, C)
-    return torch.stack(gather(found, len(ids)))  # outside of inference mode: a head is trained on it
+    def pooled(batch: Batch) -> Tensor:
+        hidden = model.transformer(batch.input_ids, attention_mask=batch.attention_mask)                 # (B, T, C)
+        return last_real_token(hidden, batch.attention_mask).float().cpu()                               # (B, C)
+
+    found = predictions(model, pooled, ids, [0] * len(ids), device, precision, batch_size, progress)
+    return torch.stack(found)  # outside of inference mode: a head is trained on it

@@ -16,12 +16,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from minipeft.data.batches import Batch
 from minipeft.data.examples import Examples, check_texts, clean
 from minipeft.errors import ConfigError, DataError
 from minipeft.model.gpt2 import GPT2ForSequenceClassification, GPT2LMHeadModel, last_real_token
 from minipeft.model.tokenizer import Tokenizer
 from minipeft.settings import setting
-from minipeft.tasks.evaluation import evaluation_batches, gather, predicting
+from minipeft.tasks.evaluation import predictions
 from minipeft.tasks.task import Encoded, Task
 
 # Which tokens of a text that is too long are kept: see `truncate`.
@@ -112,11 +113,10 @@ def predict_logits(model: nn.Module, ids: Sequence[np.ndarray], device: torch.de
         batch_size: texts per forward pass; default what suits the device.
         progress: title of a progress bar; None shows none.
     """
-    found = []
-    with predicting(model, device, precision):
-        for numbers, batch in evaluation_batches(ids, [0] * len(ids), device, batch_size, progress):
-            found += zip(numbers, model(**batch.arguments()).float().cpu())                              # (B, K)
-    return torch.stack(gather(found, len(ids)))
+    def logits(batch: Batch) -> Tensor:
+        return model(**batch.arguments()).float().cpu()                                                  # (B, K)
+
+    return torch.stack(predictions(model, logits, ids, [0] * len(ids), device, precision, batch_size, progress))
 
 
 def metrics(logits: Tensor, labels: Sequence[int]) -> dict[str, Any]:
@@ -172,12 +172,12 @@ def zero_shot_logits(model: GPT2LMHeadModel, tokenizer: Tokenizer, texts: Sequen
                           f"{len(prompt_ids)} tokens")
     ids = [np.concatenate((row, prompt_ids))
            for row in encode(texts, tokenizer, max_length - len(prompt_ids), "head_tail")]
-    found = []
-    with predicting(model, device, precision):
-        for numbers, batch in evaluation_batches(ids, [0] * len(ids), device, batch_size, progress):
-            hidden = model.transformer(batch.input_ids, attention_mask=batch.attention_mask)             # (B, T, C)
-            last = last_real_token(hidden, batch.attention_mask)                                         # (B, C)
-            scores = model.lm_head(last).float().log_softmax(dim=-1)                                     # (B, vocab)
-            by_label = [scores[:, tokens].logsumexp(dim=1) for tokens in first_tokens]                   # K of (B,)
-            found += zip(numbers, torch.stack(by_label, dim=1).float().cpu())                            # (B, K)
-    return torch.stack(gather(found, len(ids)))
+
+    def logits(batch: Batch) -> Tensor:
+        hidden = model.transformer(batch.input_ids, attention_mask=batch.attention_mask)                 # (B, T, C)
+        last = last_real_token(hidden, batch.attention_mask)                                             # (B, C)
+        scores = model.lm_head(last).float().log_softmax(dim=-1)                                         # (B, vocab)
+        by_label = [scores[:, tokens].logsumexp(dim=1) for tokens in first_tokens]                       # K of (B,)
+        return torch.stack(by_label, dim=1).float().cpu()                                                # (B, K)
+
+    return torch.stack(predictions(model, logits, ids, [0] * len(ids), device, precision, batch_size, progress))

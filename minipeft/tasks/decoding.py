@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minipeft.errors import ConfigError
@@ -33,7 +34,8 @@ def generate(model: GPT2LMHeadModel, input_ids: Tensor, attention_mask: Tensor |
     Args:
         model: a language model, in eval mode.
         input_ids: (B, T) prompts; shorter ones padded on the left.
-        attention_mask: (B, T), nonzero at real tokens; None means all are real.
+        attention_mask: (B, T), nonzero at real tokens; None means all are real. It may stay on the CPU, where looking
+            at it need not wait for the GPU.
         max_new_tokens: tokens to add.
         temperature: 0 is greedy; above 0 samples from softmax(logits / temperature).
         top_k: sample among the k likeliest tokens only; None: among all.
@@ -105,25 +107,32 @@ class _CachedReader:
         if T + max_new_tokens > left:
             raise ConfigError(f"{T} prompt tokens and {max_new_tokens} new ones exceed the {left} positions that the "
                               "model has for them")
-        self.mask = torch.ones_like(input_ids) if attention_mask is None else (attention_mask != 0).long()  # (B, S)
+        # The mask lives on the CPU: the model looks at it in each step.
+        everything = torch.ones(input_ids.shape, dtype=torch.long)
+        self.mask = everything if attention_mask is None else (attention_mask.cpu() != 0).long()  # (B, S)
         if not bool(self.mask[:, -1].all()):
             raise ConfigError("generation needs prompts padded on the left: each row must end with a real token")
         # The first real token stands at position 0, however many pads precede it.
-        self.positions = (self.mask.cumsum(dim=1) - 1).clamp(min=0)                               # (B, T)
+        positions = (self.mask.cumsum(dim=1) - 1).clamp(min=0)                                    # (B, T)
+        self.positions = positions.to(input_ids.device, non_blocking=True)
         self.model, self.cache = model, KVCache()
 
     def read(self, ids: Tensor) -> Tensor:
         """Logits (B, vocab) after the prompts (B, T) or, later, after one more token (B, 1)."""
         if self.cache.length:
             self.positions = self.positions[:, -1:] + 1                                           # (B, 1)
-            self.mask = torch.cat((self.mask, torch.ones_like(ids)), dim=1)                       # (B, S)
+            self.mask = F.pad(self.mask, (0, 1), value=1)                                         # (B, S)
         hidden = self.model.transformer(ids, self.mask, self.positions, self.cache)               # (B, T or 1, C)
         return self.model.lm_head(hidden[:, -1])                                                  # (B, vocab)
 
+    def repeat(self, times: int) -> None:
+        """From now on, so many rows continue each prompt, one after the other."""
+        self.positions, self.mask = (x.repeat_interleave(times, dim=0) for x in (self.positions, self.mask))
+        self.reorder(torch.arange(len(self.positions), device=self.positions.device) // times)
+
     def reorder(self, rows: Tensor) -> None:
-        """From now on, row i continues what row rows[i] has read."""
+        """From now on, row i continues what row rows[i] has read. The two are rows of one prompt, in the same place."""
         self.cache.reorder(rows)
-        self.positions, self.mask = self.positions[rows], self.mask[rows]
 
 
 def _sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None,
@@ -139,7 +148,7 @@ def _sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float 
     if top_p is not None and top_p < 1:
         ordered, order = probabilities.sort(dim=1, descending=True)
         # A token stays while those before it do not have top_p together: so the likeliest always stays.
-        ordered[ordered.cumsum(dim=1) - ordered >= top_p] = 0
+        ordered = ordered.masked_fill(ordered.cumsum(dim=1) - ordered >= top_p, 0)
         probabilities = torch.zeros_like(probabilities).scatter(1, order, ordered)
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
@@ -155,9 +164,9 @@ def _beam_search(model: GPT2LMHeadModel, input_ids: Tensor, attention_mask: Tens
     B, device = len(input_ids), input_ids.device
     reader = _CachedReader(model, input_ids, attention_mask, max_new_tokens)
     logits = reader.read(input_ids)                                                               # (B, vocab)
-    first_of = torch.arange(B).repeat_interleave(num_beams)                                       # (B * beams,)
-    reader.reorder(first_of)
-    logits = logits[first_of]                                                                     # (B * beams, vocab)
+    reader.repeat(num_beams)
+    logits = logits.repeat_interleave(num_beams, dim=0)                                           # (B * beams, vocab)
+    first_rows = torch.arange(0, B * num_beams, num_beams, device=device)[:, None]                # (B, 1)
     # All beams start alike, so that at first only one of them counts.
     scores = torch.full((B, num_beams), -torch.inf, device=device)                                # (B, beams)
     scores[:, 0] = 0
@@ -168,11 +177,9 @@ def _beam_search(model: GPT2LMHeadModel, input_ids: Tensor, attention_mask: Tens
                   for beams, candidates in zip(prompts, _candidates(logits, scores))]
         if is_last or all(beams.are_done for beams in prompts):
             break
-        scores = torch.tensor([[score for score, _, _ in row] for row in chosen], device=device)  # (B, beams)
-        reader.reorder(torch.tensor([number * num_beams + beam for number, row in enumerate(chosen)
-                                     for _, beam, _ in row], device=device))                      # (B * beams,)
-        tokens = torch.tensor([[token] for row in chosen for _, _, token in row], device=device)  # (B * beams, 1)
-        logits = reader.read(tokens)                                                              # (B * beams, vocab)
+        scores, beam, token = _columns(chosen, device)                                            # (B, beams) each
+        reader.reorder((first_rows + beam).flatten())                                             # (B * beams,)
+        logits = reader.read(token.view(-1, 1))                                                   # (B * beams, vocab)
     winners = [beams.ended[0][1] for beams in prompts]
     longest = max(map(len, winners))
     padded = [winner + [eos_token_id or 0] * (longest - len(winner)) for winner in winners]
@@ -192,8 +199,15 @@ def _candidates(logits: Tensor, scores: Tensor) -> list[list[Candidate]]:
     vocab_size = log_probabilities.shape[2]
     totals = (scores[:, :, None] + log_probabilities).flatten(1)                                  # (B, beams * vocab)
     best = totals.topk(min(2 * beams, beams * vocab_size))                                        # (B, 2 * beams)
-    columns = (best.values, best.indices // vocab_size, best.indices % vocab_size)                # (B, 2 * beams) each
-    return [list(zip(*row)) for row in zip(*(column.tolist() for column in columns))]
+    # One tensor, so that a GPU is waited for once. float64 holds float32 and the numbers of tokens as they are.
+    rows = torch.stack((best.values.double(), best.indices // vocab_size, best.indices % vocab_size), dim=2)
+    return [[(score, int(beam), int(token)) for score, beam, token in row] for row in rows.tolist()]
+
+
+def _columns(chosen: list[list[Candidate]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Candidates as tensors (B, beams) on the device, sent as one: log p, beam, token."""
+    score, beam, token = torch.tensor(chosen, dtype=torch.float64).to(device, non_blocking=True).unbind(dim=2)
+    return score.float(), beam.long(), token.long()
 
 
 # log p of a whole continuation, the beam that it continues, its new token.

@@ -1,15 +1,15 @@
 """What every evaluation shares: batches of all examples, computing without gradients, and results in the given order.
 
-    found = []
-    with predicting(model, device, precision):
-        for numbers, batch in evaluation_batches(ids, labels, device):
-            found += zip(numbers, model(**batch.arguments()).cpu())
-    rows = gather(found, len(ids))
+    def logits(batch):
+        return model(**batch.arguments()).float().cpu()
+
+    rows = predictions(model, logits, ids, labels, device, precision)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,10 +20,62 @@ from tqdm import tqdm
 
 from minipeft.data.batches import Batch, in_order_of_length
 from minipeft.training import distributed as parallel
-from minipeft.training.hardware import computing_in
+from minipeft.training.hardware import computing_in, out_of_memory, ran_out_of_memory
+from minipeft.training.sharding import is_sharded
+
+logger = logging.getLogger(__name__)
 
 # Texts per forward pass: on a CPU as many as fit its cache, on a GPU enough to keep it busy.
 EVALUATION_BATCH_SIZE = {"cpu": 16, "cuda": 128}
+
+
+def predictions(model: nn.Module, compute: Callable[[Batch], Iterable[Any]], ids: Sequence[np.ndarray],
+                labels: Sequence[Any], device: torch.device, precision: torch.dtype, batch_size: int | None = None,
+                progress: str | None = None) -> list[Any]:
+    """What `compute` finds for each of the examples, in their order and from all processes.
+
+    A batch that does not fit into the memory is computed in parts of half as many rows, as are all that follow it.
+
+    Args:
+        compute: batch -> a result for each of its rows; tensors lie on the CPU. It may be called again for some rows.
+        ids, labels, batch_size, progress: as `evaluation_batches` has them.
+
+    Raises:
+        HardwareError: a single row does not fit. Of a sharded model, a batch: its processes compute in step.
+    """
+    found: list[tuple[int, Any]] = []
+    most = len(ids)
+    in_step = any(map(is_sharded, model.parameters()))
+    with predicting(model, device, precision):
+        for numbers, batch in evaluation_batches(ids, labels, device, batch_size, progress):
+            results, most = _computed(compute, batch, device, most, in_step)
+            found += zip(numbers, results)
+    return gather(found, len(ids))
+
+
+def _computed(compute: Callable[[Batch], Iterable[Any]], batch: Batch, device: torch.device, most: int,
+              in_step: bool) -> tuple[list[Any], int]:
+    """`compute`'s results of a batch, of at most `most` rows at once; and of how many at once in the end.
+
+    Raises:
+        HardwareError: it does not fit, and cannot be halved.
+    """
+    rows, length = batch.attention_mask.shape
+    while True:
+        try:
+            return [result for part in batch.parts(-(-rows // most)) for result in compute(part)], most
+        except RuntimeError as error:
+            if not ran_out_of_memory(error):
+                raise
+            most = min(most, rows)
+            if most == 1 or in_step:
+                raise out_of_memory(device, most, length) from error
+        # Here the error is gone, and with it the tensors that its traceback held.
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        most //= 2
+        logger.warning("%s is out of memory with %d texts of %d tokens at once: going on with %d", device.type,
+                       2 * most, length, most)
 
 
 @contextmanager

@@ -31,13 +31,7 @@ from minipeft.errors import ConfigError, DataError
 from minipeft.model.gpt2 import GPT2LMHeadModel
 from minipeft.settings import POSITIVE_INTEGER, Range, setting
 from minipeft.tasks.decoding import generate, stream
-from minipeft.tasks.evaluation import (
-    EVALUATION_BATCH_SIZE,
-    bootstrap_interval,
-    evaluation_batches,
-    gather,
-    predicting,
-)
+from minipeft.tasks.evaluation import EVALUATION_BATCH_SIZE, bootstrap_interval, predictions
 from minipeft.tasks.task import Encoded, Task
 from minipeft.training.hardware import computing_in
 
@@ -117,16 +111,17 @@ class Generation(Task):
                  progress: str | None = None) -> dict[str, Any]:
         """Loss and accuracy per target token, each given the true ones before it: quick, and no measure of quality."""
         batch_size = EVALUATION_BATCH_SIZE["cpu"]  # on a GPU, too: the logits of each target token take much memory
-        found = []
-        with predicting(model, device, precision):
-            for numbers, batch in evaluation_batches(encoded.ids, encoded.labels, device, batch_size, progress):
-                logits = model(**batch.arguments()).float()                                            # (N, vocab)
-                losses = F.cross_entropy(logits, batch.targets, reduction="none")                      # (N,)
-                hits = (logits.argmax(dim=1) == batch.targets).float()                                 # (N,)
-                by_token = torch.stack((losses, hits, torch.ones_like(hits)), dim=1).cpu()             # (N, 3)
-                by_row = by_token.split(batch.positions.sum(dim=1).tolist())           # (tokens of a row, 3) each
-                found += zip(numbers, [tokens.sum(dim=0) for tokens in by_row])                        # (3,) each
-        loss, hits, tokens = torch.stack(gather(found, len(encoded.ids))).double().sum(dim=0).tolist()
+
+        def sums(batch: Batch) -> list[Tensor]:
+            """For each row (3,): its loss, its hits, its tokens."""
+            logits = model(**batch.arguments()).float()                                                # (N, vocab)
+            losses = F.cross_entropy(logits, batch.targets, reduction="none")                          # (N,)
+            hits = (logits.argmax(dim=1) == batch.targets).float()                                     # (N,)
+            by_token = torch.stack((losses, hits, torch.ones_like(hits)), dim=1).cpu()                 # (N, 3)
+            return [tokens.sum(dim=0) for tokens in by_token.split(batch.targets_of_rows)]             # (3,) each
+
+        found = predictions(model, sums, encoded.ids, encoded.labels, device, precision, batch_size, progress)
+        loss, hits, tokens = torch.stack(found).double().sum(dim=0).tolist()
         return {"loss": round(loss / tokens, 6), "accuracy": round(hits / tokens, 6)}
 
     def generate_texts(self, model: nn.Module, texts: Sequence[Any], device: torch.device, precision: torch.dtype,
@@ -136,20 +131,16 @@ class Generation(Task):
         Args:
             decoding: arguments of `generate`; greedy without any.
         """
-        prompts = self.prompts(texts)
-        found = []
-        with predicting(model, device, precision):
-            for numbers, batch in evaluation_batches(prompts, [0] * len(prompts), device,
-                                                     GENERATION_BATCH_SIZE[device.type], progress):
-                found += zip(numbers, self._continued(model, batch, decoding))
-        return gather(found, len(prompts))
+        def continued(batch: Batch) -> list[str]:
+            """What the model writes after each prompt of a batch."""
+            input_ids, mask = padded_left(batch.input_ids, batch.attention_mask)                       # (B, T) each
+            ids = generate(model, input_ids, mask, eos_token_id=self.tokenizer.eos_token_id,
+                           **{"max_new_tokens": self.max_new_tokens, **decoding})                      # (B, T + new)
+            return [self._text(new) for new in ids[:, input_ids.shape[1]:].tolist()]
 
-    def _continued(self, model: nn.Module, batch: Batch, decoding: dict[str, Any]) -> list[str]:
-        """What the model writes after each prompt of a batch."""
-        input_ids, mask = padded_left(batch.input_ids, batch.attention_mask)                           # (B, T) each
-        ids = generate(model, input_ids, mask.to(input_ids.device), eos_token_id=self.tokenizer.eos_token_id,
-                       **{"max_new_tokens": self.max_new_tokens, **decoding})                          # (B, T + new)
-        return [self._text(new) for new in ids[:, input_ids.shape[1]:].tolist()]
+        prompts = self.prompts(texts)
+        return predictions(model, continued, prompts, [0] * len(prompts), device, precision,
+                           GENERATION_BATCH_SIZE[device.type], progress)
 
     def _text(self, ids: list[int]) -> str:
         """The text of new tokens, up to the end of text, on one line."""
@@ -190,9 +181,10 @@ class Generation(Task):
             while True:
                 with computing_in(precision, device):  # left before each `yield`: see `predicting`
                     token = next(tokens, None)
-                if token is None or int(token) == self.tokenizer.eos_token_id:
+                new = None if token is None else int(token)
+                if new in (None, self.tokenizer.eos_token_id):
                     break
-                ids.append(int(token))
+                ids.append(new)
                 text = self._text(ids)
                 if not text.endswith("\ufffd"):  # part of a character that has further bytes to come
                     yield text[len(printed):]
@@ -301,7 +293,7 @@ def padded_left(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tens
     T = input_ids.shape[1]
     pads = T - attention_mask.sum(dim=1, keepdim=True)                                                 # (B, 1)
     source = (torch.arange(T) - pads) % T                                                              # (B, T)
-    return input_ids.gather(1, source.to(input_ids.device)), attention_mask.gather(1, source)
+    return input_ids.gather(1, source.to(input_ids.device, non_blocking=True)), attention_mask.gather(1, source)
 
 
 def word_dictionary(pairs: Examples) -> dict[str, str]:

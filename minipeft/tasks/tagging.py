@@ -23,11 +23,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from minipeft.data.batches import IGNORED_LABEL
+from minipeft.data.batches import IGNORED_LABEL, Batch
 from minipeft.data.examples import Examples, check_text
 from minipeft.errors import DataError
 from minipeft.model.gpt2 import GPT2ForTokenClassification
-from minipeft.tasks.evaluation import bootstrap_interval, evaluation_batches, gather, predicting
+from minipeft.tasks.evaluation import bootstrap_interval, predictions
 from minipeft.tasks.task import Encoded, Task
 
 logger = logging.getLogger(__name__)
@@ -103,14 +103,14 @@ class Tagging(Task):
     def word_logits(self, model: nn.Module, encoded: Encoded, device: torch.device, precision: torch.dtype,
                     progress: str | None = None) -> list[torch.Tensor]:
         """Tag logits of each example's words, (words, K) each, whatever windows they were in."""
-        found = []
-        with predicting(model, device, precision):
-            for numbers, batch in evaluation_batches(encoded.ids, encoded.labels, device, progress=progress):
-                logits = model(**batch.arguments()).float().cpu()                         # (words of the batch, K)
-                words = batch.positions.sum(dim=1).tolist()                               # B numbers
-                found += zip(numbers, logits.split(words))                                # (words of a row, K) each
+
+        def logits_of_rows(batch: Batch) -> Sequence[torch.Tensor]:
+            logits = model(**batch.arguments()).float().cpu()                             # (words of the batch, K)
+            return logits.split(batch.targets_of_rows)                                    # (words of a row, K) each
+
+        windows = predictions(model, logits_of_rows, encoded.ids, encoded.labels, device, precision, progress=progress)
         parts: list[list[torch.Tensor]] = [[] for _ in encoded.examples.texts]
-        for owner, window in zip(encoded.owners, gather(found, len(encoded.ids))):
+        for owner, window in zip(encoded.owners, windows):
             parts[owner].append(window)
         return [torch.cat(own) for own in parts]
 

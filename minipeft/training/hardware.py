@@ -91,6 +91,28 @@ def cast_frozen(model: nn.Module, precision: torch.dtype) -> nn.Module:
     return model
 
 
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory is not enough: a GPU's has a class of its own, a CPU's has none."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def out_of_memory(device: torch.device, rows: int, length: int, checkpointing: bool | None = None) -> HardwareError:
+    """The error, in one line, of a batch that does not fit into the memory.
+
+    Args:
+        rows, length: of what was computed at once: texts, and tokens of the longest.
+        checkpointing: in training, whether gradients are checkpointed; None when predicting.
+    """
+    texts, do = ("text", "does") if rows == 1 else ("texts", "do")
+    what = f"{device.type} is out of memory: {rows} {texts} of {length} tokens at once {do} not fit"
+    if checkpointing is None:
+        more = "" if device.type == "cpu" else ", or --device cpu"
+        return HardwareError(f"{what}: use a smaller --max-length or a smaller model{more}")
+    return HardwareError(f"{what}, with{'' if checkpointing else 'out'} gradient checkpointing: use a smaller "
+                         "--batch-size, with as many times the --gradient-accumulation, a smaller --max-length"
+                         f"{'' if checkpointing else ', or --gradient-checkpointing'}")
+
+
 def machine() -> dict[str, Any]:
     """The machine's description for a results file."""
     description: dict[str, Any] = {

@@ -6,8 +6,10 @@ the loss comes in as a function.
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +22,7 @@ from tqdm import tqdm
 from minipeft.data.batches import Batch, BucketedBatches
 from minipeft.settings import NOT_NEGATIVE, POSITIVE, POSITIVE_INTEGER, SEED, SHARE, Settings, setting
 from minipeft.training import distributed as parallel
-from minipeft.training.hardware import computing_in
+from minipeft.training.hardware import computing_in, out_of_memory, ran_out_of_memory
 from minipeft.training.optimizer import adamw, warmup_cosine
 from minipeft.training.progress import History, Progress
 from minipeft.training.stopping import stop_between_steps
@@ -119,6 +121,22 @@ class Learner:
         return [part for batch in batches
                 for part in parallel.share(batch).micro_batches(self.tokens_per_micro_batch)]
 
+    @contextmanager
+    def explaining_out_of_memory(self, batches: list[Batch]) -> Iterator[None]:
+        """A block that computes these batches: running out of memory in it becomes one line that says what to change.
+
+        Raises:
+            HardwareError: that line.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if not ran_out_of_memory(error):
+                raise
+            rows, length = max((part.attention_mask.shape for part in self.micro_batches(batches)), key=math.prod)
+            checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
+            raise out_of_memory(self.device, rows, length, checkpointing) from error
+
 
 def optimizer_step(learner: Learner, batches: list[Batch], rate: float) -> list[Tensor]:
     """Forward, backward, clip, step: lower the mean loss over the batches once.
@@ -179,6 +197,9 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: LossSum, validat
 
     Returns:
         The history. After Ctrl-C or a like signal `stopped_by` is its number, and `state_folder` can be resumed from.
+
+    Raises:
+        HardwareError: the memory is not enough.
     """
     schedule = Schedule.of(config, len(batches))
     learner = Learner(model, loss_sum, config, precision, compile_model, tokens_per_micro_batch)
@@ -216,7 +237,8 @@ def _take_steps(learner: Learner, schedule: Schedule, progress: Progress, batche
                  disable=parallel.rank() > 0) as bar:
         while progress.step < schedule.steps and not asked(bool(signal_that_came())):
             step_batches, rate = next(batches_of_steps), schedule.rate(progress.step)
-            progress.count(step_batches, optimizer_step(learner, step_batches, rate))
+            with learner.explaining_out_of_memory(step_batches):
+                progress.count(step_batches, optimizer_step(learner, step_batches, rate))
             bar.update()
             if progress.step % 10 == 0:
                 bar.set_postfix(**progress.running(), refresh=False)

@@ -44,8 +44,8 @@ def save_training_state(folder: str | Path, model: nn.Module, optimizer: torch.o
         for key, value in optimizer.state.get(parameter, {}).items():
             state[f"optimizer/{key}/{name}"] = value
     state["random/cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        state["random/cuda"] = torch.cuda.get_rng_state()
+    if (device := _device(trained)).type == "cuda":
+        state["random/cuda"] = torch.cuda.get_rng_state(device)
     state = {name: whole(tensor) for name, tensor in state.items()}
     if parallel.rank() > 0:
         return
@@ -91,8 +91,8 @@ def _restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, r
             raise ValueError(f"{key} is {tuple(tensor.shape)}, the parameter is {tuple(trained[name].shape)}")
         optimizer.state[trained[name]][entry] = spread_like(trained[name], tensor)
     torch.set_rng_state(random_state)
-    if torch.cuda.is_available() and "random/cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random/cuda"])
+    if "random/cuda" in tensors and (device := _device(trained)).type == "cuda":
+        torch.cuda.set_rng_state(tensors["random/cuda"], device)
     return _part(tensors, "extra")
 
 
@@ -113,6 +113,11 @@ def _read(folder: Path) -> tuple[int, dict[str, Any], torch.Tensor, dict[str, to
     except (WeightsError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise OutputError(f"{folder} holds a damaged training state ({error}): delete it, or start anew without "
                           "--resume") from error
+
+
+def _device(trained: dict[str, torch.nn.Parameter]) -> torch.device:
+    """Where a model is trained: elsewhere nothing random is drawn for it, and no device is woken up to be asked."""
+    return next((parameter.device for parameter in trained.values()), torch.device("cpu"))
 
 
 def _part(tensors: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:

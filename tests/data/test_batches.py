@@ -110,9 +110,21 @@ def test_labels_of_tokens_are_padded_with_what_does_not_count():
     batch = collate([np.array([5, 6, 7]), np.array([8])], [np.array([IGNORED_LABEL, 2, 3]), np.array([4])])
     assert batch.labels.tolist() == [[IGNORED_LABEL, 2, 3], [4, IGNORED_LABEL, IGNORED_LABEL]]
     assert batch.targets.tolist() == [2, 3, 4]
-    assert batch.arguments()["positions"].tolist() == [[False, True, True], [True, False, False]]
+    assert batch.arguments()["positions"].tolist() == [1, 2, 3] and batch.targets_of_rows == [2, 1]
     one_each = collate([np.array([5, 6]), np.array([8])], [1, 0])
     assert one_each.targets.tolist() == [1, 0] and "positions" not in one_each.arguments()
+    assert one_each.targets_of_rows == [1, 1]
+
+
+@pytest.mark.kind("8: what follows from a batch's values is found before it travels")
+def test_a_batch_on_its_device_need_not_be_looked_at():
+    """On the meta device nothing has a value: whoever asks for one there gets an error."""
+    batch = collate([np.array([5, 6, 7]), np.array([8])], [np.array([IGNORED_LABEL, 2, 3]), np.array([4])])
+    there = batch.to(torch.device("meta"))
+    with pytest.raises(RuntimeError):
+        there.labels.tolist()
+    assert there.positions.shape == there.targets.shape == (3,) and there.targets.device.type == "meta"
+    assert there.targets_of_rows == [2, 1] and there.attention_mask.tolist() == batch.attention_mask.tolist()
 
 
 @pytest.mark.parametrize(("rows", "length", "tokens", "expected"), [

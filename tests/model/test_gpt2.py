@@ -322,6 +322,14 @@ def test_several_tokens_after_a_cache_see_a_lower_right_triangle():
     assert attention_mask_for(None, 3, 2, CPU).int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
 
 
+@pytest.mark.kind("8: masked attention keeps a fast kernel")
+def test_right_padding_after_a_prefix_adds_nothing_to_the_triangle():
+    """A real token never looks to its right. So all texts share one small mask, which follows from the sizes alone."""
+    mask = attention_mask_for(torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]), 3, 2, CPU)
+    assert mask.int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    assert mask.dtype == torch.bool and mask.stride(-1) == 1  # what the memory-efficient kernel takes
+
+
 def test_left_padding_is_hidden_from_all_but_itself():
     mask = attention_mask_for(torch.tensor([[0, 0, 1, 1]]), 4, 0, CPU)
     assert mask.shape == (1, 1, 4, 4)

@@ -5,15 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from helpers import load, write_datasets, write_tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minipeft.errors import HardwareError
+from minipeft.model.gpt2 import GPT2Model
+from minipeft.model.tokenizer import get_tokenizer
 from minipeft.tasks.evaluation import (
     EVALUATION_BATCH_SIZE,
     bootstrap_interval,
     evaluation_batches,
     gather,
     predicting,
+    predictions,
 )
 from minipeft.training import distributed as parallel
 
@@ -66,6 +71,78 @@ def test_several_processes_share_the_examples_and_each_gets_all_results(monkeypa
     monkeypatch.setattr(parallel.distributed, "all_gather_object", all_gather_object)
     assert gather(sent[0], len(lengths)) == lengths
 
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+GPU_IS_FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+
+class Small(torch.nn.Module):
+    """A model that runs out of memory with more than `most` rows at once."""
+
+    def __init__(self, most, error=GPU_IS_FULL):
+        super().__init__()
+        self.most, self.error, self.sizes = most, error, []
+
+    def forward(self, batch):
+        self.sizes.append(len(batch.input_ids))
+        if len(batch.input_ids) > self.most:
+            raise self.error
+        return batch.input_ids[:, 0]
+
+
+@pytest.mark.kind("8: evaluation halves its batch where the memory is not enough")
+@pytest.mark.parametrize("error", [GPU_IS_FULL, RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+                         ids=["GPU", "CPU"])
+def test_where_the_memory_is_not_enough_batches_are_halved_and_nothing_is_lost(caplog, error):
+    model, ids = Small(3, error), ids_of([9] * 8 + [2] * 8)
+    found = predictions(model, model, ids, [0] * 16, CPU, torch.float32, batch_size=8)
+    assert [int(number) for number in found] == list(range(16))
+    assert model.sizes == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2]  # a size that fits is kept for the batches to come
+    assert [record.getMessage() for record in caplog.records] == [
+        f"cpu is out of memory with {n} texts of 9 tokens at once: going on with {n // 2}" for n in (8, 4)]
+
+
+@pytest.mark.kind("8: out of memory is one line")
+def test_a_single_text_that_does_not_fit_is_one_line():
+    model = Small(0)
+    with pytest.raises(HardwareError, match=r"cpu is out of memory: 1 text of 9 tokens at once does not fit: use a "
+                                            "smaller --max-length or a smaller model$"):
+        predictions(model, model, ids_of([9] * 4), [0] * 4, CPU, torch.float32, batch_size=4)
+    assert model.sizes == [4, 2, 1]
+
+
+def test_another_error_is_not_taken_for_memory():
+    model = Small(0, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        predictions(model, model, ids_of([9] * 4), [0] * 4, CPU, torch.float32, batch_size=4)
+    assert model.sizes == [4]
+
+
+@pytest.mark.kind("8: evaluation halves its batch where the memory is not enough")
+@pytest.mark.parametrize("task", ["classification", "tagging", "translation"])
+def test_every_tasks_figures_are_the_same_in_half_the_memory(task, tmp_path, monkeypatch):
+    """What a model of so little memory predicts: metrics and texts, of a whole test."""
+    write_datasets(tmp_path / "data", others=5)
+    data = load({"classification": "sst2", "tagging": "wnut_17", "translation": "multi30k"}[task], tmp_path / "data")
+    tokenizer = get_tokenizer(write_tiny_model(tmp_path / "base"))
+    model = data.task.load_model(tmp_path / "base", data.label_names)
+    subject = data.task(tokenizer, data.label_names, **{"max_length": 40})
+    whole = subject.test(model, data.test, CPU, torch.float32)
+    forward = GPT2Model.forward
+
+    def with_little_memory(self, input_ids=None, *arguments, **named):
+        if len(input_ids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(self, input_ids, *arguments, **named)
+
+    monkeypatch.setattr(GPT2Model, "forward", with_little_memory)
+    halved = subject.test(model, data.test, CPU, torch.float32)
+    assert halved.pop("loss") == pytest.approx(whole.pop("loss"), abs=2e-6)  # a batch's width may round differently
+    assert halved == whole
+
+
+# --- progress ---------------------------------------------------------------------------------------------------------
 
 def test_a_progress_bar_counts_texts(capsys):
     for _ in evaluation_batches(ids_of([3] * 5), [0] * 5, CPU, 2, progress="testing"):

@@ -20,7 +20,8 @@ from safetensors import safe_open
 
 from minipeft import FullConfig, GPT2ForSequenceClassification, LoraConfig, inject
 from minipeft.data.batches import BucketedBatches, collate
-from minipeft.errors import ConfigError
+from minipeft.errors import ConfigError, HardwareError
+from minipeft.model.gpt2 import MLP
 from minipeft.tasks.classification import Classification, metrics, predict_logits
 from minipeft.training import loop as training
 from minipeft.training.loop import Learner, Schedule, TrainingConfig, optimizer_step, train
@@ -267,6 +268,36 @@ def test_the_values_left_in_the_model_are_those_of_the_first_best_validation(toy
         assert torch.equal(saved[-1][name], value)
     improvements = [i for i, accuracy in enumerate(accuracies) if accuracy > max(accuracies[:i], default=-1)]
     assert len(saved) == len(improvements)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.kind("8: out of memory is one line")
+@pytest.mark.parametrize(("checkpointing", "message"), [
+    (False, r"cpu is out of memory: 8 texts of \d tokens at once do not fit, without gradient checkpointing: use a "
+            "smaller --batch-size, with as many times the --gradient-accumulation, a smaller --max-length, or "
+            "--gradient-checkpointing"),
+    (True, r"cpu is out of memory: 8 texts of \d tokens at once do not fit, with gradient checkpointing: use a "
+           "smaller --batch-size, with as many times the --gradient-accumulation, a smaller --max-length")])
+def test_out_of_memory_is_one_line_that_says_what_did_not_fit_and_what_to_do(toy, monkeypatch, checkpointing, message):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20.00 MiB.")
+
+    task = toy()
+    task.model.transformer.gradient_checkpointing = checkpointing
+    monkeypatch.setattr(MLP, "forward", full)
+    with pytest.raises(HardwareError, match=f"^{message}$"):
+        run(task)
+
+
+def test_another_error_in_a_step_stays_what_it_is(toy, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    task = toy()
+    monkeypatch.setattr(MLP, "forward", broken)
+    with pytest.raises(RuntimeError, match=r"^mat1 and mat2 shapes cannot be multiplied$"):
+        run(task)
 
 
 # --- number formats and the compiler ----------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import base64
 import json
 import runpy
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,6 +16,7 @@ import torch
 
 from minipeft import GPT2Config, GPT2LMHeadModel
 from minipeft.data.datasets import load_dataset
+from minipeft.data.tables import Reading
 from minipeft.tasks import classification, task_for
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,8 +98,13 @@ def write_datasets(folder, train=12, others=4):
 
 
 def load(name, *arguments, task=None, **named):
-    """`load_dataset` for the dataset's own task or, of a file, for the task that is asked for."""
-    return load_dataset(name, task_for(name, task), *arguments, **named)
+    """`load_dataset` for the dataset's own task or, of a file, for the task that is asked for.
+
+    Args:
+        named: arguments of `load_dataset`, and fields of its `reading`.
+    """
+    reading = Reading(**{field.name: named.pop(field.name) for field in fields(Reading) if field.name in named})
+    return load_dataset(name, task_for(name, task), *arguments, reading=reading, **named)
 
 
 def changed_by_hand(folder):

@@ -42,16 +42,18 @@ def main(words: Sequence[str], program: str) -> None:
     print_metrics(found.metrics)
     if "confusion_matrix" in found.metrics:
         print_confusion_matrix(found.metrics["confusion_matrix"], trained.task.label_names)
-    if "by_type" in found.metrics:
-        print_by_type(found.metrics["by_type"])
+    for key in ("by_label", "by_type"):
+        if key in found.metrics:
+            print_rows(found.metrics[key])
     if arguments.json:
         write_json_file(arguments.json, {"adapter": arguments.adapter, "dataset": found.dataset,
                                          "metrics": found.metrics})
 
 
 def print_metrics(metrics: dict[str, Any]) -> None:
-    """All that are one number, on a line."""
-    print("   ".join(f"{key} {value:.4f}" for key, value in metrics.items() if isinstance(value, float)))
+    """All that are one number, on a line; an F1 that is one label's names it."""
+    print("   ".join(f"{key}{f' of {of}' if (of := metrics.get(f'{key}_label')) else ''} {value:.4f}"
+                     for key, value in metrics.items() if isinstance(value, float)))
 
 
 def print_confusion_matrix(matrix: list[list[int]], label_names: list[str]) -> None:
@@ -62,8 +64,9 @@ def print_confusion_matrix(matrix: list[list[int]], label_names: list[str]) -> N
         print(f"{label:>{width + 10}}" + "".join(f"{count:>{width},}" for count in row))
 
 
-def print_by_type(rows: dict[str, dict[str, Any]]) -> None:
-    """A line for each type of entity: its metrics, and how many of it there are."""
+def print_rows(rows: dict[str, dict[str, Any]]) -> None:
+    """A line for each label or type of entity: its metrics, and how many of it there are."""
+    width = max([20, *map(len, rows)])
     for kind, row in rows.items():
-        metrics = "   ".join(f"{key} {value:.4f}" for key, value in row.items() if key != "entities")
-        print(f"{kind:>20}  {metrics}   of {row['entities']:,}")
+        metrics = "   ".join(f"{key} {value:.4f}" for key, value in row.items() if isinstance(value, float))
+        print(f"{kind:>{width}}  {metrics}   of {next(value for value in row.values() if isinstance(value, int)):,}")

@@ -10,6 +10,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from minipeft.data.datasets import KNOWN
+from minipeft.data.tables import FILE_TYPES
 from minipeft.methods import METHODS
 from minipeft.runs.defaults import DEFAULTS
 from minipeft.runs.plan import Options, check_method
@@ -104,7 +105,8 @@ def options_of(arguments: argparse.Namespace) -> Options:
 def add_data_options(parser: argparse.ArgumentParser) -> None:
     """Options that choose a dataset."""
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset", help=f"{', '.join(KNOWN)}, sample, or a .csv, .tsv, .jsonl or .parquet file; "
+    data.add_argument("--dataset", help=f"{', '.join(KNOWN)}, sample, or a {', '.join(FILE_TYPES)} file of your own "
+                                        "(.gz behind it or not), or a folder with train, validation and test files; "
                                         "default: imdb where it can be had, else sample")
     data.add_argument("--task", help=f"what your own file is for: {', '.join(TASKS)}, or a .py file that defines a "
                                      "task; default classification, or what the adapter was trained for")
@@ -113,6 +115,17 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     columns = "; ".join(f"{task.name}: {task.columns[0]}, {task.columns[1]}" for task in TASKS.values())
     data.add_argument("--text-column", help=f"of your own file; this and the next are by default, for {columns}")
     data.add_argument("--label-column", help="of your own file: labels (words or numbers), tags, or target texts")
+    for split in ("validation", "test"):
+        data.add_argument(f"--{split}-file", help=f"a file of your own for the {split} split; default: a tenth of "
+                                                  "--dataset's rows")
+    data.add_argument("--delimiter", help="between the columns of your own .csv or .tsv file, such as ';' or tab; "
+                                          "default: what the header shows")
+    data.add_argument("--encoding", help="of your own files' characters, such as cp1252; default utf-8, or what a mark "
+                                         "at the beginning shows")
+    data.add_argument("--skip-bad-rows", action="store_true",
+                      help="leave out rows of your own files that cannot be read or have an empty cell")
+    data.add_argument("--similar-labels", help="labels that differ in blanks, case or leading zeros alone: merge makes "
+                                               "them one, keep keeps them apart; default: they are refused")
     data.add_argument("--full", action="store_true", help="all examples, also on a CPU")
 
 

@@ -9,23 +9,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.json
-import pyarrow.parquet
 
 from minipeft.data.examples import Examples
+from minipeft.data.labels import by_name, check_classes, unified, untested
+from minipeft.data.tables import FILE_TYPES, Reading, file_type, read_parquet, read_rows, read_table
 from minipeft.errors import DataError
 from minipeft.model.hub import hub_is_reachable
 
 SAMPLE_FOLDER = Path(__file__).parent / "sample"
-FILE_TYPES = (".csv", ".tsv", ".jsonl", ".parquet")
 SPLITS = ("train", "validation", "test")
+SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}  # of files
 VALIDATION_FRACTION = 0.1
 CONVERTED = "refs/convert/parquet"  # the branch with the hub's own conversion of a dataset to parquet files
 
@@ -36,10 +35,12 @@ class Reader(Protocol):
     Attributes:
         name: what --task calls it.
         columns: of texts and of labels, in a user's own file, unless others are named.
+        one_label_each: whether a label is one of a few, for a whole text.
     """
 
     name: str
     columns: tuple[str, str]
+    one_label_each: bool
 
     def read(self, texts: list[Any], labels: list[Any], where: str,
              label_names: list[str] | None = None) -> tuple[Examples, list[str]]:
@@ -84,7 +85,11 @@ KNOWN = {
 
 @dataclass
 class Dataset:
-    """A dataset ready to use: its task, three splits, the labels' names by number, and where it came from."""
+    """A dataset ready to use: its task, three splits, the labels' names by number, and where it came from.
+
+    Attributes:
+        remarks: what its user should know of how it was read, by a word for each.
+    """
 
     name: str
     source: str
@@ -93,6 +98,7 @@ class Dataset:
     train: Examples
     validation: Examples
     test: Examples
+    remarks: dict[str, str] = field(default_factory=dict)
 
 
 # --- find -------------------------------------------------------------------------------------------------------------
@@ -117,30 +123,30 @@ def choose_dataset(data_dir: str | Path | None = None) -> tuple[str, str]:
     return "sample", "IMDb is not on this machine (--data-dir, MINIPEFT_DATA) and the hub cannot be reached"
 
 
-def load_dataset(name: str, task: Reader, data_dir: str | Path | None = None, text_column: str | None = None,
-                 label_column: str | None = None, seed: int = 0, label_names: list[str] | None = None) -> Dataset:
+def load_dataset(name: str, task: Reader, data_dir: str | Path | None = None, seed: int = 0,
+                 label_names: list[str] | None = None, reading: Reading | None = None) -> Dataset:
     """Read a dataset.
 
     Args:
-        name: one of KNOWN, "sample", or the path of a .csv, .tsv, .jsonl or .parquet file.
+        name: one of KNOWN, "sample", or the path of a file of one of FILE_TYPES (.gz behind it or not), or of a folder
+            with such files, one for each split: train, validation (or valid, val, dev), test.
         task: the task class that reads its columns: see `minipeft.tasks.task_for`.
         data_dir: folder that holds `imdb/` and the others; default the MINIPEFT_DATA environment variable.
-        text_column, label_column: columns of a file of the user's own; default the task's `columns`.
-        seed: of a validation split that is carved from train and, for a single file, of the test split (10 % each,
-            every label in its share).
-        label_names: of a file of the user's own, where they are known: those that a model was trained on.
+        seed: of the splits that are carved from train because they have no file: 10 % each, every label in its share.
+        label_names: of files of the user's own, where they are known: those that a model was trained on.
+        reading: how files of the user's own are read; default as the task has it, and as they show.
 
     Raises:
         DataError: an unknown name, a missing file or column, or unusable content.
     """
+    reading = reading or Reading()
     if name in KNOWN or name == "sample":
-        if text_column or label_column:
-            raise DataError(f"--text-column and --label-column name columns of a file of your own; {name}'s are known")
+        if given := [f"--{field.name.replace('_', '-')}" for field in fields(Reading)
+                     if getattr(reading, field.name) != field.default]:
+            raise DataError(f"{' and '.join(given)}: for files of your own; how they are read is yours to say, "
+                            f"{name}'s are known")
         return _known(name, KNOWN[name], task, data_dir, seed) if name in KNOWN else _sample(task)
-    if name.endswith(FILE_TYPES):
-        return _own_file(Path(name), task, text_column, label_column, seed, label_names)
-    raise DataError(f"unknown dataset {name!r}: use {', '.join(KNOWN)}, sample, or the path of a "
-                    f"{', '.join(FILE_TYPES)} file")
+    return _own_files(name, _files_of(name, reading), task, reading, seed, label_names)
 
 
 def read_parquet_split(folder: Path, split: str) -> pa.Table:
@@ -152,7 +158,7 @@ def read_parquet_split(folder: Path, split: str) -> pa.Table:
     files = sorted(folder.glob(f"{split}-*.parquet"))
     if not files:
         raise DataError(f"{folder} holds no {split}-*.parquet")
-    return pa.concat_tables([_read_table(file) for file in files])
+    return pa.concat_tables([read_parquet(file) for file in files])
 
 
 def _known(name: str, known: KnownDataset, task: Reader, data_dir: str | Path | None, seed: int) -> Dataset:
@@ -174,7 +180,8 @@ def _known(name: str, known: KnownDataset, task: Reader, data_dir: str | Path | 
                 raise DataError(f"{name}'s {split} file has no column {columns[0]!r}; it has "
                                 f"{', '.join(table.column_names)}")
         text_column = next(column for column in known.text_columns if column in table.column_names)
-        found[split], label_names = task.read(table[text_column].to_pylist(), table[known.label_column].to_pylist(),
+        labels = table[known.label_column].to_pylist()
+        found[split], label_names = task.read(table[text_column].to_pylist(), by_name(labels, names or ()),
                                               f"{name} {split}", names)
     if "validation" not in found:
         kept, held_out = stratified_split(found["train"].classes(), VALIDATION_FRACTION, seed)
@@ -184,16 +191,25 @@ def _known(name: str, known: KnownDataset, task: Reader, data_dir: str | Path | 
 
 def name_of(dataset: str) -> str:
     """What results call a dataset that a user asks for: its name or, of a file, the file's without its ending."""
-    path = Path(dataset)
-    return path.name if path.stem in (*KNOWN, "sample") else path.stem  # results on another "imdb" are not IMDb's
+    if dataset in (*KNOWN, "sample"):
+        return dataset
+    path = Path(dataset) if Path(dataset).name else Path.cwd()  # "." has no name
+    taken = stem(path) in (*KNOWN, "sample")  # results on another "imdb" are not IMDb's
+    return (path.name if file_type(path) else f"{path.name}_folder") if taken else stem(path)
+
+
+def stem(path: Path) -> str:
+    """A file's name without the ending that says what kind of file it is, compressed or not; a folder's whole name."""
+    kind = file_type(path)
+    return path.name if kind is None else path.name[:path.name.lower().rindex(kind)]
 
 
 def _sample(task: Reader) -> Dataset:
     label_names, found = ["negative", "positive"], {}
     for split in SPLITS:
-        table = _read_table(SAMPLE_FOLDER / f"{split}.jsonl")
-        found[split], _ = task.read(table["text"].to_pylist(), table["label"].to_pylist(), f"sample {split}",
-                                    label_names)
+        table = read_table(SAMPLE_FOLDER / f"{split}.jsonl")
+        found[split], _ = task.read(table.column("text"), by_name(table.column("label"), label_names),
+                                    f"sample {split}", label_names)
     return Dataset("sample", "640 reviews written for minipeft (minipeft/data/sample)", task, label_names, **found)
 
 
@@ -219,44 +235,76 @@ def _from_hub(name: str, known: KnownDataset, split: str) -> pa.Table:
         raise DataError(f"loading {known.hub} from the hub failed: {type(error).__name__}: {error}") from error
 
 
-def _own_file(path: Path, task: Reader, text_column: str | None, label_column: str | None, seed: int,
-              label_names: list[str] | None) -> Dataset:
-    table, columns = _read_table(path), []
-    for column, default, option in zip((text_column, label_column), task.columns, ("--text-column", "--label-column")):
-        column = column or default
-        if column not in table.column_names:
-            tasks = dict.fromkeys(known.task for known in KNOWN.values())
-            raise DataError(f"{path} has no column {column!r}; {option} can be one of {', '.join(table.column_names)}, "
-                            f"and --task, now {task.name}, one of {', '.join(tasks)}")
-        if table.column_names.count(column) > 1:
-            raise DataError(f"{path} has {table.column_names.count(column)} columns named {column!r}")
-        columns.append(table[column].to_pylist())
-    examples, label_names = task.read(*columns, str(path), label_names)
-    rest, test = stratified_split(examples.classes(), VALIDATION_FRACTION, seed)
-    rest_examples = examples.take(rest)
-    train, validation = stratified_split(rest_examples.classes(), VALIDATION_FRACTION, seed + 1)
-    data = Dataset(name_of(str(path)), str(path), task, label_names, rest_examples.take(train),
-                   rest_examples.take(validation), examples.take(test))
-    if not len(data.validation) or not len(data.test):
-        raise DataError(f"{path}: {len(examples)} rows are too few to hold out a validation and a test split; there "
-                        "should be at least ten, of each label where a text has one")
-    return data
+# --- files of one's own -----------------------------------------------------------------------------------------------
+
+def _files_of(name: str, reading: Reading) -> dict[str, Path]:
+    """The file of each split that has one; train has.
+
+    Raises:
+        DataError: there is none, or several for one split.
+    """
+    given = {"validation": reading.validation_file, "test": reading.test_file}
+    found = {"train": Path(name), **{split: Path(path) for split, path in given.items() if path is not None}}
+    if name and Path(name).is_dir():
+        for split, stems in SPLIT_NAMES.items():
+            files = [path for path in sorted(Path(name).iterdir()) if file_type(path) and stem(path) in stems]
+            if len(files) + (split in found and split != "train") > 1:
+                raise DataError(f"{name} has {len(files)} files for the {split} split ({', '.join(map(str, files))})"
+                                + (f", and --{split}-file names one" if found.get(split) else ""))
+            if files:
+                found[split] = files[0]
+        if found["train"] == Path(name):
+            raise DataError(f"{name} is a folder without a file train{', train'.join(FILE_TYPES)}")
+    for split, path in found.items():
+        if file_type(path) is None:
+            unknown = name if split == "train" else str(path)
+            raise DataError(f"unknown dataset {unknown!r}: use {', '.join(KNOWN)}, sample, or the path of a "
+                            f"{', '.join(FILE_TYPES)} file (.gz behind it or not) or of a folder with train, "
+                            "validation and test files")
+    return found
 
 
-def _read_table(path: Path) -> pa.Table:
-    if not path.is_file():
-        raise DataError(f"there is no file {path}")
-    try:
-        if path.suffix == ".parquet":
-            return pyarrow.parquet.read_table(path)
-        if path.suffix == ".jsonl":
-            # One block: pyarrow fails at a row that spans three, and a row of a book's length has an error of its own.
-            return pyarrow.json.read_json(path, pyarrow.json.ReadOptions(block_size=max(1 << 20, path.stat().st_size)))
-        return pyarrow.csv.read_csv(path, parse_options=pyarrow.csv.ParseOptions(
-            delimiter="\t" if path.suffix == ".tsv" else ",", newlines_in_values=True))
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{path} is empty or not a readable {path.suffix} file: {reason}") from error
+def _own_files(name: str, files: dict[str, Path], task: Reader, reading: Reading, seed: int,
+               label_names: list[str] | None) -> Dataset:
+    tasks = dict.fromkeys(known.task for known in KNOWN.values())
+    rows = {split: read_rows(path, task.columns, reading, f"--task, now {task.name}, one of {', '.join(tasks)}")
+            for split, path in files.items()}
+    remarks = {"reading": "; ".join(filter(None, (found.found_out for found in rows.values()))),
+               "skipped": "; ".join(filter(None, (found.skipped for found in rows.values())))}
+    labels = {split: found.labels for split, found in rows.items()}
+    if task.one_label_each:
+        labels, remarks["labels"] = _classes(labels, files, task, reading, label_names)
+    elif reading.similar_labels is not None:
+        raise DataError(f"--similar-labels is for labels of whole texts; {task.name} has none")
+    found, names = {}, label_names
+    for split, path in files.items():
+        found[split], names = task.read(rows[split].texts, labels[split], str(path), names)
+    total = len(found["train"])
+    for number, split in enumerate(("test", "validation")):
+        if split not in found:
+            kept, held_out = stratified_split(found["train"].classes(), VALIDATION_FRACTION, seed + number)
+            found["train"], found[split] = found["train"].take(kept), found["train"].take(held_out)
+            if not held_out.size:
+                raise DataError(f"{files['train']}: {total} rows are too few to hold out a {split} split; there should "
+                                "be at least ten, of each label where a text has one")
+    if task.one_label_each:
+        remarks["rare"] = untested(found, names)
+    return Dataset(name_of(name), ", ".join(map(str, files.values())), task, names,
+                   **found, remarks={key: remark for key, remark in remarks.items() if remark})
+
+
+def _classes(labels: dict[str, list[Any]], files: dict[str, Path], task: Reader, reading: Reading,
+             label_names: list[str] | None) -> tuple[dict[str, list[Any]], str]:
+    """Each split's labels, of which no two mean the same, as names; and in words what was done to them."""
+    columns = (reading.text_column or task.columns[0], reading.label_column or task.columns[1])
+    if columns[0] == columns[1]:
+        raise DataError(f"the column {columns[0]!r} cannot hold both texts and labels: see --text-column, "
+                        "--label-column")
+    if label_names is None and labels["train"]:
+        check_classes(labels["train"], str(files["train"]))
+    elif label_names is not None:
+        labels = {split: by_name(column, label_names) for split, column in labels.items()}
+    return unified(labels, label_names or (), reading.similar_labels, ", ".join(map(str, files.values())))
 
 
 def stratified_split(labels: Sequence[int], fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

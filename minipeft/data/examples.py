@@ -79,15 +79,21 @@ def check_text(text: Any, where: str, what: str = "text") -> None:
     Raises:
         DataError: saying where, and what is wrong.
     """
+    if wrong := complaint(text):
+        raise DataError(f"{where}: the {what} {wrong}")
+
+
+def complaint(text: Any) -> str | None:
+    """What is wrong with a text, as words that follow "the text": see `check_text`."""
     if text is not None and not isinstance(text, str):
-        raise DataError(f"{where}: the {what} {str(text)[:40]!r} is {type(text).__name__}, not text"
-                        + ("; is the file encoded in UTF-8?" if isinstance(text, bytes) else ""))
+        return (f"{str(text)[:40]!r} is {type(text).__name__}, not text"
+                + ("; is the file encoded in UTF-8?" if isinstance(text, bytes) else ""))
     if text is None or not text.strip():
-        raise DataError(f"{where}: the {what} is empty")
+        return "is empty"
     if len(text) > MAX_CHARACTERS:
-        raise DataError(f"{where}: the {what} has {len(text):,} characters, the limit is {MAX_CHARACTERS:,}; cut it "
-                        "into parts")
+        return f"has {len(text):,} characters, the limit is {MAX_CHARACTERS:,}; cut it into parts"
     try:
         text.encode()
     except UnicodeEncodeError as error:  # half of a character: how Python reads a byte that is not UTF-8
-        raise DataError(f"{where}: the {what} is not valid UTF-8: {error.reason}") from error
+        return f"is not valid UTF-8: {error.reason}"
+    return None

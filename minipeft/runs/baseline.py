@@ -63,4 +63,4 @@ def zero_shot(plan: RunPlan, max_length: int) -> tuple[dict[str, Any], float]:
     logits = classification.zero_shot_logits(model, plan.tokenizer, plan.data.test.texts, plan.device, plan.precision,
                                              max_length, progress="zero-shot")
     seconds = time.perf_counter() - started
-    return classification.metrics(logits, plan.data.test.labels), seconds
+    return classification.metrics(logits, plan.data.test.labels, plan.data.label_names), seconds

@@ -60,7 +60,7 @@ def material_of(plan: RunPlan, task: Task, model: nn.Module, training: Encoded, 
         for name, split in (("training", training), ("validation", validation)))
     head = HeadOnFeatures(model)
     return Material(head, FeatureBatches(features, training.labels, size, seed),
-                    partial(validate_head, head, validation_features, validation.labels, plan.device),
+                    partial(validate_head, head, validation_features, validation.labels, plan.device, task.label_names),
                     time.perf_counter() - started, time.process_time() - core_started)
 
 
@@ -86,10 +86,10 @@ class FeatureBatches(BucketedBatches):
 
 
 @torch.inference_mode()
-def validate_head(head: HeadOnFeatures, features: Tensor, labels: Sequence[int],
-                  device: torch.device) -> dict[str, Any]:
+def validate_head(head: HeadOnFeatures, features: Tensor, labels: Sequence[int], device: torch.device,
+                  label_names: Sequence[str] | None = None) -> dict[str, Any]:
     """Metrics of a head on features, (N, C)."""
-    return metrics(head(features.to(device)).float().cpu(), labels)
+    return metrics(head(features.to(device)).float().cpu(), labels, label_names)
 
 
 def pooled_features(model: nn.Module, ids: Sequence[np.ndarray], device: torch.device, precision: torch.dtype,

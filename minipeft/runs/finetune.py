@@ -10,6 +10,7 @@ import shutil
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,8 +56,8 @@ def finetune(options: Options, say: Say = silent) -> dict[str, Any]:
         if history.stopped_by:
             say(f"interrupted: {plan.folder} holds the best model so far; --resume goes on from here")
             raise Stopped(history.stopped_by)
-        best_by = run.task.best_by
-        say(f"trained in {history.seconds:.0f} s, best validation {best_by} {history.best[best_by]:.4f}; testing")
+        say(f"trained in {history.seconds:.0f} s, best validation {plan.best_by} {history.best[plan.best_by]:.4f}; "
+            "testing")
         metrics, seconds = test(plan, run.model, run.task)
         return write(run, history, metrics, seconds, say)
 
@@ -125,10 +126,14 @@ def train(run: Run) -> History:
     request = {"method": options.method, "method_config": dataclasses.asdict(plan.method_config),
                "base": run.base_fingerprint, "dataset": [data.name, data.source, plan.sizes], **task.details(),
                "dropout": options.dropout}
+    loss_sum = task.loss_sum
+    if plan.training.class_weights is not None:
+        weights = torch.tensor(task.balanced_weights(data.train, data.label_names), device=plan.device)         # (K,)
+        loss_sum = partial(task.loss_sum, weights=weights)
     history = loop.train(
-        run.material.model, run.material.batches, task.loss_sum, run.material.validate, plan.training, plan.precision,
+        run.material.model, run.material.batches, loss_sum, run.material.validate, plan.training, plan.precision,
         options.compile, save_best, state_folder=plan.folder and plan.folder / "training_state", resume=options.resume,
-        request=request, best_by=task.best_by, save_minutes=options.save_minutes,
+        request=request, best_by=plan.best_by, save_minutes=options.save_minutes,
         # A sharded model computes in step, and processes may have a row more or less.
         tokens_per_micro_batch=None if options.shard else tokens_per_micro_batch(plan.device, model.config.n_embd))
     model.eval()

@@ -79,8 +79,10 @@ def evaluate(trained: Trained, options: Options, say: Say = silent) -> Evaluatio
     name, why = (options.dataset, "asked for") if options.dataset is not None else _dataset(trained, options)
     say(f"dataset    {name} ({why})")
     task, named = trained.task, "label_names" in details_of(trained.folder)
-    data = load_dataset(name, task_for(name, options.task or task.name), options.data_dir, options.text_column,
-                        options.label_column, label_names=(named and task.label_names) or None)
+    data = load_dataset(name, task_for(name, options.task or task.name), options.data_dir,
+                        label_names=(named and task.label_names) or None, reading=options)
+    for remark in data.remarks.items():
+        say("{:10} {}".format(*remark))
     task.check_installed()
     if not named and len(data.label_names) == len(task.label_names) and data.label_names != task.label_names:
         task.label_names = data.label_names

@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 
 from minipeft.data.datasets import SPLITS, Dataset, choose_dataset, load_dataset
+from minipeft.data.tables import Reading
 from minipeft.errors import ConfigError
 from minipeft.methods import METHODS
 from minipeft.methods.injection import positions_left
@@ -19,7 +20,7 @@ from minipeft.model.hub import find
 from minipeft.model.tokenizer import VOCABULARY_FILE, Tokenizer, get_tokenizer
 from minipeft.runs import defaults
 from minipeft.runs.trained import check_vocabulary
-from minipeft.settings import POSITIVE, POSITIVE_INTEGER, Settings, setting
+from minipeft.settings import POSITIVE, POSITIVE_INTEGER, setting
 from minipeft.tasks import task_for
 from minipeft.tasks.task import Task
 from minipeft.training.hardware import choose_device, choose_precision
@@ -33,8 +34,8 @@ def silent(line: str) -> None:
 
 
 @dataclass
-class Options(Settings):
-    """What a user asked for; None means: choose for me, and say why.
+class Options(Reading):
+    """What a user asked for, of how to read files of their own and of all else; None means: choose, and say why.
 
     Raises:
         ConfigError: a value of the wrong type, or out of range.
@@ -45,8 +46,6 @@ class Options(Settings):
     dataset: str | None = None
     task: str | None = None
     data_dir: str | Path | None = None
-    text_column: str | None = None
-    label_column: str | None = None
     full: bool = False
     train_size: int | None = setting(None, within=POSITIVE_INTEGER)
     validation_size: int | None = setting(None, within=POSITIVE_INTEGER)
@@ -81,6 +80,7 @@ class RunPlan:
         tokenizer: of the base model.
         method_config: the method's configuration; None for a baseline, which has no method.
         training: how to train; a baseline takes its seed.
+        best_by: the metric of a validation that the best model is kept by.
         folder: of the best model so far and of the state to resume from; None keeps nothing.
         choices: in words what was chosen, and why.
     """
@@ -94,6 +94,7 @@ class RunPlan:
     tokenizer: Tokenizer
     method_config: Any
     training: TrainingConfig
+    best_by: str
     folder: Path | None
     choices: dict[str, str]
 
@@ -123,17 +124,27 @@ def choose(options: Options, say: Say = silent, baseline: bool = False) -> RunPl
 
     tokenizer = get_tokenizer(folder if (folder / VOCABULARY_FILE).is_file() else "gpt2")
     data = _load(dataset, options, tokenizer)
-    choices["task"] = data.task.name
-    say(_line("task", choices["task"]))
+    remarks = {"task": data.task.name, **data.remarks}
+    best_by, imbalance = data.task.best_by, data.task.imbalance(data.train, data.label_names)
+    if imbalance:
+        best_by = "macro_f1" if best_by == "accuracy" else best_by
+        remarks["imbalance"] = (f"{imbalance}; the best is kept by {best_by}; --class-weights balanced makes all "
+                                "labels count the same in training")
+    choices.update(remarks)
+    say("\n".join(_line(*remark) for remark in remarks.items()))
     data, choices["sizes"] = _cut(data, options, small=device.type == "cpu" and not options.full)
     sizes = {split: len(getattr(data, split)) for split in SPLITS}
     say(_line("sizes", choices["sizes"]))
     method_config, training = _configs(options, data.task.name, baseline)
+    if training.class_weights is not None:
+        weights = data.task.balanced_weights(data.train, data.label_names)
+        choices["weights"] = ", ".join(f"{name!r} {weight:.3g}" for name, weight in zip(data.label_names, weights))
+        say(_line("weights", choices["weights"]))
     if not baseline and "epochs" not in options.training_values:
         training = dataclasses.replace(training, epochs=_epochs(training, sizes["train"]))
         choices["epochs"] = str(training.epochs)
         say(_line("epochs", choices["epochs"]))
-    return RunPlan(options, model_name, device, precision, data, sizes, tokenizer, method_config, training,
+    return RunPlan(options, model_name, device, precision, data, sizes, tokenizer, method_config, training, best_by,
                    Path(options.output or f"checkpoints/{options.method}_finetuned"), choices)
 
 
@@ -201,7 +212,7 @@ def _load(dataset: str, options: Options, tokenizer: Tokenizer) -> Dataset:
     if options.shard and task.model_class.head == "lm_head":
         raise ConfigError("--shard is not for tasks that write: processes finish their texts at different times, and a "
                           "sharded model computes in step")
-    return load_dataset(dataset, task, options.data_dir, options.text_column, options.label_column)
+    return load_dataset(dataset, task, options.data_dir, reading=options)
 
 
 def _task_values(task: type[Task], options: Options) -> dict[str, Any]:

@@ -17,10 +17,11 @@ def results_path(folder: str | Path, name: str, dataset: str) -> Path:
 
 
 def headline(task: Task, metrics: dict[str, Any]) -> str:
-    """The metric of a test that counts most, with its interval where there is one, as a line for people."""
+    """The metric of a test that counts most, with its interval where there is one and others beside it, as a line."""
     low, high = metrics.get(f"{task.headline}_95_interval", (None, None))
     interval = "" if low is None else f" (95 % interval {low:.4f} to {high:.4f})"
-    return f"{task.headline} {metrics[task.headline]:.4f}{interval}"
+    others = "".join(f", {key.replace('_', ' ')} {metrics[key]:.4f}" for key in task.beside if key in metrics)
+    return f"{task.headline} {metrics[task.headline]:.4f}{interval}{others}"
 
 
 def described(plan: RunPlan, task: Task, base_fingerprint: str) -> dict[str, Any]:

@@ -59,9 +59,11 @@ METRICS = {
     "translation": (Metric("bleu", "BLEU", False), Metric("chrf", "chrF", False))}
 BASELINES = {
     "untrained_head": "untrained head", "zero_shot": "zero-shot by prompt", "untrained_base": "base, untrained",
-    "most_frequent_tag": "each word's most frequent tag", "lead_1": "first sentence (lead-1)",
-    "copy_source": "copy of the source", "word_dictionary": "word-by-word dictionary"}
-COUNTED_ON_TRAIN = ("most_frequent_tag", "word_dictionary")  # baselines that need the training examples
+    "most_frequent_tag": "each word's most frequent tag", "most_frequent_label": "always the most frequent label",
+    "lead_1": "first sentence (lead-1)", "copy_source": "copy of the source",
+    "word_dictionary": "word-by-word dictionary"}
+# Baselines that need the training examples.
+COUNTED_ON_TRAIN = ("most_frequent_label", "most_frequent_tag", "word_dictionary")
 
 
 class Test(NamedTuple):

@@ -59,7 +59,7 @@ def tune(options: Options, trials: Sequence[dict[str, Any]], say: Say = silent) 
             raise Stopped(history.stopped_by)
         results["trials"].append({"trial": trial, **_described(run, history)})
         write_json_file(path, results)
-        say(f"{history.best[run.task.best_by]:.4f} after {history.core_seconds:.0f} core seconds: {trial}")
+        say(f"{history.best[run.plan.best_by]:.4f} after {history.core_seconds:.0f} core seconds: {trial}")
     return results
 
 

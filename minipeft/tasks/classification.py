@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from minipeft.data.batches import Batch
 from minipeft.data.examples import Examples, check_texts, clean
+from minipeft.data.labels import check_classes, in_order
+from minipeft.data.tables import NUMBER
 from minipeft.errors import ConfigError, DataError
 from minipeft.model.gpt2 import GPT2ForSequenceClassification, GPT2LMHeadModel, last_real_token
 from minipeft.model.tokenizer import Tokenizer
@@ -28,6 +31,8 @@ from minipeft.tasks.task import Encoded, Task
 # Which tokens of a text that is too long are kept: see `truncate`.
 TRUNCATIONS = ("head", "head_tail")
 TRUNCATION = "head_tail"
+# Labels are imbalanced where one is so many times as frequent as another.
+IMBALANCE = 3
 # What a reviewer might write next, after the review and this line. Chosen on IMDb's validation split.
 ZERO_SHOT_PROMPT = "\n\nIn short, this movie is"
 ZERO_SHOT_WORDS = {"negative": (" bad", " terrible", " awful", " boring", " horrible"),
@@ -42,6 +47,8 @@ class Classification(Task):
 
     name: ClassVar[str] = "classification"
     model_class: ClassVar[type[nn.Module]] = GPT2ForSequenceClassification
+    one_label_each: ClassVar[bool] = True
+    beside: ClassVar[tuple[str, ...]] = ("macro_f1", "majority_accuracy")
 
     @classmethod
     def read(cls, texts: list[Any], labels: list[Any], where: str,
@@ -52,20 +59,16 @@ class Classification(Task):
                 raise DataError(f"{where}, row {row}: the label is empty")
             if isinstance(label, (list, dict)):
                 raise DataError(f"{where}, row {row}: the label is {label!r}, not a single value")
-        values = sorted(set(labels), key=lambda value: (isinstance(value, str), value))
         if label_names is None:
-            if len(values) < 2:
-                raise DataError(f"{where}: there is one label only ({values[0]!r}); there is nothing to learn")
-            if len(values) > max(50, len(texts) // 10):
-                raise DataError(f"{where}: the labels are {len(values):,} different values in {len(texts):,} rows; "
-                                "that is not a set of classes")
-            label_names = [str(value) for value in values]
-        # Known labels may be given by name or by number; a name that looks like a number is a name.
-        number = {**{i: i for i in range(len(label_names))},
-                  **{value: label_names.index(str(value)) for value in values if str(value) in label_names}}
-        if unknown := [value for value in values if value not in number]:
-            raise DataError(f"{where}: label {unknown[0]!r} is none of {', '.join(label_names)}")
-        return Examples([clean(text) for text in texts], [number[label] for label in labels]), label_names
+            check_classes(labels, where)
+            label_names = in_order({str(label) for label in labels})
+        number = {name: i for i, name in enumerate(label_names)}
+        if unknown := [row for row, label in enumerate(labels, start=1) if str(label) not in number]:
+            label = in_order({str(labels[row - 1]) for row in unknown})[0]
+            shown = label if NUMBER.fullmatch(label) else repr(label)
+            raise DataError(f"{where}: label {shown} is none of {', '.join(label_names)} ({len(unknown):,} rows have "
+                            f"such a label, the first is row {unknown[0]:,})")
+        return Examples([clean(text) for text in texts], [number[str(label)] for label in labels]), label_names
 
     def encode(self, examples: Examples) -> Encoded:
         return Encoded(examples, encode(examples.texts, self.tokenizer, self.max_length, self.truncation),
@@ -73,7 +76,8 @@ class Classification(Task):
 
     def evaluate(self, model: nn.Module, encoded: Encoded, device: torch.device, precision: torch.dtype,
                  progress: str | None = None) -> dict[str, Any]:
-        return metrics(predict_logits(model, encoded.ids, device, precision, progress=progress), encoded.labels)
+        logits = predict_logits(model, encoded.ids, device, precision, progress=progress)                # (N, K)
+        return metrics(logits, encoded.labels, self.label_names)
 
     def predict(self, model: nn.Module, texts: Sequence[str], device: torch.device,
                 precision: torch.dtype) -> Iterator[str]:
@@ -82,6 +86,35 @@ class Classification(Task):
         for text, row in zip(texts, predict_logits(model, ids, device, precision).softmax(dim=1)):       # (K,)
             label = int(row.argmax())
             yield f"{self.label_names[label]}\t{row[label]:.4f}\t{' '.join(text.split())[:80]}\n"
+
+
+    def baselines(self, train: Examples, test: Examples) -> dict[str, dict[str, Any]]:
+        """The label most frequent in training for every text; as probabilities the labels' shares there."""
+        counts = torch.bincount(torch.tensor(train.labels), minlength=len(self.label_names))             # (K,)
+        shares = (counts + 1).log().expand(len(test), -1)       # + 1: no logarithm of zero; (N, K)
+        return {"most_frequent_label": metrics(shares, test.labels, self.label_names)}
+
+    @classmethod
+    def imbalance(cls, train: Examples, label_names: Sequence[str]) -> str | None:
+        """In words that labels are of very different frequency, if they are, and what that means; else None."""
+        counts = Counter(train.labels)
+        often, rarely = (name(counts.values()) for name in (max, min))
+        if often < IMBALANCE * rarely:
+            return None
+        shown = [f"{label_names[label]!r} {count:,}" for label, count in counts.most_common()]
+        shown = shown if len(shown) <= 8 else [*shown[:4], "...", *shown[-3:]]
+        return (f"{', '.join(shown)} rows: always {label_names[counts.most_common(1)[0][0]]!r} would have accuracy "
+                f"{often / len(train):.4f}, so look at macro F1")
+
+    @classmethod
+    def balanced_weights(cls, train: Examples, label_names: Sequence[str]) -> list[float]:
+        """A weight for each label, n / (K n_k) as scikit-learn's "balanced": all K labels count the same in the loss.
+
+        Their mean over the n training examples is 1. K counts the labels that occur; one that does not has weight 0.
+        """
+        counts = Counter(train.labels)
+        return [len(train) / (len(counts) * counts[label]) if counts[label] else 0.0
+                for label in range(len(label_names))]
 
 
 def truncate(ids: Sequence[int], max_length: int, how: str) -> np.ndarray:
@@ -119,20 +152,33 @@ def predict_logits(model: nn.Module, ids: Sequence[np.ndarray], device: torch.de
     return torch.stack(predictions(model, logits, ids, [0] * len(ids), device, precision, batch_size, progress))
 
 
-def metrics(logits: Tensor, labels: Sequence[int]) -> dict[str, Any]:
-    """Accuracy with its 95 % interval, F1, mean loss and the confusion matrix of predicted logits (N, K).
+def metrics(logits: Tensor, labels: Sequence[int], names: Sequence[str] | None = None) -> dict[str, Any]:
+    """Metrics of predicted logits (N, K), over all labels and "by_label".
 
-    F1 is the positive label's for two labels, and the labels' unweighted mean for more.
+    "f1" is the second label's for two labels ("f1_label" names it), and the unweighted mean over labels for more.
+    "macro_f1" is that mean for any number, over the labels that are true or predicted somewhere, as scikit-learn's.
+    "majority_accuracy" is the accuracy of always guessing the label that is the most frequent here. "loss" is the mean
+    cross-entropy, never weighted. Of "confusion_matrix" rows are true labels, columns predicted ones.
+
+    Args:
+        names: of the labels; default their numbers.
     """
     targets = torch.tensor(labels)
     predicted = logits.argmax(dim=1)                                             # (N,)
     K = logits.shape[1]
+    names = names or [str(label) for label in range(K)]
     confusion = torch.bincount(targets * K + predicted, minlength=K * K).view(K, K)   # rows: true, columns: predicted
-    correct = confusion.diag().sum().item()
-    f1 = 2 * confusion.diag() / (confusion.sum(0) + confusion.sum(1)).clamp(min=1)
+    hits, true, guessed = confusion.diag(), confusion.sum(1), confusion.sum(0)   # (K,) each
+    correct = hits.sum().item()
+    f1 = 2 * hits / (true + guessed).clamp(min=1)
     low, high = wilson_interval(correct, len(labels))
+    columns = {"precision": hits / guessed.clamp(min=1), "recall": hits / true.clamp(min=1), "f1": f1}
+    by_label = {name: {**{key: round(column[k].item(), 6) for key, column in columns.items()},
+                       "examples": int(true[k])} for k, name in enumerate(names)}
     return {"accuracy": round(correct / len(labels), 6), "accuracy_95_interval": [round(low, 6), round(high, 6)],
-            "f1": round((f1[1] if K == 2 else f1.mean()).item(), 6),
+            "f1": round((f1[1] if K == 2 else f1.mean()).item(), 6), **({"f1_label": names[1]} if K == 2 else {}),
+            "macro_f1": round(f1[(true + guessed) > 0].mean().item(), 6),
+            "majority_accuracy": round(true.max().item() / len(labels), 6), "by_label": by_label,
             "loss": round(F.cross_entropy(logits, targets).item(), 6), "confusion_matrix": confusion.tolist(),
             "examples": len(labels)}
 

@@ -66,8 +66,10 @@ class Task(Settings, ABC):
     name: ClassVar[str]                                     # what --task, results and adapter folders call it
     model_class: ClassVar[type[nn.Module]]                  # the model with this task's head
     columns: ClassVar[tuple[str, str]] = ("text", "label")  # of a user's own file, unless others are named
+    one_label_each: ClassVar[bool] = False                  # whether a label is one of a few, for a whole text
     best_by: ClassVar[str] = "accuracy"                     # the metric of `evaluate` that training keeps the best by
     headline: ClassVar[str] = "accuracy"                    # the metric of `test` that is reported first
+    beside: ClassVar[tuple[str, ...]] = ()                  # the metrics of `test` that are reported beside it
     metric_package: ClassVar[str | None] = None             # a package that nothing but `test` needs
 
     @classmethod
@@ -109,9 +111,13 @@ class Task(Settings, ABC):
         """Token ids and labels of examples."""
 
     @staticmethod
-    def loss_sum(logits: Tensor, batch: Batch) -> Tensor:
-        """Cross-entropy in nats, summed over what is labeled: logits (N, K), batch.targets (N,)."""
-        return F.cross_entropy(logits.float(), batch.targets, reduction="sum")
+    def loss_sum(logits: Tensor, batch: Batch, weights: Tensor | None = None) -> Tensor:
+        """Cross-entropy in nats, summed over what is labeled: logits (N, K), batch.targets (N,).
+
+        Args:
+            weights: (K,), by which an example's loss is multiplied, by its label; None: 1. In training alone.
+        """
+        return F.cross_entropy(logits.float(), batch.targets, weights, reduction="sum")
 
     @abstractmethod
     def evaluate(self, model: nn.Module, encoded: Encoded, device: torch.device, precision: torch.dtype,
@@ -135,6 +141,20 @@ class Task(Settings, ABC):
     def baselines(self, train: Examples, test: Examples) -> dict[str, dict[str, Any]]:
         """Metrics on the test split of guesses that need no model, by name."""
         return {}
+
+    @classmethod
+    def imbalance(cls, train: Examples, label_names: Sequence[str]) -> str | None:
+        """In words that labels are of very different frequency, if they are and that matters to the metrics."""
+        return None
+
+    @classmethod
+    def balanced_weights(cls, train: Examples, label_names: Sequence[str]) -> list[float]:
+        """A weight for each label's loss, so that all labels count the same.
+
+        Raises:
+            ConfigError: the task knows none.
+        """
+        raise ConfigError(f"class_weights means nothing to {cls.name}: it is for labels of whole texts")
 
     def details(self) -> dict[str, Any]:
         """What an adapter folder notes, so that `from_details` gives this task again."""

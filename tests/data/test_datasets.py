@@ -324,6 +324,85 @@ def test_a_missing_file_is_named(tmp_path):
         load(str(tmp_path / "films.csv"))
 
 
+# --- splits of one's own ----------------------------------------------------------------------------------------------
+
+def split_files(folder, suffix=".csv", **content):
+    """A file for each split that is given, in this folder."""
+    folder.mkdir(exist_ok=True)
+    return {split: write_file(folder / f"{split}{suffix}", rows_of_it) for split, rows_of_it in content.items()}
+
+
+def marked(split, count, labels=("negative", "positive")):
+    """Rows whose text says which split they are of."""
+    return [(f"{split} {i}", labels[i % len(labels)]) for i in range(count)]
+
+
+@pytest.mark.kind("7: own train, validation and test files")
+def test_each_split_may_have_a_file_of_its_own_and_is_the_whole_file_in_its_order(tmp_path):
+    files = split_files(tmp_path, train=marked("train", 30), validation=marked("validation", 8), test=marked("test", 6))
+    found = load(files["train"], validation_file=files["validation"], test_file=files["test"])
+    assert found.validation.texts == [f"validation {i}" for i in range(8)]
+    assert found.test.texts == [f"test {i}" for i in range(6)] and found.test.labels == [0, 1] * 3
+    assert found.train.texts == [f"train {i}" for i in range(30)]
+    assert found.name == "train" and all(file in found.source for file in files.values())
+
+
+@pytest.mark.kind("7: a folder with train, validation and test files")
+@pytest.mark.parametrize("name", ["validation", "valid", "val", "dev"])
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_a_folder_of_split_files_is_a_dataset_by_its_name(tmp_path, name, suffix):
+    split_files(tmp_path / "films", suffix, **{"train": marked("train", 30), name: marked("validation", 8),
+                                               "test": marked("test", 6)})
+    (tmp_path / "films" / "README.md").write_text("films")
+    found = load(str(tmp_path / "films"))
+    assert found.name == "films"
+    assert (len(found.train), len(found.validation), len(found.test)) == (30, 8, 6)
+
+
+def test_a_split_without_a_file_is_carved_from_train(tmp_path):
+    files = split_files(tmp_path, train=marked("train", 60), test=marked("test", 6))
+    found = load(files["train"], test_file=files["test"])
+    assert (len(found.train), len(found.validation), len(found.test)) == (54, 6, 6)
+    assert all(text.startswith("train") for text in found.validation.texts)
+    carved, given = load(files["train"]), load(files["train"], validation_file=files["test"])
+    assert given.test == carved.test and (len(given.train), len(given.validation)) == (54, 6)
+
+
+@pytest.mark.kind("7: a label of the test file that train lacks")
+@pytest.mark.parametrize(("labels", "shown"), [(("negative", "neutral"), "'neutral'"), ((0, 1), "0")])
+def test_a_label_that_train_lacks_is_named(tmp_path, labels, shown):
+    files = split_files(tmp_path, train=marked("train", 30), test=marked("test", 6, labels))
+    with pytest.raises(DataError, match=rf"test.csv: label {shown} is none of negative, positive \(.* rows have"):
+        load(files["train"], test_file=files["test"])
+
+
+def test_labels_are_compared_over_all_files(tmp_path):
+    files = split_files(tmp_path, train=marked("train", 30), test=marked("test", 6, ("Negative", "positive")))
+    with pytest.raises(DataError, match=r"'negative' \(15 rows\) and 'Negative' \(3 rows\)"):
+        load(files["train"], test_file=files["test"])
+    assert load(files["train"], test_file=files["test"], similar_labels="merge").test.labels == [0, 1] * 3
+
+
+def test_a_folder_that_is_no_dataset_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"empty is a folder without a file train.csv, train.tsv"):
+        load(str(tmp_path / "empty"))
+    folder = tmp_path / "two"
+    files = split_files(folder, train=marked("train", 30), validation=marked("v", 6), dev=marked("d", 6))
+    with pytest.raises(DataError, match="two has 2 files for the validation split"):
+        load(str(folder))
+    (folder / "dev.csv").unlink()
+    with pytest.raises(DataError, match="and --validation-file names one"):
+        load(str(folder), validation_file=files["train"])
+
+
+@pytest.mark.parametrize(("path", "name"), [
+    ("films.csv", "films"), ("a/films.csv.gz", "films"), ("a/films.v2.jsonl", "films.v2"), ("films/", "films"),
+    ("imdb", "imdb"), ("a/imdb.csv", "imdb.csv"), ("a/imdb", "imdb_folder"), ("sample.csv.gz", "sample.csv.gz")])
+def test_results_call_a_file_by_its_name_and_never_by_a_known_datasets(path, name):
+    assert data.name_of(path) == name
+
+
 # --- which dataset, when none is named --------------------------------------------------------------------------------
 
 @pytest.fixture

@@ -13,7 +13,7 @@ def test_the_baselines_results_file_has_both_baselines_and_no_training(options, 
     returned = baseline(options("baseline"))
     results = read_json(tmp_path / "results" / "baseline_films_results.json")
     assert results["method"] == returned["method"] == "baseline"
-    assert results["metrics"].keys() == {"untrained_head", "zero_shot"}
+    assert results["metrics"].keys() == {"most_frequent_label", "untrained_head", "zero_shot"}
     for found in results["metrics"].values():
         assert {"accuracy", "accuracy_95_interval", "f1", "confusion_matrix"} <= found.keys()
         assert found["examples"] == 4
@@ -26,7 +26,7 @@ def test_the_baselines_results_file_has_both_baselines_and_no_training(options, 
 
 def test_the_zero_shot_baseline_needs_labels_that_are_sentiments(options, tmp_path):
     write_csv(tmp_path / "films.csv", rows(labels=(0, 1)))
-    assert baseline(options("baseline"))["metrics"].keys() == {"untrained_head"}
+    assert baseline(options("baseline"))["metrics"].keys() == {"most_frequent_label", "untrained_head"}
 
 
 def test_a_results_folder_that_cannot_be_written_is_known_before_a_baseline_is_tested(options, tmp_path, no_work):

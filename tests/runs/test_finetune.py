@@ -183,7 +183,7 @@ def test_every_method_trains_tests_writes_its_results_and_reloads_to_identical_p
         assert torch.equal(logits_of(model, task), logits_of(trained_model[0], task))
     ids = classification.encode(read_examples(tmp_path).texts, task.tokenizer, task.max_length, task.truncation)
     found = classification.metrics(classification.predict_logits(model, ids, CPU, torch.float32),
-                                   read_examples(tmp_path).labels)
+                                   read_examples(tmp_path).labels, task.label_names)
     assert found == results["metrics"]["test"]
 
 

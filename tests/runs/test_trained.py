@@ -40,7 +40,7 @@ def test_what_is_saved_reloads_to_identical_predictions(options, trained_model, 
     assert torch.equal(logits_of(model, task), expected)
     assert not model.training
     assert results["metrics"]["test"] == classification.metrics(
-        logits_of(model, task, test.texts), test.labels)
+        logits_of(model, task, test.texts), test.labels, task.label_names)
 
 
 def test_an_adapter_folder_loads_by_hand_on_a_fresh_base(options, tiny_model, trained_model, tmp_path):

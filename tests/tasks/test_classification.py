@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss, precision_recall_fscore_support
+from sklearn.utils.class_weight import compute_class_weight
 
 from minipeft import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 from minipeft.data.batches import Batch
+from minipeft.data.examples import Examples
 from minipeft.errors import ConfigError, DataError
 from minipeft.tasks.classification import (
     Classification,
@@ -23,6 +26,7 @@ from minipeft.tasks.classification import (
     wilson_interval,
     zero_shot_logits,
 )
+from minipeft.tasks.tagging import Tagging
 
 CPU = torch.device("cpu")
 
@@ -96,6 +100,35 @@ def test_metrics_worked_by_hand():
     assert found["loss"] == pytest.approx(sum(by_hand) / 5, abs=1e-6)
 
 
+@pytest.mark.kind("7: metrics that see a rare label that is never found")
+def test_a_model_that_finds_no_fraud_has_a_low_macro_f1_and_a_recall_of_zero_by_name():
+    logits = torch.tensor([[0.0, 1.0]] * 100)
+    found = metrics(logits, [0] * 5 + [1] * 95, ["fraud", "ok"])
+    assert (found["accuracy"], found["majority_accuracy"], found["f1_label"]) == (0.95, 0.95, "ok")
+    assert found["f1"] == pytest.approx(0.974359, abs=1e-6)
+    assert found["macro_f1"] == pytest.approx(0.974359 / 2, abs=1e-6)
+    assert found["by_label"] == {
+        "fraud": {"precision": 0.0, "recall": 0.0, "f1": 0.0, "examples": 5},
+        "ok": {"precision": 0.95, "recall": 1.0, "f1": 0.974359, "examples": 95}}
+
+
+@pytest.mark.parametrize("K", [2, 3, 5])
+@pytest.mark.parametrize("seed", range(3))
+def test_metrics_by_label_and_macro_f1_equal_scikit_learns(K, seed):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, max(2, K - 1), size=60).tolist()  # of three and more the last is never true
+    logits = torch.from_numpy(rng.normal(size=(60, K))).float()
+    logits[:, K - 1] -= 10 * (seed == 0 and K > 2)             # nor, once, predicted
+    predicted = logits.argmax(dim=1).numpy()
+    found = metrics(logits, labels)
+    assert found["macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro"), abs=1e-6)
+    expected = zip(*precision_recall_fscore_support(labels, predicted, labels=range(K), zero_division=0))
+    for name, (precision, recall, f1, support) in zip(map(str, range(K)), expected, strict=True):
+        assert found["by_label"][name] == pytest.approx(
+            {"precision": precision, "recall": recall, "f1": f1, "examples": support}, abs=1e-6)
+    assert found["majority_accuracy"] == pytest.approx(max(Counter(labels).values()) / 60, abs=1e-6)
+
+
 @pytest.mark.parametrize("K", [2, 3, 5])
 @pytest.mark.parametrize("seed", range(4))
 def test_metrics_equal_scikit_learns(K, seed):
@@ -142,6 +175,49 @@ def test_the_interval_in_a_results_file_is_within_zero_and_one(correct):
     low, high = metrics(logits, [int(i >= correct) for i in range(7)])["accuracy_95_interval"]
     assert 0 <= low < high <= 1
     assert not str(low).startswith("-")
+
+
+# --- rare labels ------------------------------------------------------------------------------------------------------
+
+RARE = Examples([""] * 100, [0] * 5 + [1] * 95)
+
+
+def test_labels_of_very_different_frequency_are_told_with_their_numbers():
+    told = Classification.imbalance(RARE, ["fraud", "ok"])
+    assert "'ok' 95, 'fraud' 5 rows: always 'ok' would have accuracy 0.9500" in told
+    assert Classification.imbalance(Examples([""] * 4, [0, 1, 1, 1]), ["a", "b"]) is not None
+    assert Classification.imbalance(Examples([""] * 7, [0, 0, 0, 1, 1, 1, 1]), ["a", "b"]) is None
+
+
+def test_the_majority_guess_is_the_label_most_frequent_in_training(tokenizer):
+    test = Examples([""] * 4, [0, 0, 1, 1])
+    found = Classification(tokenizer, ["fraud", "ok"]).baselines(RARE, test)["most_frequent_label"]
+    assert found["confusion_matrix"] == [[0, 2], [0, 2]] and found["macro_f1"] == pytest.approx(1 / 3, abs=1e-6)
+    assert found["loss"] == pytest.approx(-math.log(6 / 102) / 2 - math.log(96 / 102) / 2, abs=1e-6)
+
+
+@pytest.mark.kind("7: class weights")
+def test_balanced_weights_are_scikit_learns_and_make_labels_count_the_same():
+    labels = [0] * 5 + [1] * 80 + [3] * 15
+    weights = Classification.balanced_weights(Examples([""] * 100, labels), ["a", "b", "c", "d"])
+    expected = compute_class_weight("balanced", classes=np.array([0, 1, 3]), y=labels)
+    assert [weights[0], weights[1], weights[3]] == pytest.approx(expected.tolist()) and weights[2] == 0
+    assert sum(weights[label] for label in labels) == pytest.approx(100)
+
+
+def test_a_weighted_loss_is_the_weighted_sum_and_without_weights_the_same_bit_for_bit():
+    logits, targets = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 2, 1, 0])
+    batch, weights = Batch(torch.zeros(6, 1), torch.ones(6, 1), targets), torch.tensor([4.0, 1.0, 0.5])
+    losses = -logits.log_softmax(dim=1)[torch.arange(6), targets]
+    weighted = Classification.loss_sum(logits, batch, weights).item()
+    assert weighted == pytest.approx((weights[targets] * losses).sum().item())
+    assert torch.equal(Classification.loss_sum(logits, batch),
+                       torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+
+
+def test_a_task_without_labels_of_whole_texts_has_no_weights():
+    with pytest.raises(ConfigError, match="class_weights means nothing to tagging"):
+        Tagging.balanced_weights(Examples([["a"]], [[0]]), ["O", "B-a"])
 
 
 # --- predictions ------------------------------------------------------------------------------------------------------

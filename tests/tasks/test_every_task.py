@@ -63,7 +63,8 @@ def test_parameters_are_counted_alike_in_every_precision(options):
 
 
 @pytest.mark.parametrize(("dataset", "names"), [
-    ("sst2", {"untrained_head", "zero_shot"}), ("wnut_17", {"untrained_head", "most_frequent_tag"}),
+    ("sst2", {"most_frequent_label", "untrained_head", "zero_shot"}),
+    ("wnut_17", {"untrained_head", "most_frequent_tag"}),
     ("scitldr", {"untrained_base", "lead_1"}), ("multi30k", {"untrained_base", "copy_source", "word_dictionary"})])
 def test_every_dataset_has_its_baselines(options, tmp_path, dataset, names):
     said = []

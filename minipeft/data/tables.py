@@ -1,0 +1,279 @@
+"""Read a file of the user's own: rows with named columns, as CSV, JSON or parquet, plain or compressed by gzip.
+
+What can be seen is not asked for: a mark at a file's beginning names its encoding, the header shows what stands between
+columns, the first bytes show gzip. Cells of a CSV file are texts as they stand there: "01" is not 1. What cannot be
+read or is empty is counted; it is refused, or left out with --skip-bad-rows.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+from minipeft.data.examples import complaint
+from minipeft.errors import ConfigError, DataError
+from minipeft.settings import Settings, setting
+
+FILE_TYPES = (".csv", ".tsv", ".jsonl", ".parquet", ".json")
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+# UTF-32's mark begins with UTF-16's.
+ENCODING_MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
+                  (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+MISSING = ("nan", "null", "<na>", "#n/a")  # how programs write a cell that is empty
+NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
+
+
+@dataclass
+class Reading(Settings):
+    """How files of the user's own are read; None means: as the task has it, or as the files show.
+
+    Attributes:
+        text_column, label_column: default the task's `columns`.
+        validation_file, test_file: splits that have a file of their own.
+        delimiter: between the columns of a .csv or .tsv file: a character, or "tab".
+        encoding: of a file's characters, by a name that Python knows.
+        skip_bad_rows: leave out rows that cannot be read or have an empty cell, where they are refused otherwise.
+        similar_labels: whether labels that differ in blanks, case or leading zeros alone are one ("merge") or several
+            ("keep"); where there are any, it must be said.
+
+    Raises:
+        ConfigError: a value of the wrong type, or none of a field's choices.
+    """
+
+    text_column: str | None = None
+    label_column: str | None = None
+    validation_file: str | Path | None = None
+    test_file: str | Path | None = None
+    delimiter: str | None = None
+    encoding: str | None = None
+    skip_bad_rows: bool = False
+    similar_labels: str | None = setting(None, choices=(None, "merge", "keep"))
+
+    def check(self) -> None:
+        super().check()
+        if self.delimiter in ("tab", "\\t"):
+            self.delimiter = "\t"
+        if self.delimiter is not None and (len(self.delimiter) != 1 or not self.delimiter.isascii()
+                                           or self.delimiter in '"\r\n'):
+            raise ConfigError(f"delimiter must be one character, such as ; or tab, got {self.delimiter!r}")
+        try:
+            codecs.lookup(self.encoding or "utf-8")
+        except (LookupError, ValueError) as error:
+            raise ConfigError(f"encoding must be one that Python knows, such as cp1252 or utf-16, got "
+                              f"{self.encoding!r}") from error
+
+
+class Table(NamedTuple):
+    """A file's columns, by name.
+
+    Attributes:
+        unreadable: what is wrong with the rows that are in no column, by their numbers, which count from 1.
+        found_out: in words, what the file itself showed of how to read it.
+    """
+
+    names: list[str]
+    column: Callable[[str], list[Any]]
+    unreadable: dict[int, str]
+    found_out: str = ""
+
+
+def file_type(path: str | Path) -> str | None:
+    """The one of FILE_TYPES that a file's name ends with, before .gz where it has that; None where there is none."""
+    name = Path(path).name.lower().removesuffix(".gz")
+    return next((ending for ending in FILE_TYPES if name.endswith(ending)), None)
+
+
+def read_table(path: Path, delimiter: str | None = None, encoding: str | None = None) -> Table:
+    """The content of a file of one of FILE_TYPES, or of one whose name goes on with .gz.
+
+    Raises:
+        DataError: there is no such file, or it is empty, damaged, or in another encoding.
+    """
+    if not path.is_file():
+        raise DataError(f"there is no file {path}")
+    kind = file_type(path)
+    try:
+        if kind == ".parquet":
+            table = read_parquet(path)
+            return Table(table.column_names, lambda name: table[name].to_pylist(), {})
+        content = path.read_bytes()
+        packed = content.startswith(b"\x1f\x8b")
+        text, found_out = decoded(gzip.decompress(content) if packed else content, path, encoding)
+        table = _read_json(text) if kind in (".json", ".jsonl") else _read_csv(
+            text, path, delimiter, usual="\t" if kind == ".tsv" else ",")
+    except (pa.ArrowException, OSError, EOFError, zlib.error, ValueError, RecursionError, csv.Error) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path} is empty or not a readable {kind} file: {reason}") from error
+    return table._replace(found_out=", ".join(filter(None, (table.found_out, found_out))))
+
+
+def read_parquet(path: Path) -> pa.Table:
+    """The content of a parquet file.
+
+    Raises:
+        DataError: it is empty or damaged.
+    """
+    try:
+        return pyarrow.parquet.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} is empty or not a readable .parquet file: {str(error).splitlines()[0]}") from error
+
+
+def decoded(content: bytes, path: Path, encoding: str | None) -> tuple[str, str]:
+    """A file's bytes as text, without a mark of its encoding; and in words which encoding its mark showed.
+
+    Raises:
+        DataError: another encoding than the named, the marked, or UTF-8.
+    """
+    marked = next((name for mark, name in ENCODING_MARKS if content.startswith(mark)), None)
+    name = encoding or marked or "utf-8"
+    try:
+        text = content.decode(name).removeprefix("\ufeff")
+    except UnicodeError as error:
+        line = 1 + content[:getattr(error, "start", 0)].count(b"\n")
+        raise DataError(f"{path} is not encoded in {name.upper()}, as its line {line:,} shows; name its encoding, such "
+                        "as --encoding cp1252, which Windows has in western Europe") from error
+    if "\0" in text[:1000]:
+        raise DataError(f"{path} has zeros between its characters; if it is UTF-16, say --encoding utf-16-le")
+    return text, "" if encoding or marked in (None, "utf-8") else f"{marked} by its mark"
+
+
+def _read_csv(text: str, path: Path, delimiter: str | None, usual: str) -> Table:
+    """Every cell as text. A row with more or fewer columns than the header is unreadable."""
+    chosen = delimiter or _delimiter_of(text, path, usual)
+    unreadable: dict[int, str] = {}
+    content = text.encode()
+
+    def note(row: pyarrow.csv.InvalidRow) -> str:
+        unreadable[row.number - 1] = f"{row.actual_columns} columns, where the header has {row.expected_columns}"
+        return "skip"
+
+    # One block: a row may be as long as a book. One thread: rows are numbered.
+    table = pyarrow.csv.read_csv(
+        pa.BufferReader(content), pyarrow.csv.ReadOptions(use_threads=False, block_size=max(1 << 20, len(content))),
+        pyarrow.csv.ParseOptions(delimiter=chosen, newlines_in_values=True, invalid_row_handler=note),
+        pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(_header(text, chosen), pa.string())))
+    return Table(table.column_names, lambda name: table[name].to_pylist(), unreadable,
+                 "" if chosen in (delimiter, usual) else f"{DELIMITERS[chosen]} between columns")
+
+
+def _header(text: str, delimiter: str) -> list[str]:
+    """The names of a CSV file's columns."""
+    return next((row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if row), [])
+
+
+def _delimiter_of(text: str, path: Path, usual: str) -> str:
+    """What the header's columns stand between: the usual character where it is there, else the only other one."""
+    columns = {character: len(_header(text, character)) for character in DELIMITERS}
+    found = [character for character, number in columns.items() if number > 1]
+    if columns[usual] > 1 or not found:
+        return usual
+    if len(found) > 1:
+        raise DataError(f"{path} has {' and '.join(DELIMITERS[character] for character in found)} in its header: say "
+                        "what stands between columns, such as --delimiter ';' or --delimiter tab")
+    return found[0]
+
+
+def _read_json(text: str) -> Table:
+    """An array of objects, or an object on each line. What is no object is unreadable."""
+    if text.lstrip()[:1] == "[":
+        items = json.loads(text)
+    else:
+        items = [_parsed(line) for line in text.split("\n") if line.strip()]
+    rows = [item for item in items if isinstance(item, dict)]
+    unreadable = {number: f"no JSON object{f' ({item})' if isinstance(item, Exception) else ''}"
+                  for number, item in enumerate(items, start=1) if not isinstance(item, dict)}
+    if not rows:
+        raise ValueError(f"row 1: {unreadable[1]}" if unreadable else "there is nothing in it")
+    names = dict.fromkeys(name for row in rows for name in row)
+    return Table(list(names), lambda name: [row.get(name) for row in rows], unreadable)
+
+
+def _parsed(line: str) -> Any:
+    """A line's value, or why it has none."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return error
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+class Rows(NamedTuple):
+    """The usable rows of a file: cells of two columns, and in words how the file was read and what was left out."""
+
+    texts: list[Any]
+    labels: list[Any]
+    found_out: str
+    skipped: str
+
+
+def read_rows(path: Path, columns: tuple[str, str], reading: Reading, tasks: str) -> Rows:
+    """Two columns of a file, named by `reading` or else by `columns`.
+
+    Args:
+        columns: the task's, which are also what an error calls their cells.
+        tasks: in words, what --task can be besides, for an error.
+
+    Raises:
+        DataError: no such column, or rows that cannot be used, unless they are to be skipped: the first one and their
+            number.
+    """
+    table = read_table(path, reading.delimiter, reading.encoding)
+    names = [reading.text_column or columns[0], reading.label_column or columns[1]]
+    for name, option in zip(names, ("--text-column", "--label-column")):
+        if name not in table.names:
+            hint = "; --delimiter says what stands between columns" * bool(re.search(r"[;,|\t]", "".join(table.names)))
+            raise DataError(f"{path} has no column {name!r}; {option} can be one of {', '.join(table.names)}, and "
+                            f"{tasks}{hint}")
+        if table.names.count(name) > 1:
+            raise DataError(f"{path} has {table.names.count(name)} columns named {name!r}")
+    texts, labels = map(table.column, names)
+    if texts and all(isinstance(text, str) and NUMBER.fullmatch(text.strip()) for text in texts):
+        raise DataError(f"{path}: the column {names[0]!r} holds nothing but numbers, no texts; --text-column can be "
+                        f"one of {', '.join(table.names)}")
+    kept, bad = _usable(texts, labels, columns, table.unreadable)
+    counted = f"{len(bad):,} of {len(kept) + len(bad):,} rows"
+    first = next((f"row {row}: {why}" for row, why in sorted(bad.items())), "")
+    if bad and not reading.skip_bad_rows:
+        where = f"{path} is not a readable {file_type(path)} file: " if min(bad) in table.unreadable else f"{path}, "
+        raise DataError(f"{where}{first} ({counted} cannot be used: mend them, or leave them out with --skip-bad-rows)")
+    return Rows([text for text, _ in kept], [label for _, label in kept],
+                f"{path}: {table.found_out}" if table.found_out else "",
+                f"{counted} of {path} (the first is {first})" if bad else "")
+
+
+def _usable(texts: list[Any], labels: list[Any], columns: tuple[str, str],
+            unreadable: dict[int, str]) -> tuple[list[tuple[Any, Any]], dict[int, str]]:
+    """Rows without an empty cell or an impossible text, and by number what is wrong with all others."""
+    kept, bad = [], dict(unreadable)
+    numbers = (number for number in range(1, 1 + len(texts) + len(unreadable)) if number not in unreadable)
+    for number, cells in zip(numbers, zip(texts, labels)):
+        wrong = [f"the {what} {why}" for cell, what in zip(cells, columns) if (why := _complaint(cell))]
+        if wrong:
+            bad[number] = wrong[0]
+        else:
+            kept.append(cells)
+    return kept, bad
+
+
+def _complaint(cell: Any) -> str | None:
+    """Why no task can use a cell, if none can; what else a task asks of it, the task checks."""
+    if cell is None or cell != cell:  # nothing but NaN differs from itself
+        return "is empty"
+    if isinstance(cell, str):
+        return f"is empty ({cell!r})" if cell.strip().lower() in MISSING else complaint(cell)
+    return None

@@ -1,0 +1,195 @@
+"""tables.py: files of a user's own, read as they are or refused in one line that names the option."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import json
+
+import pytest
+from helpers import write_csv, write_parquet
+
+from minipeft.data.tables import Reading, file_type, read_rows, read_table
+from minipeft.errors import ConfigError, DataError
+
+CONTENT = [("un café, s'il vous plaît", "bon"), ("ein \"guter\" Film\nin zwei Zeilen", "gut"), ("x", "01")]
+TEXT = "text,label\n" + "".join('"{}",{}\n'.format(text.replace('"', '""'), label) for text, label in CONTENT)
+
+
+def cells(path, **reading):
+    """The (text, label) pairs of a file."""
+    rows = read_rows(path, ("text", "label"), Reading(**reading), "other tasks")
+    return list(zip(rows.texts, rows.labels))
+
+
+def written(path, text, encoding="utf-8", mark=b"", packed=False):
+    """A file with this text in it; returns its path."""
+    content = mark + text.encode(encoding)
+    path.write_bytes(gzip.compress(content) if packed else content)
+    return path
+
+
+# --- kinds of files ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.kind("7: CSV with semicolons, tabs or bars between columns")
+@pytest.mark.parametrize(("delimiter", "shown"), [(";", "semicolons"), ("\t", "tabs"), ("|", "bars")])
+def test_the_header_shows_what_stands_between_columns(tmp_path, delimiter, shown):
+    lines = [("text", "label"), *((text.replace('"', '""'), label) for text, label in CONTENT)]
+    path = written(tmp_path / "x.csv", "".join(f'"{text}"{delimiter}"{label}"\n' for text, label in lines))
+    assert cells(path) == cells(path, delimiter=delimiter) == CONTENT
+    assert read_rows(path, ("text", "label"), Reading(), "").found_out == f"{path}: {shown} between columns"
+
+
+def test_a_comma_in_the_header_is_taken_as_usual_and_the_error_names_the_option(tmp_path):
+    path = written(tmp_path / "x.csv", "text;label, by hand\na;1\n")
+    with pytest.raises(DataError, match=r"no column 'text'; --text-column can be one of .* --delimiter says"):
+        cells(path)
+    assert cells(path, delimiter=";", label_column="label, by hand") == [("a", "1")]
+
+
+def test_a_header_with_two_possible_characters_is_refused_naming_the_option(tmp_path):
+    path = written(tmp_path / "x.csv", "text;label|other\na;1|2\n")
+    with pytest.raises(DataError, match=r"has semicolons and bars in its header.*--delimiter"):
+        cells(path)
+
+
+def test_a_tsv_file_may_have_commas_and_tab_can_be_written_as_a_word(tmp_path):
+    assert cells(written(tmp_path / "x.tsv", TEXT)) == CONTENT
+    assert cells(written(tmp_path / "y.tsv", "text\tlabel\na, b\t1\n"), delimiter="tab") == [("a, b", "1")]
+
+
+@pytest.mark.kind("7: files with a mark of their encoding, as Windows writes them")
+@pytest.mark.parametrize(("encoding", "mark"), [
+    ("utf-8", codecs.BOM_UTF8), ("utf-16-le", codecs.BOM_UTF16_LE), ("utf-16-be", codecs.BOM_UTF16_BE),
+    ("utf-32-le", codecs.BOM_UTF32_LE)])
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_a_mark_at_the_beginning_names_the_encoding(tmp_path, encoding, mark, suffix):
+    text = TEXT if suffix == ".csv" else "".join(json.dumps({"text": t, "label": value}, ensure_ascii=False) + "\n"
+                                                 for t, value in CONTENT)
+    assert cells(written(tmp_path / f"x{suffix}", text, encoding, mark)) == CONTENT
+
+
+@pytest.mark.kind("7: files in another encoding than UTF-8")
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1"])
+def test_an_encoding_without_a_mark_is_asked_for_and_read_when_named(tmp_path, encoding):
+    path = written(tmp_path / "x.csv", TEXT, encoding)
+    with pytest.raises(DataError, match="is not encoded in UTF-8, as its line 2 shows; name its encoding, such as "
+                                        "--encoding cp1252"):
+        cells(path)
+    assert cells(path, encoding=encoding) == CONTENT
+
+
+def test_utf_16_without_a_mark_is_recognized_and_read_when_named(tmp_path):
+    path = written(tmp_path / "x.csv", "text,label\na,1\n", "utf-16-le")
+    with pytest.raises(DataError, match="--encoding utf-16-le"):
+        cells(path)
+    assert cells(path, encoding="utf-16-le") == [("a", "1")]
+
+
+@pytest.mark.kind("7: compressed files")
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".json"])
+def test_a_compressed_file_is_read(tmp_path, suffix):
+    text = {".csv": "text,label\na,1\nb,0\n", ".tsv": "text\tlabel\na\t1\nb\t0\n"}.get(
+        suffix, '{"text": "a", "label": "1"}\n{"text": "b", "label": "0"}\n')
+    assert cells(written(tmp_path / f"x{suffix}.gz", text, packed=True)) == [("a", "1"), ("b", "0")]
+
+
+def test_a_compressed_file_that_is_cut_off_is_refused(tmp_path):
+    path = written(tmp_path / "x.csv.gz", TEXT * 50, packed=True)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match=r"not a readable .csv file"):
+        cells(path)
+
+
+@pytest.mark.kind("7: JSON arrays")
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_an_array_of_objects_is_read_whatever_the_ending(tmp_path, suffix, indent):
+    path = written(tmp_path / f"x{suffix}", json.dumps([{"text": t, "label": value} for t, value in CONTENT],
+                                                       indent=indent))
+    assert cells(path) == CONTENT
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ('{"data": [{"text": "a", "label": 1}]}', r"no column 'text'; --text-column can be one of data"),
+    ('{\n"text": "a"\n}\n', "not a readable .json file: row 1: no JSON object"), ("[1, 2]", "row 1: no JSON object"),
+    ("[]", "nothing in it"), ("[" * 100_000, "not a readable .json file")])
+def test_other_json_is_refused(tmp_path, text, message):
+    with pytest.raises(DataError, match=message):
+        cells(written(tmp_path / "x.json", text))
+
+
+@pytest.mark.parametrize(("name", "kind"), [
+    ("x.csv", ".csv"), ("X.CSV", ".csv"), ("x.jsonl.gz", ".jsonl"), ("x.json", ".json"), ("x.txt", None),
+    ("csv", None), ("x.gz", None)])
+def test_a_files_kind_is_what_its_name_says(name, kind):
+    assert file_type(name) == kind
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("delimiter", ""), ("delimiter", ";;"), ("delimiter", '"'), ("encoding", "klingon"), ("similar_labels", "maybe"),
+    ("skip_bad_rows", "yes")])
+def test_an_impossible_way_of_reading_is_refused_by_its_name(field, value):
+    with pytest.raises(ConfigError, match=field):
+        Reading(**{field: value})
+
+
+# --- cells ------------------------------------------------------------------------------------------------------------
+
+def test_cells_of_a_csv_file_are_texts_as_they_stand_there(tmp_path):
+    path = written(tmp_path / "x.csv", "text,label\na,01\nb,1\nc,1.50\nd,true\ne,2020-01-31\n")
+    assert [label for _, label in cells(path)] == ["01", "1", "1.50", "true", "2020-01-31"]
+
+
+BAD = 'text,label\nfine,good\n"",bad\nbroken,bad,1,2\nno label,\nNaN,good\nNone,NaN\nx y,good\n'
+
+
+@pytest.mark.kind("7: empty cells and NaN are told with their number, or skipped with it")
+def test_bad_rows_are_refused_with_the_first_and_their_number_or_left_out(tmp_path):
+    path = written(tmp_path / "x.csv", BAD)
+    with pytest.raises(DataError, match=r"row 2: the text is empty \(5 of 7 rows cannot be used.*--skip-bad-rows"):
+        cells(path)
+    assert cells(path, skip_bad_rows=True) == [("fine", "good"), ("x y", "good")]
+    assert read_rows(path, ("text", "label"), Reading(skip_bad_rows=True), "").skipped == (
+        f"5 of 7 rows of {path} (the first is row 2: the text is empty)")
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    ("a,", "row 2: the label is empty"), ("a,NaN", r"row 2: the label is empty \('NaN'\)"),
+    ("a,nan", r"row 2: the label is empty \('nan'\)"), ("a,  ", "row 2: the label is empty"),
+    ("a,null", r"row 2: the label is empty \('null'\)"), ("null,good", r"row 2: the text is empty \('null'\)"),
+    ("a,b,c", "readable .csv file: row 2: 3 columns, where the header has 2")])
+def test_a_bad_row_is_named(tmp_path, line, message):
+    with pytest.raises(DataError, match=message):
+        cells(written(tmp_path / "x.csv", f"text,label\nfine,good\n{line}\n"))
+
+
+def test_none_is_a_label_like_others(tmp_path):
+    assert cells(written(tmp_path / "x.csv", "text,label\na,None\nb,NA\n")) == [("a", "None"), ("b", "NA")]
+
+
+def test_missing_values_of_json_and_parquet_are_bad_rows_too(tmp_path):
+    lines = ['{"text": "a", "label": NaN}', '{"text": "b"}', "not JSON", '{"text": "\\ud800", "label": 1}',
+             '{"text": "c", "label": 1}']
+    assert cells(written(tmp_path / "x.jsonl", "\n".join(lines)), skip_bad_rows=True) == [("c", 1)]
+    path = tmp_path / "x.parquet"
+    write_parquet(path, text=["a", None, "c"], label=[float("nan"), 1.0, 2.0])
+    assert cells(path, skip_bad_rows=True) == [("c", 2.0)]
+
+
+def test_a_text_that_is_too_long_can_be_skipped(tmp_path):
+    path = tmp_path / "x.csv"
+    write_csv(path, [("x" * 200_000, "good"), ("fine", "bad")])
+    assert cells(path, skip_bad_rows=True) == [("fine", "bad")]
+
+
+def test_a_column_of_numbers_is_no_column_of_texts(tmp_path):
+    path = written(tmp_path / "x.csv", "id,text,label\n1,good film,pos\n2,bad film,neg\n")
+    with pytest.raises(DataError, match=r"the column 'id' holds nothing but numbers.*one of id, text, label"):
+        cells(path, text_column="id")
+
+
+def test_a_row_may_be_longer_than_a_block(tmp_path):
+    path = tmp_path / "x.csv"
+    write_csv(path, [(f"{'long ' * 15_000}{i}", "good") for i in range(60)])
+    assert len(read_table(path).column("text")) == 60

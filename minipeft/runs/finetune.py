@@ -126,10 +126,7 @@ def train(run: Run) -> History:
     request = {"method": options.method, "method_config": dataclasses.asdict(plan.method_config),
                "base": run.base_fingerprint, "dataset": [data.name, data.source, plan.sizes], **task.details(),
                "dropout": options.dropout}
-    loss_sum = task.loss_sum
-    if plan.training.class_weights is not None:
-        weights = torch.tensor(task.balanced_weights(data.train, data.label_names), device=plan.device)         # (K,)
-        loss_sum = partial(task.loss_sum, weights=weights)
+    loss_sum = task.loss_sum if plan.training.class_weights is None else weighted_loss_sum(plan, task)
     history = loop.train(
         run.material.model, run.material.batches, loss_sum, run.material.validate, plan.training, plan.precision,
         options.compile, save_best, state_folder=plan.folder and plan.folder / "training_state", resume=options.resume,
@@ -138,6 +135,12 @@ def train(run: Run) -> History:
         tokens_per_micro_batch=None if options.shard else tokens_per_micro_batch(plan.device, model.config.n_embd))
     model.eval()
     return history
+
+
+def weighted_loss_sum(plan: RunPlan, task: Task) -> loop.LossSum:
+    """The task's loss, of which all labels of the training split have the same share."""
+    weights = task.balanced_weights(plan.data.train, plan.data.label_names)
+    return partial(task.loss_sum, weights=torch.tensor(weights, device=plan.device))                         # (K,)
 
 
 def test(plan: RunPlan, model: nn.Module, task: Task) -> tuple[dict[str, Any], float]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 
 from minipeft.errors import AdapterError, ConfigError, WeightsError
-from minipeft.files import digests, file_digest, replacing_folder, write_json
+from minipeft.files import digests, file_digest, read_json_file, replacing_folder, write_json
 from minipeft.methods.folder import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from minipeft.methods.folder import (
     DETAILS_FILE,
@@ -94,7 +94,7 @@ def load_finetuned(folder: str | Path, model_name: str | None = None, device: to
     details = details_of(folder)
     from_head = _from_head(parts[0], details) if is_adapter else {"task": "classification"}
     task_class = _task_class(folder, details, from_head, task)
-    base = (model_name or _base_model(folder, details)) if is_adapter else folder
+    base = (model_name or _base_model(parts[0], details)) if is_adapter else folder
     finetuned_task = _task(folder, {**from_head, **details}, task_class, base)
     if is_adapter:
         model = load_adapter(task_class.load_model(base, finetuned_task.label_names), folder)
@@ -103,7 +103,7 @@ def load_finetuned(folder: str | Path, model_name: str | None = None, device: to
         check_one_save(folder, others)
         model = task_class.model_class.from_pretrained(folder)
     check_vocabulary(finetuned_task.tokenizer, model)
-    if finetuned_task.max_length > positions_left(model):  # virtual tokens that peft trained take some
+    if "max_length" not in details and finetuned_task.max_length > positions_left(model):  # virtual tokens take some
         finetuned_task = dataclasses.replace(finetuned_task, max_length=positions_left(model))
     return model.to(device or torch.device("cpu")), finetuned_task
 
@@ -160,7 +160,9 @@ def _base_model(folder: Path, details: dict[str, Any]) -> str:
     """The base model that an adapter says it belongs to."""
     name = details.get("base_model")
     if name is None:
-        raise AdapterError(f"{folder} does not say which base model it belongs to: name it with --model")
+        noted = read_json_file(folder / ADAPTER_CONFIG_FILE, AdapterError).get("base_model_name_or_path")
+        hint = f"; whoever trained it noted {noted!r}" if noted else ""
+        raise AdapterError(f"{folder} does not say which base model it belongs to: name it with --model{hint}")
     if not isinstance(name, str):
         raise AdapterError(f"{folder / DETAILS_FILE}: base_model must be str, got {name!r}")
     return name

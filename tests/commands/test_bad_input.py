@@ -265,7 +265,7 @@ WRONG_FIELDS = [
     ("adapter_config.json", "rank_pattern", {"(": 2}), ("adapter_config.json", "alpha_pattern", "x"),
     ("adapter_config.json", "exclude_modules", 5), ("adapter_config.json", "bias", "some"),
     ("adapter_config.json", "peft_type", ["LORA"]), ("adapter_config.json", "peft_type", "XLORA"),
-    ("adapter_config.json", "use_dora", True), ("adapter_config.json", "task_type", "CAUSAL_LM"),
+    ("adapter_config.json", "use_dora", True), ("adapter_config.json", "peft_type", "PREFIX_TUNING"),
     ("minipeft.json", "label_names", 5), ("minipeft.json", "label_names", []), ("minipeft.json", "label_names", {}),
     ("minipeft.json", "label_names", None), ("minipeft.json", "label_names", ["one", "two", "three"]),
     ("minipeft.json", "max_length", "x"), ("minipeft.json", "max_length", 0), ("minipeft.json", "max_length", None),

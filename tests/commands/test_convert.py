@@ -44,12 +44,12 @@ def test_predict_and_evaluate_take_a_trainer_s_folder(script, checkpoint, tiny_m
     assert {path.name: path.read_bytes() for path in adapter.iterdir()} == before
 
 
-def test_without_a_base_both_ask_for_one(script, checkpoint):
+def test_without_a_base_both_ask_for_one(script, checkpoint, tiny_model):
     for command, more in (("predict.py", ["text"]), ("evaluate.py", [])):
         outcome = script(command, "--adapter", checkpoint[0], *more)
         assert outcome.code == 2
         assert outcome.error_lines == [f"error: {checkpoint[0]} does not say which base model it belongs to: name it "
-                                       "with --model"]
+                                       f"with --model; whoever trained it noted '{tiny_model}'"]
 
 
 def test_what_is_ignored_is_a_line_on_stderr(script, checkpoint, tiny_model, monkeypatch):

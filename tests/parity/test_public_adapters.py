@@ -224,6 +224,22 @@ def test_a_trainer_s_checkpoint_loads_its_adapter(pairs, tmp_path, said, task):
     assert said() == [] and {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+@pytest.mark.slow
+def test_what_a_trainer_really_leaves_loads(pairs, tmp_path):
+    """Two steps of transformers' own Trainer, so that the files above are not only what we believe they are."""
+    transformers = pytest.importorskip("transformers")
+    theirs = inject_theirs(pairs["SEQ_CLS"], "LoRA", "SEQ_CLS").train()
+    rows = [{"input_ids": row, "attention_mask": mask, "labels": torch.tensor(i)}
+            for i, (row, mask) in enumerate(zip(*next(batches("LoRA", "SEQ_CLS"))))]
+    arguments = transformers.TrainingArguments(output_dir=str(tmp_path), max_steps=2, save_steps=1, report_to=[],
+                                               per_device_train_batch_size=3, use_cpu=True, disable_tqdm=True)
+    with silent():
+        transformers.Trainer(theirs, arguments, train_dataset=rows).train()
+    folder = tmp_path / "checkpoint-2"
+    assert {"rng_state.pth", "training_args.bin", "optimizer.pt", CONFIG_FILE} <= {p.name for p in folder.iterdir()}
+    assert_same_logits(load_adapter(pairs["SEQ_CLS"].ours(), folder), theirs.eval(), "LoRA", "SEQ_CLS")
+
+
 # --- converted --------------------------------------------------------------------------------------------------------
 
 @EACH_TASK

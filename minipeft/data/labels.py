@@ -12,6 +12,8 @@ from minipeft.data.examples import Examples
 from minipeft.data.tables import NUMBER
 from minipeft.errors import DataError
 
+MAX_CHARACTERS_OF_A_LABEL = 200
+
 
 def by_name(labels: Sequence[Any], names: Sequence[str]) -> list[Any]:
     """Labels with names in the place of numbers, which count names from 0. A name that looks like a number is one."""
@@ -41,7 +43,11 @@ def check_classes(labels: Sequence[Any], where: str) -> None:
     """
     values = {str(label) for label in labels}
     if len(values) == 1:
-        raise DataError(f"{where}: there is one label only ({values.pop()!r}); there is nothing to learn")
+        raise DataError(f"{where}: there is one label only ({values.pop()[:40]!r}); there is nothing to learn")
+    longest = max(values, key=len)
+    if len(longest) > MAX_CHARACTERS_OF_A_LABEL:
+        raise DataError(f"{where}: the label {longest[:40]!r}... has {len(longest):,} characters, which is no name of "
+                        "a class: --label-column names the labels' column")
     if len(values) > max(2, min(50, len(labels) // 2), len(labels) // 10):
         raise DataError(f"{where}: the labels are {len(values):,} different values in {len(labels):,} rows, such as "
                         f"{min(values)[:40]!r}; that is not a set of classes: --label-column names their column")
@@ -67,7 +73,7 @@ def unified(labels: Mapping[str, Sequence[Any]], names: Sequence[str], similar: 
     groups: dict[str, list[str]] = defaultdict(list)
     for label in sorted(counts, key=lambda label: (label not in names, -counts[label], label)):
         groups[reduced(label)].append(label)
-    told = _in_words([" and ".join(f"{label!r} ({counts[label]:,} rows)" for label in group)
+    told = _in_words([" and ".join(f"{label!r} ({rows(counts[label])})" for label in group)
                       for group in groups.values() if len(group) > 1])
     if not told:
         return dict(labels), ""
@@ -88,9 +94,14 @@ def untested(splits: Mapping[str, Examples], names: Sequence[str]) -> str:
     for number, name in enumerate(names):
         lacking = [split for split in ("validation", "test") if not counts[split][number]]
         if lacking:
-            told.append(f"{name!r} ({sum(found[number] for found in counts.values()):,} rows) has none in "
+            told.append(f"{name!r} ({rows(sum(found[number] for found in counts.values()))}) has none in "
                         f"{' and '.join(lacking)}")
     return f"too few rows to be judged: {_in_words(told)}" if told else ""
+
+
+def rows(number: int) -> str:
+    """A number of rows in words."""
+    return f"{number:,} row{'s' * (number != 1)}"
 
 
 def _in_words(items: Sequence[str], most: int = 10) -> str:

@@ -110,6 +110,8 @@ def read_table(path: Path, delimiter: str | None = None, encoding: str | None = 
             table = read_parquet(path)
             return Table(table.column_names, lambda name: table[name].to_pylist(), {})
         content = path.read_bytes()
+        if content.startswith(b"PK\x03\x04"):
+            raise DataError(f"{path} is a zip archive or a spreadsheet: unpack it, or save it as .csv")
         packed = content.startswith(b"\x1f\x8b")
         text, found_out = decoded(gzip.decompress(content) if packed else content, path, encoding)
         table = _read_json(text) if kind in (".json", ".jsonl") else _read_csv(
@@ -155,9 +157,10 @@ def _read_csv(text: str, path: Path, delimiter: str | None, usual: str) -> Table
     """Every cell as text. A row with more or fewer columns than the header is unreadable."""
     chosen = delimiter or _delimiter_of(text, path, usual)
     unreadable: dict[int, str] = {}
-    content = text.encode()
+    content, last_cells = text.encode(), []
 
     def note(row: pyarrow.csv.InvalidRow) -> str:
+        last_cells.append(_header(row.text, chosen)[-1])
         unreadable[row.number - 1] = f"{row.actual_columns} columns, where the header has {row.expected_columns}"
         return "skip"
 
@@ -166,12 +169,16 @@ def _read_csv(text: str, path: Path, delimiter: str | None, usual: str) -> Table
         pa.BufferReader(content), pyarrow.csv.ReadOptions(use_threads=False, block_size=max(1 << 20, len(content))),
         pyarrow.csv.ParseOptions(delimiter=chosen, newlines_in_values=True, invalid_row_handler=note),
         pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(_header(text, chosen), pa.string())))
-    return Table(table.column_names, lambda name: table[name].to_pylist(), unreadable,
+    names = [name.strip() for name in table.column_names]
+    last_cells += table.column(table.num_columns - 1).slice(max(0, table.num_rows - 1)).to_pylist()
+    if any("\n" in cell.strip() for cell in last_cells[-2:]) and not text.rstrip().endswith('"'):
+        raise ValueError("a quotation mark in it is never closed, and all lines behind it are one cell")
+    return Table(names, lambda name: table.column(names.index(name)).to_pylist(), unreadable,
                  "" if chosen in (delimiter, usual) else f"{DELIMITERS[chosen]} between columns")
 
 
 def _header(text: str, delimiter: str) -> list[str]:
-    """The names of a CSV file's columns."""
+    """The first row of a CSV file: the names of its columns."""
     return next((row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if row), [])
 
 
@@ -193,6 +200,9 @@ def _read_json(text: str) -> Table:
         items = json.loads(text)
     else:
         items = [_parsed(line) for line in text.split("\n") if line.strip()]
+        if len(items) == 1 and isinstance(items[0], dict) and any(
+                isinstance(value, (list, dict)) and len(value) > 1 for value in items[0].values()):
+            raise ValueError("it is one object; it should be an array of objects, or have an object on each line")
     rows = [item for item in items if isinstance(item, dict)]
     unreadable = {number: f"no JSON object{f' ({item})' if isinstance(item, Exception) else ''}"
                   for number, item in enumerate(items, start=1) if not isinstance(item, dict)}

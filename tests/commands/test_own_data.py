@@ -85,7 +85,7 @@ def test_bad_rows_are_told_or_skipped(train):
 def test_labels_that_are_spelled_in_two_ways_and_rare_ones_are_told_before_training(train):
     write_csv("films.csv", [*rows(20), ("a good film", "Positive"), *[(f"so so {i}", "neutral") for i in range(2)]])
     refused = train("--dataset", "films.csv")
-    assert refused.code == 2 and "'positive' (20 rows) and 'Positive' (1 rows)" in refused.err
+    assert refused.code == 2 and "'positive' (20 rows) and 'Positive' (1 row)" in refused.err
     outcome = train("--dataset", "films.csv", "--similar-labels", "merge")
     assert outcome.code == 0, outcome.err
     assert "labels     the first of each stands for all, as asked: 'positive' (20 rows)" in outcome.out

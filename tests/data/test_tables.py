@@ -112,6 +112,8 @@ def test_an_array_of_objects_is_read_whatever_the_ending(tmp_path, suffix, inden
 
 @pytest.mark.parametrize(("text", "message"), [
     ('{"data": [{"text": "a", "label": 1}]}', r"no column 'text'; --text-column can be one of data"),
+    ('{"text": ["a", "b"], "label": [0, 1]}', "it is one object; it should be an array of objects"),
+    ('{"text": {"0": "a", "1": "b"}, "label": {"0": 0, "1": 1}}', "it is one object; it should be an array"),
     ('{\n"text": "a"\n}\n', "not a readable .json file: row 1: no JSON object"), ("[1, 2]", "row 1: no JSON object"),
     ("[]", "nothing in it"), ("[" * 100_000, "not a readable .json file")])
 def test_other_json_is_refused(tmp_path, text, message):
@@ -135,6 +137,30 @@ def test_an_impossible_way_of_reading_is_refused_by_its_name(field, value):
 
 
 # --- cells ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("line", ['"never closed,good', 'never closed,"good', '"never closed",good,"'])
+@pytest.mark.parametrize("skip_bad_rows", [False, True])
+def test_a_quotation_mark_that_swallows_the_rest_of_a_file_is_refused_whatever_may_be_skipped(
+        tmp_path, line, skip_bad_rows):
+    path = written(tmp_path / "x.csv", f"text,label\n5\" wide,bad\n5\" high,good\nfine,good\n{line}\nx,bad\ny,good\n")
+    with pytest.raises(DataError, match=r"not a readable .csv file: a quotation mark in it is never closed"):
+        cells(path, skip_bad_rows=skip_bad_rows)
+
+
+def test_quotation_marks_inside_of_a_text_are_characters_like_others(tmp_path):
+    path = written(tmp_path / "x.csv", 'text,label\n5" wide,bad\n"two\nlines",good\n')
+    assert cells(path) == [('5" wide', "bad"), ("two\nlines", "good")]
+
+
+def test_a_spreadsheet_is_named(tmp_path):
+    (tmp_path / "x.csv").write_bytes(b"PK\x03\x04" + bytes(100))
+    with pytest.raises(DataError, match=r"x.csv is a zip archive or a spreadsheet: unpack it, or save it as"):
+        read_table(tmp_path / "x.csv")
+
+
+def test_blanks_around_a_columns_name_are_no_part_of_it(tmp_path):
+    assert cells(written(tmp_path / "x.csv", "text , label\na,1\n")) == [("a", "1")]
+
 
 def test_cells_of_a_csv_file_are_texts_as_they_stand_there(tmp_path):
     path = written(tmp_path / "x.csv", "text,label\na,01\nb,1\nc,1.50\nd,true\ne,2020-01-31\n")

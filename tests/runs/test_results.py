@@ -41,6 +41,15 @@ def test_a_table_has_baselines_first_and_then_methods_by_accuracy(tmp_path):
         "| lora | mini | 500 (25.00 %) | 22,500 | 3 | 90.00 % | 89.00 to 91.00 % | 90.00 % | 2.5 core minutes |"]
 
 
+@pytest.mark.kind("7: a table of results on own data has macro F1, not the F1 of one label")
+def test_a_table_on_a_users_own_data_has_macro_f1_beside_accuracy(tmp_path):
+    metrics = {"test": {**found(0.9), "macro_f1": 0.5}}
+    write(tmp_path, "fine_tuned_lora_fraud", "lora", "fraud", metrics, 500, {"train": 90})
+    header, _, row = results_table(tmp_path, "fraud").splitlines()
+    assert "| test accuracy | 95 % interval | macro F1 |" in header
+    assert "| 90.00 % | 89.00 to 91.00 % | 50.00 % |" in row
+
+
 def test_an_overview_has_a_column_for_each_dataset_and_its_first_figure(tmp_path):
     write(tmp_path, "fine_tuned_lora", "lora", "imdb", {"test": found(0.9)}, 500, {"train": 90})
     write(tmp_path, "fine_tuned_full", "full", "imdb", {"test": found(0.8)}, 2000, {"train": 90})

@@ -148,7 +148,7 @@ def test_from_the_script_to_the_line_that_makes_a_and_to_the_formula(tmp_path, m
     monkeypatch.setattr(sys, "argv", ["train.py", "--full", "--device", "cpu", *map(str, arguments)])
     calls = own_calls(lambda: run_script("train.py"))
     way_in = calls[main.__code__][:-1]
-    assert names(way_in) == ["script", "start", "run"]
+    assert names(way_in) == ["script", "start", "run", "_import_and_call"]
     calls = {code: chain[len(way_in):] for code, chain in calls.items()}
     to_a, to_formula = calls[low_rank_pair.__code__], calls[LoRALinear.forward.__code__]
     base = {code for code in to_formula if Path(code.co_filename).name == "gpt2.py"}  # the model itself is no detour

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-import torch
 import torch.nn as nn
 
 from minipeft.methods import METHODS, inject
@@ -17,6 +16,7 @@ from minipeft.methods.injection import trainable_parameters
 from minipeft.model.config import GPT2Config
 from minipeft.model.gpt2 import GPT2ForSequenceClassification
 from minipeft.model.hub import HUB_NAMES, find
+from minipeft.model.pretrained import on_paper
 from minipeft.model.weights import read_config
 from minipeft.runs.defaults import DEFAULTS
 from minipeft.runs.results import markdown_table
@@ -53,7 +53,7 @@ def config_of(name_or_folder: str) -> GPT2Config:
 
 def shapes_only(config: GPT2Config) -> GPT2ForSequenceClassification:
     """A classifier without weights, on the meta device."""
-    with torch.device("meta"):
+    with on_paper():
         return GPT2ForSequenceClassification(config)
 
 

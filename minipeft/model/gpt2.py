@@ -54,6 +54,10 @@ Modules carry the names of the official weights (`wte`, `h.0.attn.c_attn`, ...).
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -150,7 +154,19 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-@torch.compiler.disable  # what it returns depends on values; the blocks after it compile as one
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compiler.disable`, but only where something is being compiled: it imports all of the compiler, which takes
+    as long as the rest of torch."""
+    disabled = torch._disable_dynamo(function)  # imports it when it is called
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        return (disabled if torch.compiler.is_compiling() else function)(*arguments)
+
+    return call
+
+
+@uncompiled  # what it returns depends on values; the blocks after it compile as one
 def attention_mask_for(attention_mask: Tensor | None, T: int, past: int, device: torch.device) -> Tensor | None:
     """The mask `scaled_dot_product_attention` needs, or None where plain causal attention is already right.
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from minipeft.errors import WeightsError
 from minipeft.model import weights
@@ -32,6 +35,23 @@ def initialize(module: nn.Module, config: GPT2Config) -> None:
             nn.init.ones_(child.weight)
         if getattr(child, "bias", None) is not None and isinstance(child.bias, Tensor):
             nn.init.zeros_(child.bias)
+
+
+class _NoInitialValues(TorchFunctionMode):
+    """Within the block torch.nn.init does nothing. On the meta device there is nowhere to put a value, and yet it would
+    import torch's compiler, which takes longer than reading mini."""
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def on_paper() -> Iterator[None]:
+    """Within the block modules are made of shapes alone: on the meta device, without memory and without values."""
+    with torch.device("meta"), _NoInitialValues():
+        yield
 
 
 class PretrainedModel(nn.Module):
@@ -75,7 +95,7 @@ class PretrainedModel(nn.Module):
         """
         folder = find(name_or_folder)
         model_config = GPT2Config.from_dict({**weights.read_config(folder), **config})
-        with torch.device("meta"):  # no memory yet: each tensor is allocated as it is read
+        with on_paper():  # each tensor is allocated as it is read
             model = cls(model_config)
         heads = {kind.head for kind in PretrainedModel.__subclasses__() if kind.head is not None}
         weights.load(model, folder, dtype, heads, initialize=lambda module: initialize(module, model_config))

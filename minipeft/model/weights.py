@@ -97,7 +97,10 @@ def load(model: nn.Module, folder: Path, dtype: torch.dtype, heads: Collection[s
             _check_tied(path, source[copy].name, original, model)
         _set_parameter(model, copy, model.get_parameter(original))
     if new_head:
-        initialize(model.get_submodule(model.head).to_empty(device="cpu").to(dtype))
+        new = model.get_submodule(model.head)
+        for name, parameter in new.named_parameters():
+            _set_parameter(new, name, nn.Parameter(torch.empty(parameter.shape, dtype=dtype)))
+        initialize(new)
 
 
 def _stored_tensors(path: Path) -> list[StoredTensor]:

@@ -341,6 +341,22 @@ def test_padding_inside_the_cache_stays_hidden():
     assert mask.int().flatten(1).tolist() == [[0, 1, 1, 1], [1, 0, 0, 1]]
 
 
+def test_the_choice_of_a_mask_stands_outside_of_what_is_compiled(make_model, make_ids, make_mask):
+    """It depends on values. Compiled, it would be compiled anew for each new mixture of lengths."""
+    model, graphs = make_model(GPT2Model), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend, dynamic=True)
+    for T in (7, 8, 9):
+        for side in ("right", "left"):
+            ids, mask = make_ids(2, T), make_mask([T, 4], side)
+            torch.testing.assert_close(compiled(ids, attention_mask=mask), model(ids, attention_mask=mask))
+        assert len(graphs) == 3, "embeddings; blocks without a mask and with one"
+
+
 # --- cache ------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("chunks", [[12], [1] * 12, [5, 7], [4, 1, 1, 3, 2, 1]], ids=str)

@@ -40,11 +40,11 @@ def main(words: Sequence[str], program: str) -> None:
     print(f"{found.dataset}, {found.examples:,} of {found.available:,} test examples{more}")
     print(headline(trained.task, found.metrics))
     print_metrics(found.metrics)
-    if "confusion_matrix" in found.metrics:
-        print_confusion_matrix(found.metrics["confusion_matrix"], trained.task.label_names)
     for key in ("by_label", "by_type"):
         if key in found.metrics:
             print_rows(found.metrics[key])
+    if "confusion_matrix" in found.metrics:
+        print_confusion_matrix(found.metrics["confusion_matrix"], trained.task.label_names)
     if arguments.json:
         write_json_file(arguments.json, {"adapter": arguments.adapter, "dataset": found.dataset,
                                          "metrics": found.metrics})

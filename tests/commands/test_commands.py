@@ -145,8 +145,8 @@ def test_report_makes_a_table_of_the_results(train, script):
     outcome = script("report.py", "--dataset", "films")
     assert outcome.code == 0, outcome.err
     lines = outcome.out.splitlines()
-    assert len(lines) == 2 + 3
-    assert "untrained head" in outcome.out and "zero-shot" in outcome.out and lines[-1].startswith("| lora |")
+    assert len(lines) == 2 + 4
+    assert "always the most frequent label" in outcome.out and "untrained head" in outcome.out and "zero-shot" in outcome.out and lines[-1].startswith("| lora |")
 
 
 # --- what is said first -----------------------------------------------------------------------------------------------
@@ -211,12 +211,12 @@ def test_layers_can_be_chosen_without_naming_modules(train):
 
 def test_an_option_of_the_training_reaches_its_configuration(train):
     train("--epochs", 2, "--gradient-accumulation", 2, "--weight-decay", 0.3, "--warmup-ratio", 0.2, "--max-grad-norm",
-          0.5, "--loraplus-lr-ratio", 4, "--evaluations-per-epoch", 1, "--seed", 11)
+          0.5, "--loraplus-lr-ratio", 4, "--evaluations-per-epoch", 1, "--class-weights", "balanced", "--seed", 11)
     found = read_json("results/fine_tuned_lora_films_results.json")
     assert found["training_config"] == {
         "epochs": 2, "batch_size": 4, "gradient_accumulation": 2, "learning_rate": 0.02, "weight_decay": 0.3,
         "warmup_ratio": 0.2, "max_grad_norm": 0.5, "loraplus_lr_ratio": 4.0, "evaluations_per_epoch": 1,
-        "seed": 11}
+        "class_weights": "balanced", "seed": 11}
     assert found["seed"] == 11 and len(found["curve"]) == 2
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -138,13 +140,23 @@ def copies(model):
 # --- what must not change ---------------------------------------------------------------------------------------------
 
 def snapshot(model):
-    """All that a refused operation must leave alone: values, module objects, hooks, gradient flags, modes, records."""
+    """All that a refused operation must leave alone: values, modules, their calls, gradient flags, modes, records."""
     return {"values": copies(model),
             "modules": dict(model.named_modules()),
-            "hooks": {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()},
+            "calls": {name: (len(m._forward_hooks), len(m._forward_pre_hooks), around(m))
+                      for name, m in model.named_modules()},
             "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
             "training": {name: module.training for name, module in model.named_modules()},
             "injections": [(i, i.name, i.method, i.active, list(i.merged)) for i in all_injections(model)]}
+
+
+def around(module):
+    """What has been put around a module's own forward: the layers, the outermost first, or a function's name."""
+    found, forward = [], vars(module).get("forward")
+    while isinstance(forward, partial):
+        found.append(getattr(forward.func, "__self__", forward.func.__name__))
+        forward = forward.args[1] if len(forward.args) > 1 else None
+    return found
 
 
 def assert_same_tensors(actual, expected):
@@ -162,7 +174,7 @@ def assert_unchanged(model, before):
     assert list(after["modules"]) == list(before["modules"])
     for name, module in after["modules"].items():
         assert module is before["modules"][name], name
-    for key in ("hooks", "requires_grad", "training", "injections"):
+    for key in ("calls", "requires_grad", "training", "injections"):
         assert after[key] == before[key], key
 
 

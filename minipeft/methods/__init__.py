@@ -7,13 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn as nn
 
 from minipeft.errors import ConfigError, InjectionError
 from minipeft.methods import adapter, bitfit, dora, full, head, ia3, lora, prefix, prompt, ptuning, vera
 from minipeft.methods.config import MethodConfig
 from minipeft.methods.injection import Plan, active_injections, carry_out
-from minipeft.methods.wrappers import check_is_bare
+from minipeft.methods.turn import check_is_free
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ METHODS: dict[str, Method] = {
 }
 
 
+@torch.inference_mode(False)
 def inject(model: nn.Module, config: Any, name: str = "default") -> nn.Module:
     """Put a method into a model, in place: its layers are attached, everything else is frozen.
 
@@ -80,9 +82,9 @@ def inject(model: nn.Module, config: Any, name: str = "default") -> nn.Module:
     Raises:
         ConfigError: a configuration with a bad value, or of an unknown class.
         InjectionError: nothing matches, the method cannot be combined with one the model carries, or the model is
-            wrapped already, by torch.compile or for several processes.
+            wrapped already, by torch.compile or for several processes, or another thread is changing it.
     """
-    check_is_bare(model)
+    check_is_free(model)
     check_config(config)
     check_combination(model, config.method, name)
     plan = METHODS[config.method].plan(model, config)

@@ -25,6 +25,7 @@ Symbols
     m (out,) is lora_magnitude_vector, trained: how long each row of the adapted matrix is
     s = lora_alpha / r, a number; with use_rslora s = lora_alpha / sqrt(r)
     ||W + s B A|| (out,) the Euclidean length of each row      c (out,) stretches each row to the length that m says
+    A row of zeros has no direction to be stretched in: it stays zero, c is 1 there, and m learns nothing (peft: NaN).
     With lora_dropout, in training only: y = x W^T + bias + (c - 1) * z W^T + c * s * z A^T B^T
     z = dropout(x) (batch, seq, in) is x with a share lora_dropout of it set to zero and the rest divided by
     1 - lora_dropout
@@ -126,9 +127,15 @@ class DoRALinear(ReplacementLayer):
         update = self.scaling * self.lora_B.weight @ self.lora_A.weight       # (out, r) (r, in) -> (out, in)
         return (self.base_layer.weight.to(update.dtype) + update).norm(dim=1)
 
+    def stretch(self) -> Tensor:
+        """m / ||W + s B A||, (out,), the factor on each row; 1 where a row is zero, so that it stays the zero row."""
+        norms = self.row_norms()                                              # (out,)
+        zero = norms < torch.finfo(norms.dtype).tiny
+        return torch.where(zero, 1.0, self.lora_magnitude_vector / norms.masked_fill(zero, 1.0))
+
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)                                                # (batch, seq, in) -> (batch, seq, out)
-        stretch = self.lora_magnitude_vector / self.row_norms()               # (out,)
+        stretch = self.stretch()                                              # (out,)
         dropped = self.lora_dropout(to_dtype_of(self.lora_A.weight, x))
         update = self.lora_B(self.lora_A(dropped) * self.scaling)             # -> (batch, seq, r) -> (batch, seq, out)
         # The stretch concerns x W^T without the bias; dropout, where it acts, leaves the base's own y alone.
@@ -141,7 +148,7 @@ class DoRALinear(ReplacementLayer):
     def merged(self) -> dict[str, Tensor]:
         """m (W + s B A) / ||W + s B A||."""
         update = self.scaling * self.lora_B.weight @ self.lora_A.weight       # (out, in)
-        stretch = (self.lora_magnitude_vector / self.row_norms())[:, None]    # (out, 1)
+        stretch = self.stretch()[:, None]                                     # (out, 1)
         return {"weight": (stretch * (self.base_layer.weight + update)).to(self.base_layer.weight.dtype)}
 
 

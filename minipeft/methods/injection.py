@@ -10,14 +10,18 @@ from __future__ import annotations
 import copy
 import hashlib
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 
 from minipeft.methods.config import MethodConfig
-from minipeft.methods.layers import AdapterLayer, ReplacementLayer
+from minipeft.methods.layers import AdapterLayer, ReplacementLayer, forward_beside_half
 from minipeft.methods.wrappers import seeing_through
+
+HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass
@@ -54,6 +58,7 @@ class Injection:
         base_values: the base's Parameter for each of its tensors that the method changes, kept aside while the method's
             own stands in its place; None where the base's are trained as they stand.
         own_values: the method's own Parameters for these, kept aside while it is inactive.
+        finer: names of those that are float32 beside a half-precision base.
         active: whether the method is in the model now.
         merged: module name -> the plain tensors that `merge` replaced.
     """
@@ -67,6 +72,7 @@ class Injection:
     trained_base: list[str]
     base_values: dict[str, nn.Parameter | None] = field(default_factory=dict)
     own_values: dict[str, nn.Parameter] = field(default_factory=dict)
+    finer: set[str] = field(default_factory=set)
     active: bool = True
     merged: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
@@ -77,8 +83,7 @@ def carry_out(plan: Plan, model: nn.Module, config: MethodConfig, name: str) -> 
     A new head is trained by every method, since it starts random. Only the first injection freezes: what somebody has
     unfrozen since is their choice.
     """
-    earlier = all_injections(model)
-    flags = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
+    earlier, flags = all_injections(model), {key: tensor.requires_grad for key, tensor in model.named_parameters()}
     required_grad = earlier[0].required_grad if earlier else flags
     injection = Injection(config.method, copy.deepcopy(config), name, fingerprint(model), required_grad, plan.layers,
                           trained_base=list(dict.fromkeys([*plan.trained, *new_head_tensors(model)])))
@@ -97,22 +102,36 @@ def give_own_parameters(model: nn.Module, injection: Injection, plan: Plan) -> N
     So no other adapter, and no optimizer of another one, ever holds what this adapter trains. Of several methods in one
     adapter that train one tensor, all train the first one's.
     """
-    parameters = base_parameters(model)
-    taken = {key for other in active_injections(model) for key in other.base_values}
+    parameters, taken = base_parameters(model), set().union(*(other.base_values for other in active_injections(model)))
     for key in [key for key in (*injection.trained_base, *plan.replaced) if key not in taken]:
         injection.base_values[key] = parameters[key] if plan.keeps_base else None
         if plan.keeps_base:
-            value = plan.replaced.get(key, parameters[key].detach().clone())
+            value = plan.replaced.get(key, in_trained_dtype(parameters[key].detach()).clone())
             put_parameter(model, key, nn.Parameter(value, requires_grad=key in injection.trained_base))
         else:
+            parameters[key].data = in_trained_dtype(parameters[key].data)
             parameters[key].requires_grad_(True)
+
+
+def in_trained_dtype(tensor: Tensor) -> Tensor:
+    """Half precision as float32: most small steps change no bfloat16 number, and GradScaler refuses float16."""
+    return tensor.float() if tensor.dtype in HALF else tensor
+
+
+def base_dtype(model: nn.Module) -> torch.dtype:
+    """The number format of the base model, which its first parameter, the embeddings, is in."""
+    return next(model.parameters()).dtype
 
 
 def put_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     """Make `parameter` the one that goes by this name in the bare model, whatever has been put around its module."""
     module_name, _, key = name.rpartition(".")
     module = model.get_submodule(module_name)
-    setattr(module.base_layer if isinstance(module, ReplacementLayer) else module, key, parameter)
+    module = module.base_layer if isinstance(module, ReplacementLayer) else module
+    setattr(module, key, parameter)
+    vars(module).pop("forward", None)
+    if base_dtype(model) in HALF and torch.float32 in (tensor.dtype for tensor in module.parameters()):
+        module.forward = partial(forward_beside_half, module)
 
 
 # --- look up ----------------------------------------------------------------------------------------------------------

@@ -6,10 +6,13 @@ declaration, and never look for "lora_" or "bias" inside a name.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from minipeft.errors import InjectionError
@@ -77,7 +80,8 @@ class ReplacementLayer(AdapterLayer):
 class AddedLayer(AdapterLayer):
     """An adapter layer that becomes one more child of a module of the model and sees what goes into and out of it.
 
-    No module is moved, so no name changes. `before` and `after` are PyTorch's forward hooks on the module.
+    No module is moved, so no name changes. The module's `forward` is called by `around`, which stands in its place on
+    the module itself: a compiled model notices that, and a forward hook it would not.
     """
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -88,19 +92,47 @@ class AddedLayer(AdapterLayer):
         """The output the module gives."""
         return output
 
+    def around(self, module: nn.Module, forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """One call of the module, whose own forward is `forward`."""
+        args, kwargs = self.before(module, args, kwargs)
+        return self.after(module, args, kwargs, forward(*args, **kwargs))
+
     def attach(self, model: nn.Module, name: str) -> None:
         parent, _, child = name.rpartition(".")
         module = model.get_submodule(parent)
         self.train(module.training)
         module.add_module(child, self)
-        self.hooks = [module.register_forward_pre_hook(self.before, with_kwargs=True),
-                      module.register_forward_hook(self.after, with_kwargs=True)]
+        module.forward = partial(self.around, module, module.forward)
 
     def detach(self, model: nn.Module, name: str) -> None:
         parent, _, child = name.rpartition(".")
-        for hook in self.hooks:
-            hook.remove()
-        delattr(model.get_submodule(parent), child)
+        module = model.get_submodule(parent)
+        _, forward = module.forward.args
+        delattr(module, child)
+        del module.forward
+        if module.forward != forward:  # another layer was there first
+            module.forward = forward
+
+
+def forward_beside_half(module: nn.Module, x: Tensor) -> Tensor:
+    """What a layer of a half-precision model computes with tensors of its own in float32, since they are trained.
+
+    Args:
+        module: a linear layer with a float32 bias, a linear head in float32, or a LayerNorm.
+        x: (..., in), in half precision.
+
+    Returns:
+        (..., out), like x; a head's is float32. Under autocast as autocast has it.
+    """
+    forward = partial(type(module).forward, module)
+    if torch.is_autocast_enabled(x.device.type):
+        return forward(x)
+    if isinstance(module, nn.LayerNorm):
+        return F.layer_norm(x.float(), module.normalized_shape, module.weight.float(), module.bias.float(),
+                            module.eps).to(x.dtype)
+    if module.weight.dtype == torch.float32:
+        return forward(x.float())
+    return (F.linear(x, module.weight) + module.bias).to(x.dtype)
 
 
 def to_dtype_of(parameter: Tensor, x: Tensor) -> Tensor:

@@ -186,10 +186,10 @@ class Prefix(VirtualTokens):
         if call["position_ids"] is not None:
             call["position_ids"] = call["position_ids"] + self.num_virtual_tokens
         if call["cache"] is None:
-            call["cache"] = KVCache()
+            call["cache"] = KVCache(kept=False)
         if call["cache"].length == 0:  # later calls find the prefix in the cache
             tokens = call["input_ids"] if call["inputs_embeds"] is None else call["inputs_embeds"]
-            call["cache"].layers = self.keys_and_values(len(tokens), compute_dtype(module.wte.weight))
+            call["cache"].layers = self.keys_and_values(tokens.shape[0], compute_dtype(module.wte.weight))
 
 
 def plan(model: nn.Module, config: PrefixTuningConfig) -> Plan:

@@ -149,12 +149,12 @@ class Prompt(VirtualTokens):
         first = call["cache"] is None or call["cache"].length == 0  # later calls find the prompt in the cache
         if positions is not None:
             positions = torch.atleast_2d(positions) + V                                  # (batch or 1, seq)
-            virtual = torch.arange(V, device=positions.device).expand(len(positions), V)  # (batch or 1, V)
+            virtual = torch.arange(V, device=positions.device).expand(positions.shape[0], V)   # (batch or 1, V)
             call["position_ids"] = torch.cat((virtual, positions), dim=1) if first else positions
             # The first call's are (batch or 1, V + seq).
         if first:
             x = module.wte(call["input_ids"]) if call["inputs_embeds"] is None else call["inputs_embeds"]
-            prompt = self.encoder().to(x.dtype).expand(len(x), -1, -1)                   # (batch, V, C)
+            prompt = self.encoder().to(x.dtype).expand(x.shape[0], -1, -1)               # (batch, V, C)
             call["inputs_embeds"] = torch.cat((prompt, x), dim=1)                        # (batch, V + seq, C)
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
@@ -168,9 +168,9 @@ class Prompt(VirtualTokens):
 
         Without a cache every call is a first one. A cache holds, after the call, this call's tokens and those of all
         calls before. If that is as many as the call put out, there were no calls before: 25 and 25. At a later call of
-        one token it is more: 26 and 1. Under gradient checkpointing the blocks fill copies, and the cache stays empty.
+        one token it is more: 26 and 1.
         """
-        return cache is None or cache.length == 0 or cache.length == output.shape[1]
+        return cache is None or cache.length == output.shape[1]
 
 
 def plan(model: nn.Module, config: PromptTuningConfig) -> Plan:

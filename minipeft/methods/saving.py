@@ -38,6 +38,7 @@ from minipeft.methods.injection import (
     fingerprint,
 )
 from minipeft.methods.switch import activate, adapter_names, deactivate, remove
+from minipeft.methods.turn import surgery
 from minipeft.methods.wrappers import check_is_bare, seeing_through
 from minipeft.model.pretrained import PretrainedModel
 
@@ -128,6 +129,7 @@ def _stored(model: nn.Module, injection: Injection) -> dict[str, torch.Tensor]:
 
 # --- load -------------------------------------------------------------------------------------------------------------
 
+@surgery
 def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> nn.Module:
     """Inject the method saved in `folder` into a base model and load its trained tensors.
 

@@ -1,7 +1,7 @@
 """Switching: turn the methods that a model carries off and on, choose between them, merge them, remove them.
 
 All of it is surgery. An inactive method is not in the module tree at all, and the base model's own tensors hold the
-base's own values, bit for bit; no forward pass asks whether a method is on.
+base's own values, bit for bit; no forward pass asks whether a method is on. `turn.py` says what holds for threads.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ import torch.nn as nn
 
 from minipeft.errors import InjectionError
 from minipeft.methods.injection import (
+    HALF,
     Injection,
     active_injections,
     all_injections,
+    base_dtype,
     base_parameters,
     put_parameter,
 )
+from minipeft.methods.turn import surgery, this_threads_turn
 from minipeft.methods.wrappers import check_not_data_parallel, seeing_through, unwrapped
 
 
@@ -29,6 +32,7 @@ def adapter_names(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(injection.name for injection in all_injections(model)))
 
 
+@surgery
 def set_adapter(model: nn.Module, name: str) -> nn.Module:
     """Make the adapter `name` the active one, and every other one inactive, without touching the base model.
 
@@ -58,17 +62,19 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         InjectionError: the base's weights are not at hand: the adapter is merged, or all of them were trained.
     """
-    active = deactivate(model, active_injections(model))
-    try:
-        yield model
-    finally:
-        returning = [injection for injection in active if injection in all_injections(model)]
-        if returning:
-            deactivate(model, active_injections(model))
-        activate(model, returning)
+    with this_threads_turn(model):
+        active = deactivate(model, active_injections(model))
+        try:
+            yield model
+        finally:
+            returning = [injection for injection in active if injection in all_injections(model)]
+            if returning:
+                deactivate(model, active_injections(model))
+            activate(model, returning)
 
 
 @seeing_through
+@surgery
 def remove(model: nn.Module, name: str | None = None) -> nn.Module:
     """Take the adapter `name`, or all of them, out for good: the base's own modules, values and requires_grad again.
 
@@ -91,6 +97,7 @@ def remove(model: nn.Module, name: str | None = None) -> nn.Module:
 
 
 @seeing_through
+@surgery
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
     """Fold every active layer into the weights it adapts: no adapter module stays, and inference costs nothing extra.
@@ -118,6 +125,7 @@ def merge(model: nn.Module) -> nn.Module:
 
 
 @seeing_through
+@surgery
 @torch.no_grad()
 def unmerge(model: nn.Module) -> nn.Module:
     """Undo `merge`: the original weights, and the adapter layers in their places.
@@ -138,6 +146,7 @@ def unmerge(model: nn.Module) -> nn.Module:
     return model
 
 
+@torch.inference_mode(False)
 def deactivate(model: nn.Module, leaving: list[Injection]) -> list[Injection]:
     """Take injections out of the model, which keeps them for later.
 
@@ -151,13 +160,16 @@ def deactivate(model: nn.Module, leaving: list[Injection]) -> list[Injection]:
         parameters = base_parameters(model)
         for name, base_value in injection.base_values.items():
             injection.own_values[name] = parameters[name]
-            _put_back(model, name, base_value, like=parameters[name])
+            finer = base_dtype(model) in HALF and parameters[name].dtype == torch.float32
+            (injection.finer.add if finer else injection.finer.discard)(name)
+            _put_back(model, name, base_value, parameters[name], keep_dtype=finer)
         for name, layer in reversed(injection.layers.items()):
             layer.detach(model, name)
         injection.active = False
     return leaving
 
 
+@torch.inference_mode(False)
 def activate(model: nn.Module, returning: list[Injection]) -> None:
     """Put inactive injections back into the model."""
     for injection in returning:
@@ -166,16 +178,23 @@ def activate(model: nn.Module, returning: list[Injection]) -> None:
             layer.attach(model, name)
         parameters = base_parameters(model)
         for name, own_value in injection.own_values.items():
-            _put_back(model, name, own_value, like=parameters[name])
+            finer = name in injection.finer and parameters[name].dtype in HALF
+            _put_back(model, name, own_value, parameters[name], keep_dtype=finer)
         injection.own_values.clear()
         injection.active = True
 
 
-def _put_back(model: nn.Module, name: str, parameter: nn.Parameter, like: nn.Parameter) -> None:
-    """A Parameter that was kept aside missed the model's moves between devices and types; its gradient flag stays."""
+def _put_back(model: nn.Module, name: str, parameter: nn.Parameter, like: nn.Parameter, keep_dtype: bool) -> None:
+    """A Parameter that was kept aside missed the model's moves between devices and types; its gradient flag stays.
+
+    Args:
+        like: the Parameter in whose place it goes.
+        keep_dtype: it differs from `like`, being float32 beside half precision, or the other way round.
+    """
+    dtype = parameter.dtype if keep_dtype else like.dtype
     if parameter.is_meta != like.is_meta:  # such a Parameter cannot be told to hold another kind of tensor
-        parameter = nn.Parameter(parameter.to(like), requires_grad=parameter.requires_grad)
-    parameter.data = parameter.data.to(like)
+        parameter = nn.Parameter(parameter.to(like.device, dtype), requires_grad=parameter.requires_grad)
+    parameter.data = parameter.data.to(like.device, dtype)
     put_parameter(model, name, parameter)
 
 

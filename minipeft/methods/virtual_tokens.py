@@ -1,6 +1,6 @@
 """What prompt tuning, P-tuning and prefix tuning share: V learned tokens before the text.
 
-The tokens are one layer, `VirtualTokens`, a child of the base model (GPT2Model). Its forward hooks see each call of the
+The tokens are one layer, `VirtualTokens`, a child of the base model (GPT2Model). It stands around each call of the
 base model, whichever head asks for it:
 
     before the call     the mask gets V ones on its left, (batch, seq) -> (batch, V + seq): here, in `before`
@@ -27,6 +27,7 @@ from minipeft.errors import ConfigError
 from minipeft.methods.config import MethodConfig
 from minipeft.methods.injection import base_of, positions_left
 from minipeft.methods.layers import AdapterLayer, AddedLayer
+from minipeft.model.gpt2 import check_not_empty
 
 _ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds")   # of GPT2Model.forward
 
@@ -74,6 +75,7 @@ class VirtualTokens(AddedLayer):
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """The base model's arguments, all by name, with the virtual tokens in the mask and wherever else they go."""
         call = dict.fromkeys(_ARGUMENTS) | dict(zip(_ARGUMENTS, args)) | kwargs     # those not given are None
+        check_not_empty(call["input_ids"] if call["inputs_embeds"] is None else call["inputs_embeds"])
         if call["attention_mask"] is not None:
             # (batch, seq) -> (batch, V + seq). seq counts cached tokens, and a caller does not know of the virtual ones
             # among them: so the mask gets them at later calls, too.

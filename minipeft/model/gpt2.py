@@ -182,13 +182,18 @@ def attention_mask_for(attention_mask: Tensor | None, T: int, past: int, device:
     Returns:
         A boolean tensor, True where query may look at key, broadcastable to (B, H, T, past + T); or None.
     """
-    padded_left = attention_mask is not None and bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any())
-    padded_past = attention_mask is not None and not bool(attention_mask[:, :past].all())
-    if not padded_left and not padded_past and (past == 0 or T == 1):
+    if attention_mask is None:
+        padded = False
+    elif torch.jit.is_tracing() or torch.compiler.is_compiling():
+        padded = True  # a recorded program has to be right for every mask, not for this one
+    else:
+        padded = bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any())              # on the left
+        padded = padded or not bool(attention_mask[:, :past].all())                        # or within the cache
+    if not padded and (past == 0 or T == 1):
         return None
     # Query i stands at position past + i of the keys: the causal triangle is aligned to the lower right corner.
     mask = torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past)             # (T, S)
-    if padded_left or padded_past:
+    if padded:
         itself = mask.triu(past)  # a pad still sees itself: a row that sees nothing is NaN in some kernels
         mask = (mask & attention_mask[:, None, None, :].bool().to(device, non_blocking=True)) | itself   # (B, 1, T, S)
     return mask
@@ -230,9 +235,14 @@ class GPT2Model(PretrainedModel):
             (B, T, C).
 
         Raises:
-            ConfigError: more tokens than n_positions.
+            ConfigError: nothing to read, more tokens than n_positions, or a cache beside gradient checkpointing.
         """
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds      # (B, T, C)
+        check_not_empty(x)
+        recomputed = self.gradient_checkpointing and self.training
+        if recomputed and cache is not None and cache.kept:
+            raise ConfigError("gradient checkpointing computes each block twice and fills no cache: call model.eval() "
+                              "to generate")
         T, past = x.shape[1], cache.length if cache is not None else 0
         if position_ids is None:
             if past + T > self.config.n_positions:
@@ -242,11 +252,22 @@ class GPT2Model(PretrainedModel):
         x = self.drop(x + self.wpe(position_ids))                                # (B, T, C)
         mask = attention_mask_for(attention_mask, T, past, x.device)
         for block in self.h:
-            if self.gradient_checkpointing and self.training:
+            if recomputed:
                 x = checkpoint(_recomputable, block, x, mask, cache, use_reentrant=False)       # (B, T, C)
             else:
                 x = block(x, mask, cache)                                        # (B, T, C)
         return self.ln_f(x)
+
+
+def check_not_empty(x: Tensor) -> None:
+    """Refuse a batch without a text, (0, T) or (0, T, C), and texts without a token.
+
+    Raises:
+        ConfigError: saying how many there are of each.
+    """
+    texts, tokens = x.shape[:2]
+    if texts == 0 or tokens == 0:
+        raise ConfigError(f"there is nothing to read: {texts} texts of {tokens} tokens")
 
 
 def _recomputable(block: Block, x: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:

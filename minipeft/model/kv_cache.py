@@ -14,10 +14,14 @@ class KVCache:
 
     Generation fills it as it goes, so each step computes one token. Each tensor is (B, H, S, D). Outside of training
     they lie in larger ones with room for tokens to come, so that a step writes its own token and copies nothing else.
+
+    Args:
+        layers: what it starts with; default nothing.
+        kept: whether somebody reads it after the call that it is given to.
     """
 
-    def __init__(self, layers: list[tuple[Tensor, Tensor]] | None = None) -> None:
-        self.layers = list(layers or [])
+    def __init__(self, layers: list[tuple[Tensor, Tensor]] | None = None, kept: bool = True) -> None:
+        self.layers, self.kept = list(layers or []), kept
         self.room: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property

@@ -162,7 +162,7 @@ def test_a_block_named_twice_is_adapted_once_or_refused(make_model):
         return
     assert trainable_parameters(twice) == trainable_parameters(once)
     for place in (twice.transformer.h[1].attn, twice.transformer.h[1].mlp):
-        assert len(place._forward_hooks) == 1
+        assert place.forward.args[1] == type(place).forward.__get__(place)  # around the module's own, and no other
 
 
 @pytest.mark.parametrize(("fields", "size"), [

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from models import IDS
+from models import IDS, train
 
 from minipeft import (
     GPT2Config,
@@ -45,6 +45,50 @@ def written_out(x, W, bias, A, B, m, s, detached=True):
     V = W + s * B @ A
     norm = V.square().sum(dim=1).sqrt()                                        # of each row
     return x @ (m[:, None] * V / (norm.detach() if detached else norm)[:, None]).T + bias
+
+
+# --- rows of zeros ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.kind("5: DoRA with a zero row")
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_row_of_zeros_stays_zero_until_the_update_gives_it_a_direction(dropout):
+    base = nn.Linear(6, 4)
+    with torch.no_grad():
+        base.weight[1] = 0
+    adapted = DoRALinear(base, 2, 4.0, LoraConfig(r=2, lora_alpha=4, use_dora=True, lora_dropout=dropout)).eval()
+    x = torch.randn(5, 6)
+    assert torch.equal(adapted(x), base(x))                                # step 0 is the base
+    assert torch.equal(adapted.merged()["weight"], base.weight)
+    adapted.train()(x).square().sum().backward()
+    for tensor in (adapted.lora_A.weight, adapted.lora_B.weight, adapted.lora_magnitude_vector):
+        assert tensor.grad.isfinite().all()
+    assert adapted.lora_magnitude_vector.grad[1] == 0                      # without a direction no length
+    with torch.no_grad():
+        adapted.lora_B.weight[1] = torch.tensor([1.0, -1.0])               # the row has a direction now, and length 0
+    adapted.zero_grad()
+    adapted.eval()(x).sum().backward()
+    row = 2.0 * torch.tensor([1.0, -1.0]) @ adapted.lora_A.weight          # s B A of that row
+    torch.testing.assert_close(adapted(x)[:, 1], base.bias[1].expand(5))
+    torch.testing.assert_close(adapted.lora_magnitude_vector.grad[1], (x @ row / row.norm()).sum())
+    with torch.no_grad():
+        adapted.lora_magnitude_vector[1] = 3.0
+    torch.testing.assert_close(adapted(x)[:, 1], 3 * x @ row / row.norm() + base.bias[1])
+    torch.testing.assert_close(adapted.merged()["weight"][1], 3 * row / row.norm())
+
+
+@pytest.mark.kind("5: DoRA with a zero row")
+@pytest.mark.parametrize("row", [5, 60], ids=["query", "value"])
+def test_a_model_with_a_row_of_zeros_starts_as_the_base_trains_and_merges(tiny_config, row):
+    model = GPT2ForSequenceClassification(tiny_config).eval()
+    with torch.no_grad():
+        model.transformer.h[0].attn.c_attn.weight[row] = 0
+    base = model(IDS)
+    inject(model, LoraConfig(r=2, use_dora=True))
+    assert torch.equal(model(IDS), base)
+    train(model.train())
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    adapted = model.eval()(IDS)
+    torch.testing.assert_close(merge(model)(IDS), adapted, atol=1e-5, rtol=1e-5)
 
 
 # --- the formula ------------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ from minipeft import (
     METHODS,
     BitFitConfig,
     BottleneckConfig,
+    FullConfig,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2ForTokenClassification,
@@ -49,6 +50,7 @@ from minipeft import (
     PromptEncoderConfig,
     PromptTuningConfig,
     VeraConfig,
+    disable_adapter,
     generate,
     inject,
     load_adapter,
@@ -91,7 +93,27 @@ def test_these_cases_cover_every_method_but_full_fine_tuning():
     assert {config.method for config in CASES.values()} == set(METHODS) - {"full"}
 
 
+@pytest.mark.kind("5: empty batch")
+@on([GPT2LMHeadModel, GPT2ForSequenceClassification])
+@pytest.mark.parametrize("shape", [(0, 7), (2, 0)], ids=str)
+def test_a_batch_without_a_token_is_refused_in_one_line(make_model, model_class, config, shape):
+    model = inject(make_model(model_class), config)
+    assert_refused(ConfigError, f"there is nothing to read: {shape[0]} texts of {shape[1]} tokens",
+                   lambda: model(torch.zeros(shape, dtype=torch.long)))
+
+
 # --- generation -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.kind("5: train-mode generate with checkpointing")
+@on([GPT2LMHeadModel], {name: CASES[name] for name in ("lora", "houlsby", "prompt", "prefix")})
+def test_generating_while_blocks_are_recomputed_is_refused_in_one_line(make_model, model_class, config):
+    model = perturb(inject(make_model(model_class), config)).train()
+    expected = generate(model.eval(), IDS, max_new_tokens=3)
+    model.train().transformer.gradient_checkpointing = True
+    assert_refused(ConfigError, "gradient checkpointing computes each block twice and fills no cache: call model.eval",
+                   lambda: generate(model, IDS, max_new_tokens=3))
+    assert torch.equal(generate(model.eval(), IDS, max_new_tokens=3), expected)
+
 
 @on([GPT2LMHeadModel])
 def test_with_a_cache_token_by_token_gives_what_the_whole_text_gives(make_model, model_class, config):
@@ -319,6 +341,105 @@ def test_gradients_can_be_differentiated_again(make_model, model_class, config):
     expected = (slope(1e-5) - slope(-1e-5)) / 2e-5
     found = sum((gradient * step).sum() for gradient, step in zip(second, direction))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.kind("5: torch.func.vmap over adapters' tensors")
+@on([GPT2ForSequenceClassification])
+def test_many_adapters_are_computed_at_once_by_vmap(make_model, model_class, config):
+    """An ensemble: one base, the trained tensors of three adapters stacked, also under padding and for gradients."""
+    model = perturb(inject(make_model(model_class), config))
+    stacked = {name: torch.stack([p.detach() + shift for shift in (0.0, 0.1, -0.1)])
+               for name, p in trained_tensors(model).items()}
+    left = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1]])
+    for mask in (None, MASK, left):
+        def output(tensors, mask=mask):
+            return torch.func.functional_call(model, tensors, (IDS, mask))
+
+        def loss(tensors, output=output):
+            return output(tensors).square().sum()
+
+        logits, gradients = torch.func.vmap(output)(stacked), torch.func.vmap(torch.func.grad(loss))(stacked)
+        for number in range(3):
+            alone = {name: tensor[number].clone().requires_grad_() for name, tensor in stacked.items()}
+            torch.testing.assert_close(logits[number], output(alone), atol=1e-5, rtol=1e-5)
+            expected = torch.autograd.grad(loss(alone), list(alone.values()))
+            for name, gradient in zip(alone, expected):
+                torch.testing.assert_close(gradients[name][number], gradient, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.kind("5: jit.trace and export with a left-padded mask")
+@on([GPT2ForSequenceClassification], {name: CASES[name] for name in ("lora", "houlsby", "prompt", "prefix")})
+@pytest.mark.parametrize("record", [lambda model: torch.jit.trace(model, (IDS, MASK), check_trace=False),
+                                    lambda model: torch.export.export(model, (IDS, MASK)).module()],
+                         ids=["jit.trace", "export"])
+def test_a_recorded_model_is_right_for_other_masks_than_the_recorded_one(make_model, model_class, config, record):
+    model = perturb(inject(make_model(model_class), config)).requires_grad_(False)
+    recorded = record(model)
+    for mask in (MASK, torch.ones_like(MASK), torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1]])):
+        torch.testing.assert_close(recorded(IDS, mask), model(IDS, mask), atol=1e-5, rtol=1e-5)
+
+
+# --- half precision ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.kind("5: a half-precision base with a trained head")
+@on(HEADED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_on_a_half_precision_base_all_that_is_trained_is_float32(make_model, model_class, config, dtype):
+    base = make_model(model_class).to(dtype)
+    finer = copy.deepcopy(base).float()
+    expected_base = base.requires_grad_(False)(IDS, MASK)
+    model = perturb(inject(base, config))
+    expected = perturb(inject(finer, config))(IDS, MASK)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} <= {dtype, torch.float32}
+    logits = model(IDS, MASK)
+    assert logits.dtype == (dtype if model_class is GPT2LMHeadModel else torch.float32)
+    torch.testing.assert_close(logits.float(), expected, atol=0.05 * float(expected.abs().max()), rtol=0)
+    with disable_adapter(model):
+        assert model(IDS, MASK).dtype == dtype
+        assert torch.equal(model(IDS, MASK), expected_base)
+    assert torch.equal(model(IDS, MASK), logits)
+    model(IDS, MASK).float().square().mean().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    assert {p.dtype for p in remove(model).parameters()} == {dtype}
+    assert torch.equal(model(IDS, MASK), expected_base)
+
+
+@pytest.mark.kind("5: a half-precision base with a trained head")
+def test_small_steps_on_a_half_precision_base_add_up(make_model):
+    model = inject(make_model(GPT2ForSequenceClassification).bfloat16(), LoraConfig(r=2, bias="all"))
+    head, bias = model.score.weight, model.transformer.h[0].mlp.c_fc.bias
+    before = head.detach().clone(), bias.detach().clone()
+    with torch.no_grad():
+        for _ in range(8):
+            head += 1e-5
+            bias += 1e-5
+    torch.testing.assert_close(head - before[0], torch.full_like(head, 8e-5), atol=1e-7, rtol=0)
+    torch.testing.assert_close(bias - before[1], torch.full_like(bias, 8e-5), atol=1e-7, rtol=0)
+
+
+@pytest.mark.kind("5: a half-precision base with a trained head")
+def test_a_head_trained_beside_half_precision_follows_the_model_while_it_is_inactive(make_model):
+    model = perturb(inject(make_model(GPT2ForSequenceClassification).bfloat16(), LoraConfig(r=2, bias="all")))
+    with disable_adapter(model):
+        model.double()
+    assert {p.dtype for p in model.parameters() if "lora" not in p_name(model, p)} == {torch.double}
+    model.bfloat16()
+    logits = model(IDS, MASK)
+    with disable_adapter(model):
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert torch.equal(model(IDS, MASK), logits)
+
+
+def p_name(model, parameter):
+    return next(name for name, found in model.named_parameters() if found is parameter)
+
+
+@pytest.mark.kind("5: a half-precision base with a trained head")
+def test_full_fine_tuning_of_a_half_precision_model_trains_float32(make_model):
+    model = inject(make_model(GPT2LMHeadModel).bfloat16(), FullConfig())
+    assert {p.dtype for p in model.parameters()} == {torch.float32} == {model(IDS).dtype}
+    assert model.lm_head.weight is model.transformer.wte.weight
 
 
 # --- adapter folders --------------------------------------------------------------------------------------------------

@@ -765,7 +765,7 @@ def test_a_copy_of_an_injected_model_is_complete_and_independent(tiny_config, co
     with disable_adapter(twin):
         assert torch.equal(twin(IDS, MASK), expected_base)
         assert torch.equal(model(IDS, MASK), expected)
-    perturb(twin, seed=8)  # its hooks must be its own, not the original's
+    perturb(twin, seed=8)  # its layers must be its own, not the original's
     assert not torch.allclose(twin(IDS, MASK), expected, atol=1e-3)
     remove(twin)
     assert list(twin.state_dict()) == keys

@@ -21,6 +21,7 @@ from minipeft import (
 )
 from minipeft.errors import ConfigError
 from minipeft.methods.injection import positions_left
+from minipeft.model import gpt2
 
 HEADED = [GPT2LMHeadModel, GPT2ForSequenceClassification, GPT2ForTokenClassification]
 LENGTHS = [7, 3, 1, 5]
@@ -125,14 +126,14 @@ def test_the_largest_number_that_fits_leaves_one_position(make_tuned, make_ids, 
 
 @every_method
 def test_20_virtual_tokens_and_a_text_of_5_have_the_positions_masks_and_caches_of_the_docstrings(make_tuned, make_ids,
-                                                                                                 config):
+                                                                                                 config, monkeypatch):
     model = make_tuned(GPT2LMHeadModel, dataclasses.replace(config, num_virtual_tokens=20))
     ids, cache = make_ids(1, 5), KVCache()
     virtual = [] if isinstance(config, PrefixTuningConfig) else list(range(20))
     positions, masks = [], []
     model.transformer.wpe.register_forward_pre_hook(lambda _, args: positions.append(args[0].tolist()))
-    model.transformer.register_forward_pre_hook(lambda _, args, call: masks.append(call["attention_mask"]),
-                                                with_kwargs=True)                # after the virtual tokens' own hook
+    seen = gpt2.attention_mask_for
+    monkeypatch.setattr(gpt2, "attention_mask_for", lambda mask, *sizes: masks.append(mask) or seen(mask, *sizes))
     model(ids, torch.tensor([[1, 1, 1, 0, 0]]))
     assert positions[-1] == virtual + [20, 21, 22, 23, 24]
     assert masks[-1].tolist() == [[1] * 20 + [1, 1, 1, 0, 0]]

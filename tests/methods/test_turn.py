@@ -1,0 +1,129 @@
+"""turn.py: a model is changed by one thread at a time, and what is made in inference mode can be trained."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+from models import IDS, MASK, assert_unchanged, build, inject_all, perturb, snapshot, train
+
+from minipeft import (
+    BitFitConfig,
+    GPT2ForSequenceClassification,
+    LoraConfig,
+    PrefixTuningConfig,
+    disable_adapter,
+    inject,
+    load_adapter,
+    merge,
+    remove,
+    save_adapter,
+    set_adapter,
+    unmerge,
+)
+from minipeft.errors import InjectionError
+
+
+@pytest.fixture
+def model(tiny_config):
+    return perturb(inject(build(GPT2ForSequenceClassification, tiny_config), LoraConfig(r=2, bias="all")))
+
+
+def in_another_thread(call):
+    """What a call raises in a thread of its own; None if nothing."""
+    raised = []
+
+    def run():
+        try:
+            call()
+        except Exception as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return raised[0] if raised else None
+
+
+@pytest.mark.kind("5: two threads on one model")
+def test_no_other_thread_changes_a_model_whose_adapters_one_has_disabled(model, tmp_path):
+    save_adapter(model, tmp_path)
+    changes = {"set_adapter": lambda: set_adapter(model, "default"), "merge": lambda: merge(model),
+               "unmerge": lambda: unmerge(model), "remove": lambda: remove(model),
+               "inject": lambda: inject(model, PrefixTuningConfig()),
+               "load_adapter": lambda: load_adapter(model, tmp_path, "other"),
+               "disable_adapter": lambda: disable_adapter(model).__enter__()}
+    adapted = model(IDS, MASK)
+    with disable_adapter(model):
+        before, base = snapshot(model), model(IDS, MASK)
+        for name, change in changes.items():
+            error = in_another_thread(change)
+            assert isinstance(error, InjectionError), name
+            assert "another thread is changing this model's adapters, or has them disabled" in str(error)
+            assert "\n" not in str(error)
+        with disable_adapter(model):  # the same thread may
+            pass
+        assert_unchanged(model, before)
+        assert torch.equal(model(IDS, MASK), base)
+    assert torch.equal(model(IDS, MASK), adapted)
+    assert in_another_thread(changes["merge"]) is None  # its turn has come
+    torch.testing.assert_close(model(IDS, MASK), adapted)
+
+
+@pytest.mark.kind("5: two threads on one model")
+def test_threads_that_only_run_a_model_do_not_wait_for_each_other(model):
+    expected, found = model(IDS, MASK), []
+    threads = [threading.Thread(target=lambda: found.append(model(IDS, MASK))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    assert all(torch.equal(logits, expected) for logits in found)
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
+                         ids=["deepcopy", "pickle"])
+def test_a_copy_has_a_turn_of_its_own(model, copier):
+    adapted = model(IDS, MASK)
+    with disable_adapter(model):
+        twin = copier(model)
+        assert in_another_thread(lambda: set_adapter(twin, "default")) is None
+    torch.testing.assert_close(twin(IDS, MASK), adapted)
+
+
+def test_an_error_within_the_block_ends_the_turn(model):
+    with pytest.raises(ZeroDivisionError), disable_adapter(model):
+        raise ZeroDivisionError
+    assert in_another_thread(lambda: merge(model)) is None
+
+
+@pytest.mark.kind("5: a merge under inference_mode")
+def test_what_is_done_in_inference_mode_can_be_trained_afterwards(tiny_config, tmp_path):
+    model = build(GPT2ForSequenceClassification, tiny_config)
+    with torch.inference_mode():
+        inject_all(model, LoraConfig(r=2), BitFitConfig())
+    train(perturb(model))
+    save_adapter(model, tmp_path)
+    expected = model(IDS, MASK)
+    with torch.inference_mode():
+        merge(model)
+        torch.testing.assert_close(model(IDS, MASK), expected, atol=1e-5, rtol=1e-5)
+    model.transformer.wpe.weight.requires_grad_(True)
+    model(IDS, MASK).sum().backward()                      # through the merged weights
+    assert model.transformer.wpe.weight.grad.abs().max() > 0
+    with torch.inference_mode():
+        unmerge(model)
+        with disable_adapter(model):
+            model(IDS, MASK)
+    train(model, steps=1)
+    assert not torch.allclose(model(IDS, MASK), expected)
+    fresh = build(GPT2ForSequenceClassification, tiny_config)
+    with torch.inference_mode():
+        load_adapter(fresh, tmp_path)
+    assert torch.equal(fresh(IDS, MASK), expected)
+    train(fresh.requires_grad_(True), steps=1)
+    assert not any(parameter.is_inference() for parameter in (*model.parameters(), *fresh.parameters()))

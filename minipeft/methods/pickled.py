@@ -34,6 +34,7 @@ _ITEM_SIZES = {"torch.DoubleStorage": 8, "torch.LongStorage": 8, "torch.FloatSto
                "torch.ByteStorage": 1, "torch.BoolStorage": 1}
 _TENSOR, _PARAMETER = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"
 _TABLE = "collections.OrderedDict"
+_CALLS = "it calls "
 # Names may share values, which are stored once: for so many bytes beyond the file's own.
 _SHARED = 1 << 28
 
@@ -61,6 +62,9 @@ class Claim(NamedTuple):
     stride: tuple[int, ...]
 
 
+Made = Name | Storage | Claim
+
+
 def read_tensors(content: bytes, path: Path) -> dict[str, Tensor]:
     """The tensors of a file of torch.save, by name, on the CPU.
 
@@ -72,9 +76,10 @@ def read_tensors(content: bytes, path: Path) -> dict[str, Tensor]:
         AdapterError: it is damaged, claims more than it holds, or holds anything but tensors by name.
     """
     try:
-        found, names, sizes = _in_archive(content) if content[:4] == b"PK\x03\x04" else _before_archives(content)
+        found, made, sizes = _in_archive(content) if content[:4] == b"PK\x03\x04" else _before_archives(content)
         problems = _problems(found, sizes, len(content))
-        problems += [f"it calls {name}" for name in sorted(names) if not any(name in problem for problem in problems)]
+        problems += [problem for problem in _elsewhere(made, sizes)
+                     if not any(problem.removeprefix(_CALLS) in told for told in problems)]
     except Exception as error:  # whatever zipfile, pickletools and a program of nonsense raise
         raise _damaged(path, error) from error
     if problems:
@@ -105,8 +110,8 @@ def _one_line(text: str) -> str:
 
 # --- the file ---------------------------------------------------------------------------------------------------------
 
-def _in_archive(content: bytes) -> tuple[Any, set[str], dict[str, int]]:
-    """(what the program makes, names of what is refused, bytes that the file has of each storage).
+def _in_archive(content: bytes) -> tuple[Any, list[Made], dict[str, int]]:
+    """(what the program leaves, all that it makes on the way, bytes that the file has of each storage).
 
     Raises:
         ValueError: a part that is compressed or there twice, or parts that are larger than the file together.
@@ -120,32 +125,29 @@ def _in_archive(content: bytes) -> tuple[Any, set[str], dict[str, int]]:
         if sum(part.file_size for part in parts) > len(content):
             raise ValueError("its parts claim more bytes than it holds")
         root = parts[0].filename.partition("/")[0] if parts else ""
-        found, names = follow(BytesIO(archive.read(f"{root}/data.pkl")))
+        found, made = follow(BytesIO(archive.read(f"{root}/data.pkl")))
     before = f"{root}/data/"
     sizes = {part.filename.removeprefix(before): part.file_size for part in parts if part.filename.startswith(before)}
-    return found, names, sizes
+    return found, made, sizes
 
 
-def _before_archives(content: bytes) -> tuple[Any, set[str], dict[str, int]]:
+def _before_archives(content: bytes) -> tuple[Any, list[Made], dict[str, int]]:
     """As `_in_archive`, of a file from before torch 1.6, where a storage's claim is all that says how long it is.
 
     Raises:
         ValueError: the storages claim more than the file has left after its programs.
     """
     stream = BytesIO(content)
-    found, names = follow(stream)
+    found, made = follow(stream)
     if found != _MAGIC_NUMBER:
-        return found, names, {}  # somebody's own pickle: it holds no tensor that could be read
-    for _ in range(2):  # the protocol's version, and the machine that wrote it
-        follow(stream)
-    found, names = follow(stream)
-    follow(stream)  # the storages' keys in their order
-    claims = found.values() if isinstance(found, dict) else []
-    sizes = {claim.storage.key: claim.storage.count * claim.storage.item_size
-             for claim in claims if isinstance(claim, Claim)}
+        return found, made, {}  # somebody's own pickle: it holds no tensor that could be read
+    # The protocol's version, the machine that wrote it, what there is, and the storages' keys in their order.
+    programs = [follow(stream) for _ in range(4)]
+    found, made = programs[2][0], [one for _, more in programs for one in more]
+    sizes = {one.key: one.count * one.item_size for one in made if isinstance(one, Storage)}
     if sum(sizes.values()) > len(content) - stream.tell():
         raise ValueError(f"its storages claim {sum(sizes.values()):,} bytes, it holds {len(content) - stream.tell():,}")
-    return found, names, sizes
+    return found, made, sizes
 
 
 def _problems(found: Any, sizes: dict[str, int], file_size: int) -> list[str]:
@@ -176,6 +178,20 @@ def _problem(value: Any, sizes: dict[str, int]) -> str | None:
     return None
 
 
+def _elsewhere(made: list[Made], sizes: dict[str, int]) -> list[str]:
+    """What is wrong with what the program makes on the way, whether or not it is there at the end."""
+    problems = []
+    for one in made:
+        if isinstance(one, Name):
+            problems.append(_CALLS + one.text)
+        elif isinstance(one, Claim):
+            problems.append(_problem(one, sizes))
+        elif one.count * one.item_size != sizes.get(one.key, 0):
+            problems.append(f"claims a storage of {one.count * one.item_size:,} bytes, the file holds "
+                            f"{sizes.get(one.key, 0):,}")
+    return [problem for problem in dict.fromkeys(problems) if problem]
+
+
 def _kind(value: Any) -> str:
     return value.text if isinstance(value, Name) else "a tensor" if isinstance(value, Claim) else type(value).__name__
 
@@ -187,14 +203,14 @@ _PUSHED = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "S
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 
 
-def follow(stream: BinaryIO) -> tuple[Any, set[str]]:
-    """What a pickle would make, where a tensor is a `Claim` and what any other function makes is its `Name`; and the
-    names of these functions. None is imported or called.
+def follow(stream: BinaryIO) -> tuple[Any, list[Made]]:
+    """What a pickle would leave, where a tensor is a `Claim` and what any other function makes is its `Name`; and all
+    of these that it makes on the way. No function is imported or called.
 
     Raises:
         ValueError, LookupError, TypeError, AttributeError: no pickle, or one that torch.save does not write.
     """
-    stack, marks, memo, names = [], [], {}, set()
+    stack, marks, memo, made = [], [], {}, []
     for opcode, argument, _ in pickletools.genops(stream):
         code = opcode.name
         if code in _PUSHED:
@@ -221,16 +237,17 @@ def follow(stream: BinaryIO) -> tuple[Any, set[str]]:
             words = argument.split(" ") if code == "GLOBAL" else _taken(stack, len(stack) - 2)
             stack.append(Name(".".join(words)))
         elif code in ("REDUCE", "NEWOBJ"):
-            stack.append(_called(*_taken(stack, len(stack) - 2), names))
+            stack.append(_called(*_taken(stack, len(stack) - 2), made))
         elif code == "BUILD":
             _taken(stack, len(stack) - 1)
             if isinstance(stack[-1], Claim):  # of a table it is what torch notes beside a state_dict
                 raise ValueError("a tensor that is changed after it is made")
         elif code == "BINPERSID":
             stack.append(_storage(stack.pop()))
+            made.append(stack[-1])
         elif code not in ("PROTO", "FRAME", "STOP"):
             raise ValueError(f"the instruction {code}, which torch.save does not write")
-    return stack.pop(), names
+    return stack.pop(), made
 
 
 def _taken(stack: list[Any], start: int) -> list[Any]:
@@ -254,19 +271,19 @@ def _put(table: dict[str, Any], items: list[Any]) -> None:
         table[key] = value
 
 
-def _called(function: Any, arguments: Any, names: set[str]) -> Any:
-    """What a call would make, and its name into `names` where that is refused."""
-    if function == Name(_TENSOR) and isinstance(arguments[0], Storage):
-        storage, offset, size, stride = arguments[:4]
-        return Claim(storage, offset, size, stride)
-    if function == Name(_PARAMETER) and isinstance(arguments[0], Claim):
-        return arguments[0]
+def _called(function: Any, arguments: Any, made: list[Made]) -> Any:
+    """What a call would make; a tensor, and what is refused, is added to `made`."""
     if function == Name(_TABLE) and arguments == ():
         return {}
-    if function == Name(_TENSOR) and isinstance(arguments[0], Name):  # of a kind of storage that is not read here
-        function = arguments[0]
-    names.add(_kind(function))
-    return Name(_kind(function))
+    if function == Name(_PARAMETER) and isinstance(arguments[0], Claim):
+        return arguments[0]
+    if function == Name(_TENSOR) and isinstance(arguments[0], Storage):
+        made.append(Claim(*arguments[:4]))
+    elif function == Name(_TENSOR) and isinstance(arguments[0], Name):  # of a kind of storage that is not read here
+        made.append(arguments[0])
+    else:
+        made.append(Name(_kind(function)))
+    return made[-1]
 
 
 def _storage(identifier: Any) -> Any:

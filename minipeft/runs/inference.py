@@ -103,6 +103,8 @@ def _dataset(trained: Trained, options: Options) -> tuple[str, str]:
     if trained_on in (*KNOWN, "sample"):
         return trained_on, "which the model was trained on"
     if trained.task.name != "classification":
+        if trained_on is None:
+            raise DataError(f"{trained.folder} does not say what it was trained on: name a dataset with --dataset")
         raise DataError(f"{trained.folder} was trained on {trained_on}, a file of your own: name it with --dataset")
     return choose_dataset(options.data_dir)
 

@@ -52,6 +52,18 @@ def test_without_a_base_both_ask_for_one(script, checkpoint, tiny_model):
                                        f"with --model; whoever trained it noted '{tiny_model}'"]
 
 
+def test_a_tagger_that_does_not_say_what_it_was_trained_on_asks_for_a_dataset(script, folder, tiny_model):
+    write_checkpoint(folder / "tagger", tiny_model, "TOKEN_CLS", num_labels=3)
+    outcome = script("evaluate.py", "--adapter", "tagger", "--model", tiny_model)
+    assert (outcome.code, outcome.error_lines) == (2, [
+        "error: tagger does not say what it was trained on: name a dataset with --dataset"])
+    rows = [{"tokens": ["Ada", "saw", f"Rome{i}"], "ner_tags": ["B-person", "O", "I-person"]} for i in range(20)]
+    (folder / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    outcome = script("evaluate.py", "--adapter", "tagger", "--model", tiny_model, "--dataset", "words.jsonl", "--task",
+                     "tagging")
+    assert outcome.code == 0 and "labels     0 = " in outcome.out, outcome.err
+
+
 def test_what_is_ignored_is_a_line_on_stderr(script, checkpoint, tiny_model, monkeypatch):
     adapter, theirs = checkpoint
     config = json.loads((adapter / "adapter_config.json").read_text())

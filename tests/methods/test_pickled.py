@@ -56,9 +56,9 @@ def with_program(content, old, new):
 
 
 def with_claim(content, number):
-    """A file of the tensor A alone, whose one storage claims to have another number of values than 24."""
+    """A file of the tensor A, whose storage claims to have another number of values than 24."""
     program = parts_of(content)["archive/data.pkl"] if content[:2] == b"PK" else content
-    (claim,) = re.findall(rb"cpuq.K\x18", program)
+    (claim,) = re.findall(rb"(?s)(?:cpuq|h).K\x18", program)
     changed = claim[:-2] + number
     return with_program(content, claim, changed) if content[:2] == b"PK" else content.replace(claim, changed)
 
@@ -194,7 +194,7 @@ def test_functions_that_torch_itself_would_call_are_refused():
         assert "x is __builtin__.bytearray" in line or "x is torch.Tensor" in line
     table = saved(OrderedDict(x=A))
     call = b"cbuiltins\nbytearray\nK\x05\x85Rb."
-    assert "it calls builtins.bytearray" in refusal(with_program(table, b"s.", b"s" + call))
+    assert "run: it calls builtins.bytearray." in refusal(with_program(table, b"s.", b"s" + call))
     assert "a tensor that is changed after it is made" in refusal(with_program(table, b"s.", call))
 
 
@@ -239,6 +239,16 @@ def test_a_storage_of_an_old_file_that_claims_more_than_is_left_is_refused():
     for number in ("a billion", "10**15"):
         assert re.search(r"its storages claim [\d,]+ bytes, it holds [\d,]+", refusal(
             with_claim(content, NUMBER[number])))
+
+
+@FORMATS
+def test_what_lies_beside_the_tensors_is_checked_as_they_are(archive):
+    """torch makes these tensors, too, before it throws them away."""
+    state = OrderedDict(zeros=torch.zeros(3))
+    state._metadata = {"hidden": A}
+    content = saved(state, archive)
+    assert list(read_tensors(content, PATH)) == ["zeros"]
+    assert "claim" in refusal(with_claim(content, NUMBER["10**15"]))
 
 
 MEMORY = """

@@ -278,5 +278,5 @@ def test_the_scripts_know_the_new_method(ssf, tmp_path, monkeypatch, capsys):
     assert outcome.code == 0, outcome.err
     results = json.loads((tmp_path / "results/fine_tuned_ssf_films_results.json").read_text())
     assert results["method_config"] == {"target_modules": None, "initial_gain": 1.5}
-    assert script("predict.py", "--adapter", "checkpoints/ssf_finetuned", "a good film").code == 0
+    assert script("predict.py", "--adapter", "checkpoints/ssf_films_finetuned", "a good film").code == 0
     assert "ssf_gain" in script("anatomy.py", "--method", "ssf", "--model", tiny).out

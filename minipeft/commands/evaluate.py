@@ -1,5 +1,6 @@
 """Test a saved adapter (or a fully fine-tuned model) on a dataset's test split:
 
+    minipeft evaluate
     minipeft evaluate --adapter checkpoints/lora_finetuned
 """
 
@@ -12,15 +13,14 @@ from typing import Any
 
 from minipeft.commands.options import add_data_options, add_machine_options, new_parser, options_of
 from minipeft.files import check_writable, write_json_file
-from minipeft.runs.inference import evaluate, load
+from minipeft.runs.inference import chosen_adapter, evaluate, load
 from minipeft.runs.record import headline
 
 
 def parse(words: Sequence[str], program: str) -> argparse.Namespace:
     parser = new_parser(program, __doc__)
     what = parser.add_argument_group("what to test")
-    what.add_argument("--adapter", default="checkpoints/lora_finetuned", help="folder that training wrote; default "
-                                                                              "checkpoints/lora_finetuned")
+    what.add_argument("--adapter", help="folder that training wrote; default: the newest in checkpoints")
     what.add_argument("--model", help="base model; default: the one the adapter was trained on")
     what.add_argument("--test-size", type=int, help="use only so many test examples")
     what.add_argument("--json", type=Path, help="also write the metrics to this file")
@@ -34,7 +34,7 @@ def main(words: Sequence[str], program: str) -> None:
     options = options_of(arguments)
     if arguments.json:
         check_writable(arguments.json.parent)
-    trained = load(arguments.adapter, options)
+    trained = load(chosen_adapter(arguments.adapter, print), options)
     found = evaluate(trained, options, print)
     more = " (--full takes all)" if found.examples < found.available else ""
     print(f"{found.dataset}, {found.examples:,} of {found.available:,} test examples{more}")
@@ -46,7 +46,7 @@ def main(words: Sequence[str], program: str) -> None:
     if "confusion_matrix" in found.metrics:
         print_confusion_matrix(found.metrics["confusion_matrix"], trained.task.label_names)
     if arguments.json:
-        write_json_file(arguments.json, {"adapter": arguments.adapter, "dataset": found.dataset,
+        write_json_file(arguments.json, {"adapter": str(trained.folder), "dataset": found.dataset,
                                          "metrics": found.metrics})
 
 

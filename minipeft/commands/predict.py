@@ -12,11 +12,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from minipeft.commands.options import add_machine_options, new_parser, options_of
 from minipeft.data.examples import check_texts
 from minipeft.errors import DataError
-from minipeft.runs.inference import load, predict
+from minipeft.runs.inference import chosen_adapter, load, predict
 
 DECODING = ("max_new_tokens", "num_beams", "length_penalty", "temperature", "top_k", "top_p", "seed")
 
@@ -25,8 +26,7 @@ def parse(words: Sequence[str], program: str) -> argparse.Namespace:
     parser = new_parser(program, __doc__)
     what = parser.add_argument_group("what to predict")
     what.add_argument("texts", nargs="*", metavar="TEXT", help="texts to read; without any, lines of standard input")
-    what.add_argument("--adapter", default="checkpoints/lora_finetuned", help="folder that training wrote; default "
-                                                                              "checkpoints/lora_finetuned")
+    what.add_argument("--adapter", help="folder that training wrote; default: the newest in checkpoints")
     what.add_argument("--model", help="base model; default: the one the adapter was trained on")
     what.add_argument("--task", help="a task's name or, of a task of your own, its .py file; default: what the "
                                        "adapter was trained for")
@@ -45,7 +45,7 @@ def parse(words: Sequence[str], program: str) -> argparse.Namespace:
 def main(words: Sequence[str], program: str) -> None:
     arguments = parse(words, program)
     texts = read_texts(arguments)
-    trained = load(arguments.adapter, options_of(arguments))
+    trained = load(chosen_adapter(arguments.adapter, partial(print, file=sys.stderr)), options_of(arguments))
     decoding = {name: getattr(arguments, name) for name in DECODING if getattr(arguments, name) is not None}
     for part in predict(trained, texts, **decoding):
         print(part, end="", flush=True)

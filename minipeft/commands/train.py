@@ -55,8 +55,11 @@ def parse(words: Sequence[str], program: str) -> argparse.Namespace:
         machine.add_argument("--shard", action="store_true",
                              help="under torchrun: spread weights, gradients and optimizer state over the processes")
     output = parser.add_argument_group("output")
-    output.add_argument("--output", help="folder of the trained adapter; default checkpoints/METHOD_finetuned")
+    output.add_argument("--output", help="folder of the trained adapter; default "
+                                          "checkpoints/METHOD_DATASET_finetuned, on IMDb checkpoints/METHOD_finetuned")
     output.add_argument("--results-dir", default="results", help="folder of the results file; default results")
+    output.add_argument("--overwrite", action="store_true", help="replace the adapter and the results of another "
+                                                                 "request; those of the same one are replaced anyway")
     output.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
     output.add_argument("--save-minutes", type=float, default=10.0,
                         help="save the state to resume from at least this often; default 10")

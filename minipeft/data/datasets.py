@@ -100,6 +100,10 @@ class Dataset:
     test: Examples
     remarks: dict[str, str] = field(default_factory=dict)
 
+    def fingerprints(self) -> dict[str, str]:
+        """Each split's fingerprint: a dataset is known by what it holds, whatever it is called."""
+        return {split: getattr(self, split).fingerprint() for split in SPLITS}
+
 
 # --- find -------------------------------------------------------------------------------------------------------------
 

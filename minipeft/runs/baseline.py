@@ -12,7 +12,8 @@ from minipeft.methods.injection import fingerprint, trainable_parameters
 from minipeft.model.gpt2 import GPT2LMHeadModel
 from minipeft.runs.finetune import test
 from minipeft.runs.plan import Options, RunPlan, Say, choose, make_task, silent
-from minipeft.runs.record import described, headline, results_path
+from minipeft.runs.record import described, headline
+from minipeft.runs.request import check_places, request_of
 from minipeft.tasks import classification
 from minipeft.training import distributed as parallel
 
@@ -33,7 +34,8 @@ def baseline(options: Options, say: Say = silent) -> dict[str, Any]:
     torch.manual_seed(plan.training.seed)
     model = plan.data.task.load_model(plan.model_name, plan.data.label_names)
     task = make_task(plan, model)
-    base_fingerprint = fingerprint(model)
+    request = request_of(plan, fingerprint(model))
+    check_places(plan, request)
     model.to(plan.device)
     untrained = "untrained_head" if plan.data.label_names else "untrained_base"
     found, seconds = task.baselines(plan.data.train, plan.data.test), {}
@@ -45,14 +47,13 @@ def baseline(options: Options, say: Say = silent) -> dict[str, Any]:
     for name, metrics in found.items():
         say(f"{name.replace('_', ' ')}: {headline(task, metrics)}")
     seconds = {name: round(taken, 2) for name, taken in seconds.items()}
-    results = {"method": "baseline", **described(plan, task, base_fingerprint), "metrics": found,
+    results = {"method": "baseline", **described(plan, task, request), "metrics": found,
                "parameters": {"trainable": 0, "total": trainable_parameters(model).total}, "seconds": seconds,
                "samples_per_second": {name: round(plan.sizes["test"] / max(taken, 0.01), 2)
                                       for name, taken in seconds.items()}, **more}
-    path = results_path(options.results_dir, "baseline", plan.data.name)
     if parallel.rank() == 0:
-        write_json_file(path, results)
-    say(f"wrote {path}")
+        write_json_file(plan.results_file, results)
+    say(f"wrote {plan.results_file}")
     return results
 
 

@@ -21,7 +21,8 @@ from minipeft.methods import inject
 from minipeft.methods.injection import ParameterCount, fingerprint, trainable_parameters
 from minipeft.runs.features import Material, material_of
 from minipeft.runs.plan import Options, RunPlan, Say, choose, make_task, silent
-from minipeft.runs.record import described, headline, results_path
+from minipeft.runs.record import described, headline
+from minipeft.runs.request import STATE_FOLDER, check_places, request_of
 from minipeft.runs.trained import save_finetuned
 from minipeft.tasks.task import Task
 from minipeft.training import distributed as parallel
@@ -71,7 +72,7 @@ class Run:
         task: set up for this model.
         material: what the loop trains on.
         counts: of the model's parameters.
-        base_fingerprint: of the model before its method.
+        request: noted in all that the run leaves.
         tokenizing_seconds: what encoding the splits took.
     """
 
@@ -80,7 +81,7 @@ class Run:
     task: Task
     material: Material
     counts: ParameterCount
-    base_fingerprint: str
+    request: dict[str, Any]
     tokenizing_seconds: float
 
 
@@ -95,7 +96,9 @@ def prepare(plan: RunPlan, say: Say = silent) -> Run:
     dropouts = {} if options.dropout is None else dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"),
                                                                 options.dropout)
     model = data.task.load_model(plan.model_name, data.label_names, **dropouts)
-    base_fingerprint = fingerprint(model)
+    request = request_of(plan, fingerprint(model))
+    if plan.folder is not None:
+        check_places(plan, request)
     inject(model, plan.method_config)
     counts = trainable_parameters(model)  # before a tied head gets weights of its own
     cast_frozen(model.to(plan.device), plan.precision)
@@ -111,7 +114,7 @@ def prepare(plan: RunPlan, say: Say = silent) -> Run:
     training, validation = task.encode(data.train), task.encode(data.validation)
     tokenizing_seconds = time.perf_counter() - started
     material = material_of(plan, task, model, training, validation)
-    return Run(plan, model, task, material, counts, base_fingerprint, tokenizing_seconds)
+    return Run(plan, model, task, material, counts, request, tokenizing_seconds)
 
 
 def train(run: Run) -> History:
@@ -121,16 +124,13 @@ def train(run: Run) -> History:
 
     def save_best() -> None:
         if plan.folder is not None:
-            save_finetuned(model, plan.folder, {**task.details(), "dataset": data.name})
+            save_finetuned(model, plan.folder, {**task.details(), "dataset": data.name, "request": run.request})
 
-    request = {"method": options.method, "method_config": dataclasses.asdict(plan.method_config),
-               "base": run.base_fingerprint, "dataset": [data.name, data.source, plan.sizes], **task.details(),
-               "dropout": options.dropout}
     loss_sum = task.loss_sum if plan.training.class_weights is None else weighted_loss_sum(plan, task)
     history = loop.train(
         run.material.model, run.material.batches, loss_sum, run.material.validate, plan.training, plan.precision,
-        options.compile, save_best, state_folder=plan.folder and plan.folder / "training_state", resume=options.resume,
-        request=request, best_by=plan.best_by, save_minutes=options.save_minutes,
+        options.compile, save_best, state_folder=plan.folder and plan.folder / STATE_FOLDER, resume=options.resume,
+        request=run.request, best_by=plan.best_by, save_minutes=options.save_minutes,
         # A sharded model computes in step, and processes may have a row more or less.
         tokens_per_micro_batch=None if options.shard else tokens_per_micro_batch(plan.device, model.config.n_embd))
     model.eval()
@@ -163,7 +163,7 @@ def write(run: Run, history: History, metrics: dict[str, Any], test_seconds: flo
     plan, material = run.plan, run.material
     results = {
         "method": plan.options.method, "method_config": dataclasses.asdict(plan.method_config),
-        "training_config": dataclasses.asdict(plan.training), **described(plan, run.task, run.base_fingerprint),
+        "training_config": dataclasses.asdict(plan.training), **described(plan, run.task, run.request),
         "metrics": {"test": metrics, "best_validation": history.best},
         "parameters": {"trainable": run.counts.trainable, "total": run.counts.total},
         "seconds": {"tokenising": round(run.tokenizing_seconds, 2), "features": round(material.seconds, 2),
@@ -173,9 +173,8 @@ def write(run: Run, history: History, metrics: dict[str, Any], test_seconds: flo
         "samples_per_second": {"train": round(history.samples / (history.seconds + material.seconds), 2),
                                "test": round(plan.sizes["test"] / test_seconds, 2)},
         "curve": history.curve}
-    path = results_path(plan.options.results_dir, f"fine_tuned_{plan.options.method}", plan.data.name)
     if parallel.rank() == 0:
-        write_json_file(path, results)
-        shutil.rmtree(plan.folder / "training_state", ignore_errors=True)  # a run cut off in its test can resume
-    say(f"test {headline(run.task, metrics)}; wrote {plan.folder} and {path}")
+        write_json_file(plan.results_file, results)
+        shutil.rmtree(plan.folder / STATE_FOLDER, ignore_errors=True)  # a run cut off in its test can resume
+    say(f"test {headline(run.task, metrics)}; wrote {plan.folder} and {plan.results_file}")
     return results

@@ -14,6 +14,7 @@ import torch.nn as nn
 from minipeft.data.datasets import KNOWN, choose_dataset, load_dataset
 from minipeft.errors import ConfigError, DataError
 from minipeft.runs import defaults
+from minipeft.runs.places import newest_trained
 from minipeft.runs.plan import Options, Say, silent
 from minipeft.runs.trained import details_of, load_finetuned
 from minipeft.settings import SEED
@@ -32,6 +33,19 @@ class Trained:
     task: Task
     device: torch.device
     precision: torch.dtype
+
+
+def chosen_adapter(named: str | Path | None, say: Say = silent) -> Path:
+    """The folder of the trained model to use: the one that is named or, said in a line, the one written last.
+
+    Raises:
+        AdapterError: none is named, and there is none.
+    """
+    if named is not None:
+        return Path(named)
+    newest = newest_trained()
+    say(f"adapter    {newest} (the newest in {newest.parent})")
+    return newest
 
 
 def load(folder: str | Path, options: Options) -> Trained:

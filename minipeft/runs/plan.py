@@ -19,6 +19,7 @@ from minipeft.methods.injection import positions_left
 from minipeft.model.hub import find
 from minipeft.model.tokenizer import VOCABULARY_FILE, Tokenizer, get_tokenizer
 from minipeft.runs import defaults
+from minipeft.runs.places import default_folder, results_path
 from minipeft.runs.trained import check_vocabulary
 from minipeft.settings import POSITIVE, POSITIVE_INTEGER, setting
 from minipeft.tasks import task_for
@@ -64,6 +65,7 @@ class Options(Reading):
     save_minutes: float = setting(10.0, within=POSITIVE)
     output: str | Path | None = None
     results_dir: str | Path = "results"
+    overwrite: bool = False
     method_values: dict = setting({})
     training_values: dict = setting({})
 
@@ -77,6 +79,7 @@ class RunPlan:
         model_name: name or folder of the base model.
         precision: of matrix products.
         data: the dataset, each split cut to its size in `sizes`.
+        fingerprints: of the whole dataset's splits.
         tokenizer: of the base model.
         method_config: the method's configuration; None for a baseline, which has no method.
         training: how to train; a baseline takes its seed.
@@ -90,6 +93,7 @@ class RunPlan:
     device: torch.device
     precision: torch.dtype
     data: Dataset
+    fingerprints: dict[str, str]
     sizes: dict[str, int]
     tokenizer: Tokenizer
     method_config: Any
@@ -97,6 +101,16 @@ class RunPlan:
     best_by: str
     folder: Path | None
     choices: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        """The method's name, or "baseline"."""
+        return "baseline" if self.method_config is None else self.options.method
+
+    @property
+    def results_file(self) -> Path:
+        """Where the run's results go."""
+        return results_path(self.options.results_dir, self.name, self.data.name)
 
 
 def choose(options: Options, say: Say = silent, baseline: bool = False) -> RunPlan:
@@ -123,29 +137,38 @@ def choose(options: Options, say: Say = silent, baseline: bool = False) -> RunPl
     say("\n".join(_line(*choice) for choice in choices.items()))
 
     tokenizer = get_tokenizer(folder if (folder / VOCABULARY_FILE).is_file() else "gpt2")
-    data = _load(dataset, options, tokenizer)
-    remarks = {"task": data.task.name, **data.remarks}
-    best_by, imbalance = data.task.best_by, data.task.imbalance(data.train, data.label_names)
+    whole = _load(dataset, options, tokenizer)
+    remarks = {"task": whole.task.name, **whole.remarks}
+    best_by, imbalance = whole.task.best_by, whole.task.imbalance(whole.train, whole.label_names)
     if imbalance:
         best_by = "macro_f1" if best_by == "accuracy" else best_by
         remarks["imbalance"] = (f"{imbalance}; the best is kept by {best_by}; --class-weights balanced makes all "
                                 "labels count the same in training")
     choices.update(remarks)
     say("\n".join(_line(*remark) for remark in remarks.items()))
-    data, choices["sizes"] = _cut(data, options, small=device.type == "cpu" and not options.full)
+    data, choices["sizes"] = _cut(whole, options, small=device.type == "cpu" and not options.full)
     sizes = {split: len(getattr(data, split)) for split in SPLITS}
     say(_line("sizes", choices["sizes"]))
+    plan = RunPlan(options, model_name, device, precision, data, whole.fingerprints(), sizes, tokenizer, None,
+                   TrainingConfig(), best_by, None, choices)
+    return for_method(plan, options, say, baseline)
+
+
+def for_method(plan: RunPlan, options: Options, say: Say = silent, baseline: bool = False) -> RunPlan:
+    """What a plan becomes for the method of `options`, which ask for the same data and model otherwise."""
+    data, choices = plan.data, dict(plan.choices)
     method_config, training = _configs(options, data.task.name, baseline)
     if training.class_weights is not None:
         weights = data.task.balanced_weights(data.train, data.label_names)
         choices["weights"] = ", ".join(f"{name!r} {weight:.3g}" for name, weight in zip(data.label_names, weights))
         say(_line("weights", choices["weights"]))
     if not baseline and "epochs" not in options.training_values:
-        training = dataclasses.replace(training, epochs=_epochs(training, sizes["train"]))
+        training = dataclasses.replace(training, epochs=_epochs(training, plan.sizes["train"]))
         choices["epochs"] = str(training.epochs)
         say(_line("epochs", choices["epochs"]))
-    return RunPlan(options, model_name, device, precision, data, sizes, tokenizer, method_config, training, best_by,
-                   Path(options.output or f"checkpoints/{options.method}_finetuned"), choices)
+    folder = None if baseline else Path(options.output or default_folder(options.method, data.name))
+    return dataclasses.replace(plan, options=options, method_config=method_config, training=training, folder=folder,
+                               choices=choices)
 
 
 def check_options(options: Options, baseline: bool = False) -> None:
@@ -189,7 +212,7 @@ def make_task(plan: RunPlan, model: nn.Module) -> Task:
         taken = model.config.n_positions - left
         raise ConfigError(f"max_length={asked} is more than the model's {model.config.n_positions} positions"
                           f"{f', of which {taken} hold virtual tokens: {left} tokens fit' if taken else ''}")
-    values = {"max_length": min(task.max_length, left), **_task_values(task, plan.options)}
+    values = {"max_length": min(task.max_length, left), **task_values(task, plan.options)}
     return task(plan.tokenizer, plan.data.label_names, **values)
 
 
@@ -207,7 +230,7 @@ def _load(dataset: str, options: Options, tokenizer: Tokenizer) -> Dataset:
         ConfigError: a bad value of the task's, a package missing for its metric, or a task that --shard is not for.
     """
     task = task_for(dataset, options.task)
-    task(tokenizer, [], **_task_values(task, options))
+    task(tokenizer, [], **task_values(task, options))
     task.check_installed()
     if options.shard and task.model_class.head == "lm_head":
         raise ConfigError("--shard is not for tasks that write: processes finish their texts at different times, and a "
@@ -215,7 +238,7 @@ def _load(dataset: str, options: Options, tokenizer: Tokenizer) -> Dataset:
     return load_dataset(dataset, task, options.data_dir, reading=options)
 
 
-def _task_values(task: type[Task], options: Options) -> dict[str, Any]:
+def task_values(task: type[Task], options: Options) -> dict[str, Any]:
     """The fields of a task that a user gave.
 
     Raises:

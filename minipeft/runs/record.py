@@ -1,19 +1,13 @@
-"""What one run writes: the name of its results file, what every such file says, and its headline for people."""
+"""What one run writes: what every results file says, and its headline for people."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from minipeft.runs.plan import RunPlan, dtype_name
 from minipeft.tasks.task import Task
 from minipeft.training import distributed as parallel
 from minipeft.training.hardware import machine, peak_memory_bytes, versions
-
-
-def results_path(folder: str | Path, name: str, dataset: str) -> Path:
-    """`results/<name>_results.json`, with the dataset's name before `_results` unless it is IMDb."""
-    return Path(folder) / f"{name}{'' if dataset == 'imdb' else f'_{dataset}'}_results.json"
 
 
 def headline(task: Task, metrics: dict[str, Any]) -> str:
@@ -24,10 +18,10 @@ def headline(task: Task, metrics: dict[str, Any]) -> str:
     return f"{task.headline} {metrics[task.headline]:.4f}{interval}{others}"
 
 
-def described(plan: RunPlan, task: Task, base_fingerprint: str) -> dict[str, Any]:
-    """What the results file of every run says: on what, with what and where it ran."""
+def described(plan: RunPlan, task: Task, request: dict[str, Any]) -> dict[str, Any]:
+    """What the results file of every run says: what was asked for, on what, with what and where it ran."""
     options, data = plan.options, plan.data
-    return {"base_model": {"name": plan.model_name, "fingerprint": base_fingerprint},
+    return {"request": request, "base_model": {"name": plan.model_name, "fingerprint": request["base_fingerprint"]},
             "task": task.name, "headline": task.headline,
             "dataset": {"name": data.name, "source": data.source, "sizes": plan.sizes,
                         **{key: value for key, value in task.details().items() if key != "task"}},

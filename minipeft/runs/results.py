@@ -82,15 +82,21 @@ def results_table(folder: Path, dataset: str = "imdb") -> str:
     """A Markdown table of every results file about `dataset` in `folder`, baselines first, then from worse to better.
 
     Raises:
-        OutputError: there is none.
+        OutputError: there is none, or they are about different datasets of that name.
     """
-    tests = _tests(folder, [dataset])
-    first, *others = _metrics_of(tests[0].results)
+    return table_of(_results(folder, dataset))
+
+
+def table_of(files: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table of results on one dataset: `files` is what their files hold."""
+    tests = [test for results in files for test in _tests_in(results)]
+    dataset, (first, *others) = files[0]["dataset"]["name"], _metrics_of(tests[0].results)
     if dataset not in (*KNOWN, "sample") and all("macro_f1" in test.metrics for test in tests):
         others = [MACRO_F1]  # F1 of one label of two would be the frequent one's, as often as not
     tests.sort(key=lambda test: (test.trained, test.metrics[first.key]))
-    header = ["method", "base", "trained parameters", f"training {'reviews' if dataset == 'imdb' else 'examples'}",
-              "epochs", first.heading, "95 % interval", *(metric.heading for metric in others), "training time"]
+    examples = "reviews" if dataset == "imdb" else "examples"
+    header = ["method", "base", "trained parameters", f"training {examples}", "epochs", first.heading, "95 % interval",
+              *(metric.heading for metric in others), "training time"]
     return markdown_table(header, [_cells(test, first, others) for test in tests])
 
 
@@ -120,7 +126,7 @@ def overview_table(folder: Path, datasets: Sequence[str]) -> str:
     """
     columns: dict[str, str] = {}
     cells: dict[str, dict[str, str]] = {}
-    tests = _tests(folder, datasets)
+    tests = [test for dataset in datasets for results in _results(folder, dataset) for test in _tests_in(results)]
     for test in tests:
         dataset, metric = test.results["dataset"]["name"], _metrics_of(test.results)[0]
         columns[dataset] = f"{dataset}: {metric.heading}"
@@ -131,17 +137,21 @@ def overview_table(folder: Path, datasets: Sequence[str]) -> str:
                            for name in dict.fromkeys(test.name for test in tests)], figures=True)
 
 
-def _tests(folder: Path, datasets: Sequence[str]) -> list[Test]:
-    """What the results files on these datasets tested, one dataset after the other.
+def _results(folder: Path, dataset: str) -> list[dict[str, Any]]:
+    """What the results files on a dataset hold.
 
     Raises:
-        OutputError: there is none on one of them.
+        OutputError: there is none, or they are about different contents of that name.
     """
     files = [read_json_file(path) for path in sorted(folder.glob("*_results.json"))]
-    found = {dataset: [results for results in files if results["dataset"]["name"] == dataset] for dataset in datasets}
-    if missing := [dataset for dataset in datasets if not found[dataset]]:
-        raise OutputError(f"{folder} holds no results on {', '.join(missing)}")
-    return [test for dataset in datasets for results in found[dataset] for test in _tests_in(results)]
+    found = [results for results in files if results["dataset"]["name"] == dataset]
+    if not found:
+        raise OutputError(f"{folder} holds no results on {dataset}")
+    contents = [results["request"]["dataset"]["fingerprints"] for results in found if "request" in results]
+    if any(content != contents[0] for content in contents):
+        raise OutputError(f"{folder} holds results on different contents called {dataset}, which no table can compare: "
+                          "give each a --results-dir of its own")
+    return found
 
 
 def _tests_in(results: dict[str, Any]) -> list[Test]:

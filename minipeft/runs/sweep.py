@@ -9,18 +9,18 @@ from __future__ import annotations
 import dataclasses
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minipeft.data.datasets import name_of
 from minipeft.errors import ConfigError
 from minipeft.files import check_writable, read_json_file, write_json_file
 from minipeft.methods import METHODS
+from minipeft.methods.injection import fingerprint
 from minipeft.runs.finetune import Run, prepare, train
-from minipeft.runs.plan import Options, Say, check_method, check_options, choose, silent
-from minipeft.runs.record import results_path
-from minipeft.runs.results import results_table
+from minipeft.runs.plan import Options, Say, check_options, choose, for_method, silent
+from minipeft.runs.request import check_places, has_results, request_of
+from minipeft.runs.results import table_of
 from minipeft.training.hardware import machine
 from minipeft.training.loop import TrainingConfig
 from minipeft.training.progress import History
@@ -87,59 +87,59 @@ def _described(run: Run, history: History) -> dict[str, Any]:
     return {"validation": history.best, "core_seconds": round(history.core_seconds, 1),
             "method_config": dataclasses.asdict(plan.method_config),
             "training_config": dataclasses.asdict(plan.training), "max_length": task.max_length,
-            "truncation": getattr(task, "truncation", None), "base_fingerprint": run.base_fingerprint,
+            "truncation": getattr(task, "truncation", None), "base_fingerprint": run.request["base_fingerprint"],
             "dataset": plan.data.name, "sizes": plan.sizes, "machine": machine()}
 
 
 # --- methods on one dataset -------------------------------------------------------------------------------------------
 
-def compare(methods: Sequence[str], dataset: str, command: Sequence[str], model: str | None = None,
-            output: Path = Path("checkpoints"), results_dir: Path = Path("results"), say: Say = silent) -> int:
+def compare(requests: Mapping[str, Options], commands: Mapping[str, Sequence[str]], say: Say = silent) -> int:
     """Train and test several methods on one dataset, one after the other, each in a process of its own.
 
-    A method whose results file is there already is not run again, and a run that was cut off is resumed.
+    A method whose results file is of its very request is not run again; a run that was cut off is resumed.
 
     Args:
-        methods: names in METHODS, and "baseline".
-        command: what starts a run, as scripts/train.py does, with the options that all of them share.
-        model: the base; None for the default.
-        output: where adapters go, each to `<dataset>_<method>` in it.
-        say: prints a line before each run, and at the end the table of all results on the dataset.
+        requests: by method, or "baseline"; they differ in nothing else.
+        commands: what runs each of them, as `minipeft train` does.
+        say: prints a line before each run, and at the end the table of the results of these requests.
 
     Returns:
         The exit code of the run that failed or was interrupted, the rest not being run; else 0.
 
     Raises:
-        ConfigError: an unknown method, or a results file about another base model.
+        ConfigError: an unknown method, or a bad value.
+        MinipeftError: what is wrong with any of the requests, or a results file or a folder of another request: before
+            the first run.
     """
-    for method in methods:
-        check_method(method, also=("baseline",))
-    name = name_of(dataset)
-    for method in methods:
-        path = results_path(results_dir, "baseline" if method == "baseline" else f"fine_tuned_{method}", name)
-        if path.is_file():
-            say(f"{method}: {path} is there ({_about(path, model)})")
+    standing = _standing(requests)
+    for method, (file, is_done) in standing.items():
+        if is_done:
+            results = read_json_file(file)
+            base, examples = results["base_model"]["name"], results["dataset"]["sizes"]["train"]
+            say(f"{method}: {file} is there ({base}, {examples:,} training examples)")
             continue
         say(f"\n--- {method}")
-        code = _run([*command, "--method", method, "--dataset", dataset, "--results-dir", str(results_dir), "--output",
-                     str(output / f"{name}_{method}"), "--resume", *(["--model", model] if model else [])])
-        if code:
+        if code := _run(commands[method]):
             return code
-    say(f"\n{results_table(results_dir, name)}")
+    say(f"\n{table_of([read_json_file(file) for file, _ in standing.values()])}")
     return 0
 
 
-def _about(path: Path, model: str | None) -> str:
-    """What a results file is about, in words.
-
-    Raises:
-        ConfigError: another base model than the one that is asked for.
-    """
-    results = read_json_file(path)
-    base, examples = results["base_model"]["name"], results["dataset"]["sizes"]["train"]
-    if model not in (None, base):
-        raise ConfigError(f"{path} is about {base}, not about {model}: give this comparison its own --results-dir")
-    return f"{base}, {examples:,} training examples"
+def _standing(requests: Mapping[str, Options]) -> dict[str, tuple[Path, bool]]:
+    """Each request's results file, and whether it is there already; whatever is wrong with any is refused here."""
+    for method, options in requests.items():
+        check_options(options, baseline=method == "baseline")
+    first, found = next(iter(requests)), {}
+    shared = choose(requests[first], baseline=first == "baseline")
+    base_fingerprint = fingerprint(shared.data.task.load_model(shared.model_name, shared.data.label_names))
+    for method, options in requests.items():
+        plan = for_method(shared, options, baseline=method == "baseline")
+        request = request_of(plan, base_fingerprint)
+        is_done = has_results(plan, request)
+        if not is_done:
+            check_places(plan, request)
+        found[method] = (plan.results_file, is_done)
+    return found
 
 
 def _run(command: list[str]) -> int:

@@ -75,6 +75,15 @@ def load_training_state(folder: str | Path, model: nn.Module,
                           "start anew without --resume") from error
 
 
+def saved_settings(folder: str | Path) -> dict[str, Any]:
+    """The settings of the run whose state a folder holds; empty where it holds none, or a damaged one."""
+    try:
+        with open_tensors(Path(folder) / STATE_FILE) as file:
+            return json.loads(file.metadata()["state"])["extra"]["settings"]
+    except (WeightsError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+
+
 def _restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, random_state: torch.Tensor,
              tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Put a state's tensors where they belong; those that belong nowhere here are returned."""

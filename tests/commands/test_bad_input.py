@@ -568,7 +568,7 @@ def test_a_disk_that_is_full_when_the_results_are_written(script, folder, tiny_m
 # --- resuming ---------------------------------------------------------------------------------------------------------
 
 def test_a_damaged_training_state(refused, tiny_model, folder):
-    state = folder / "checkpoints" / "lora_finetuned" / "training_state"
+    state = folder / "checkpoints" / "lora_films_finetuned" / "training_state"
     state.mkdir(parents=True)
     (state / "training_state.safetensors").write_bytes(b"half of it")
     line = refused("train.py", "--model", tiny_model, "--dataset", "films.csv", *QUICK, "--resume")

@@ -46,10 +46,11 @@ def train(script, tiny_model):
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_train_then_evaluate_then_predict(train, script, folder, method):
     trained = train("--method", method)
-    assert f"wrote checkpoints/{method}_finetuned and results/fine_tuned_{method}_films_results.json" in trained.out
-    results = read_json(f"results/fine_tuned_{method}_films_results.json")
+    adapter, file = f"checkpoints/{method}_films_finetuned", f"results/fine_tuned_{method}_films_results.json"
+    assert f"wrote {adapter} and {file}" in trained.out
+    results = read_json(file)
 
-    evaluated = script("evaluate.py", "--adapter", f"checkpoints/{method}_finetuned", "--dataset", "films.csv",
+    evaluated = script("evaluate.py", "--adapter", adapter, "--dataset", "films.csv",
                        "--precision", "fp32", "--json", "metrics/all.json")
     assert evaluated.code == 0, evaluated.err
     assert "4 of 4 test examples" in evaluated.out
@@ -61,7 +62,7 @@ def test_train_then_evaluate_then_predict(train, script, folder, method):
         [name, *counts] for name, counts in zip(("negative", "positive"),
                                                 results["metrics"]["test"]["confusion_matrix"])]
 
-    predicted = script("predict.py", "--adapter", f"checkpoints/{method}_finetuned", *(text for text, _ in rows(2)))
+    predicted = script("predict.py", "--adapter", adapter, *(text for text, _ in rows(2)))
     assert predicted.code == 0, predicted.err
     lines = [line.split("\t") for line in predicted.out.splitlines()]
     assert [line[2] for line in lines] == [text for text, _ in rows(2)]
@@ -173,7 +174,23 @@ def test_evaluate_says_which_dataset_it_chose_and_why(train, script):
     train()
     outcome = script("evaluate.py")
     assert outcome.code == 0, outcome.err
-    assert "sample" in outcome.out.splitlines()[0] and "IMDb is not on this machine" in outcome.out
+    assert "sample" in outcome.out.splitlines()[1] and "IMDb is not on this machine" in outcome.out
+
+
+@pytest.mark.kind("7: another dataset's or base's adapter folder is not overwritten")
+def test_what_another_request_left_is_kept_and_overwritten_only_when_asked(train, script, tiny_model):
+    train()
+    train()  # the same request replaces itself
+    adapter = files_below("checkpoints/lora_films_finetuned")
+    refused = script("train.py", "--model", tiny_model, "--dataset", "films.csv", *QUICK, "--r", 2)
+    assert refused.code == 2 and refused.error_lines == [
+        "error: checkpoints/lora_films_finetuned holds another run (r 8, not 2): give this one another --output, or "
+        "replace that one with --overwrite"]
+    assert files_below("checkpoints/lora_films_finetuned") == adapter
+    assert "wrote checkpoints/lora_films_finetuned" in train("--r", 2, "--overwrite").out
+    assert read_json("results/fine_tuned_lora_films_results.json")["method_config"]["r"] == 2
+    base = script("train.py", "--model", tiny_model, "--dataset", "films.csv", "--output", tiny_model, "--overwrite")
+    assert base.code == 2 and "is the base model of this run: choose another --output" in base.err
 
 
 # --- options reach the configuration ----------------------------------------------------------------------------------
@@ -205,7 +222,7 @@ def test_an_option_of_the_method_reaches_its_configuration(train, options, expec
 
 def test_layers_can_be_chosen_without_naming_modules(train):
     train("--epochs", 1, "--layers-to-transform", "1")
-    tensors = read_json("checkpoints/lora_finetuned/adapter_config.json")
+    tensors = read_json("checkpoints/lora_films_finetuned/adapter_config.json")
     assert tensors["layers_to_transform"] in (1, [1]) or all(".h.1." in name for name in tensors["target_modules"])
 
 
@@ -303,7 +320,8 @@ def test_the_scripts_run_from_another_folder_as_processes(tiny_model, folder):
     assert done.returncode == 0, done.stderr
     assert not [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip() and "%|" not in line]
     done = call(SCRIPTS / "predict.py", input="a good film\na bad film\n")
-    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "adapter    checkpoints/lora_films_finetuned (the newest in checkpoints)\n"
     assert len(done.stdout.splitlines()) == 2
 
 
@@ -447,10 +465,9 @@ def test_compare_runs_what_has_no_results_yet_and_prints_the_table(script, tiny_
     assert second.code == 0
     assert (folder / "results" / "fine_tuned_ia3_films_results.json").stat().st_mtime_ns == before
     assert f"ia3_films_results.json is there ({tiny_model}, 32 training examples)" in second.out
-    for method in ("baseline: untrained head", "ia3", "bitfit"):
-        assert f"| {method} | " in second.out
+    assert "| ia3 | " in second.out and "| bitfit | " in second.out and "baseline" not in second.out
     other = script("compare.py", "--dataset", "films.csv", "--model", "mini", "--methods", "ia3")
-    assert other.code == 2 and f"is about {tiny_model}, not about mini" in other.err
+    assert other.code == 2 and "holds another run (another base model)" in other.err
 
 
 def test_compare_passes_a_failure_on_and_refuses_unknown_methods(script, tiny_model):

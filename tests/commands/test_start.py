@@ -63,7 +63,7 @@ def test_a_command_and_its_script_have_the_same_help_but_for_the_name(minipeft, 
 def test_a_command_trains_and_another_predicts(minipeft, tiny_model, folder):
     code, out, err = minipeft("train", "--model", str(tiny_model), "--dataset", "films.csv", "--epochs", "1")
     assert code == 0, err
-    assert (folder / "checkpoints" / "lora_finetuned" / "adapter_model.safetensors").is_file()
+    assert (folder / "checkpoints" / "lora_films_finetuned" / "adapter_model.safetensors").is_file()
     code, out, err = minipeft("predict", "a good film")
     assert code == 0 and out.endswith("\ta good film\n"), err
 

@@ -11,7 +11,7 @@ import pytest
 from helpers import SCRIPTS, files_below, read_json
 
 pytestmark = pytest.mark.slow
-STATE = ("checkpoints", "lora_finetuned", "training_state", "training_state.safetensors")
+STATE = ("checkpoints", "lora_films_finetuned", "training_state", "training_state.safetensors")
 
 
 def train(tiny_model, *options):
@@ -36,7 +36,7 @@ def test_a_signal_saves_the_state_and_the_adapter_and_resuming_goes_on(tiny_mode
     said, errors = running.communicate(timeout=100)
     assert running.returncode == 128 + number, errors
     assert "--resume goes on from here" in said and errors.rstrip().endswith("interrupted")
-    left = {path.name for path in (folder / "checkpoints" / "lora_finetuned").iterdir()}
+    left = {path.name for path in (folder / "checkpoints" / "lora_films_finetuned").iterdir()}
     assert left == {"adapter_config.json", "adapter_model.safetensors", "minipeft.json", "training_state"}
     resumed = train(tiny_model, "--epochs", 1000, "--resume")
     said, errors = "", ""
@@ -59,19 +59,19 @@ def test_the_state_is_saved_now_and_then_also_without_a_validation(tiny_model, f
     running = train(tiny_model, "--epochs", 1, "--train-size", 32, "--batch-size", 1, "--evaluations-per-epoch", 1,
                     "--save-minutes", 1e-6)
     wait_for(folder.joinpath(*STATE), running)
-    assert not (folder / "checkpoints" / "lora_finetuned" / "adapter_config.json").exists()  # no validation yet
+    assert not (folder / "checkpoints" / "lora_films_finetuned" / "adapter_config.json").exists()  # no validation yet
     running.communicate(timeout=100)
     assert running.returncode == 0
 
 
 def test_of_two_runs_in_one_output_folder_the_second_is_refused_and_the_first_ends_well(tiny_model, folder):
     first = train(tiny_model, "--epochs", 60)
-    wait_for(folder / "checkpoints" / "lora_finetuned" / ".lock", first)
+    wait_for(folder / "checkpoints" / "lora_films_finetuned" / ".lock", first)
     second = train(tiny_model, "--epochs", 1, "--seed", 1)
     _, errors = second.communicate(timeout=100)
     assert second.returncode == 2
     (line,) = [line for line in errors.splitlines() if line.startswith("error")]
-    assert f"checkpoints/lora_finetuned is in use by another run (process {first.pid} on " in line
+    assert f"checkpoints/lora_films_finetuned is in use by another run (process {first.pid} on " in line
     _, errors = first.communicate(timeout=200)
     assert first.returncode == 0, errors
     assert read_json("results/fine_tuned_lora_films_results.json")["seed"] == 0
@@ -86,6 +86,9 @@ def test_a_killed_run_leaves_no_lock_and_the_next_run_clears_what_it_was_writing
     _, errors = second.communicate(timeout=100)
     assert second.returncode == 2 and "epochs" in errors  # other settings: the state was not lost
     second = train(tiny_model, "--epochs", 1)
+    _, errors = second.communicate(timeout=100)
+    assert second.returncode == 2 and "epochs 1000, not 1" in errors and "--overwrite" in errors
+    second = train(tiny_model, "--epochs", 1, "--overwrite")
     _, errors = second.communicate(timeout=100)
     assert second.returncode == 0, errors
     assert not [path for path in files_below(folder) if ".writing" in path or path.endswith(".lock")]

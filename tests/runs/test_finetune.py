@@ -139,7 +139,9 @@ def test_without_resume_an_interrupted_run_starts_anew(options, ctrl_c, tmp_path
     with pytest.raises(KeyboardInterrupt):
         finetune(options())
     ctrl_c(None)
-    results = finetune(options(training_values={"learning_rate": 1e-2}))
+    with pytest.raises(OutputError, match=r"learning_rate 0\.02, not 0\.01"):  # its hours of work are not lost unasked
+        finetune(options(training_values={"learning_rate": 1e-2}))
+    results = finetune(options(training_values={"learning_rate": 1e-2}, overwrite=True))
     assert results["training_config"]["learning_rate"] == 1e-2
     assert results["curve"][-1]["step"] == 24
 

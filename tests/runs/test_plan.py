@@ -69,7 +69,7 @@ def test_on_a_cpu_a_subset_is_taken_unless_all_is_asked_for(options, monkeypatch
     subset = finetune(options(training_values={"epochs": 1}))
     assert subset["dataset"]["sizes"] == {"train": 8, "validation": 2, "test": 2}
     assert "--full" in subset["choices"]["sizes"]
-    everything = finetune(options(training_values={"epochs": 1}, full=True))
+    everything = finetune(options(training_values={"epochs": 1}, full=True, overwrite=True))
     assert everything["dataset"]["sizes"] == {"train": 32, "validation": 4, "test": 4}
     assert "--full" not in everything["choices"]["sizes"]
 

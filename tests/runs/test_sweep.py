@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import sys
-
 import pytest
-from helpers import files_below, read_json
+from helpers import files_below, read_json, rows, write_csv
 
-from minipeft.errors import ConfigError
+from minipeft import GPT2ForSequenceClassification
+from minipeft.errors import ConfigError, DataError, OutputError
+from minipeft.files import write_json_file
+from minipeft.methods.injection import fingerprint
 from minipeft.runs import sweep
+from minipeft.runs.finetune import finetune
+from minipeft.runs.plan import check_method, choose
+from minipeft.runs.request import request_of
 from minipeft.runs.sweep import compare, tune
 from minipeft.tasks.task import Task
 
@@ -62,70 +65,110 @@ def test_a_trial_that_cannot_be_is_refused_before_the_first_is_trained(shared, t
 
 # --- compare ----------------------------------------------------------------------------------------------------------
 
-@pytest.fixture
-def command(tmp_path, monkeypatch):
-    """In place of scripts/train.py: notes how it was called and writes a results file, or fails for prompt tuning."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "train.py").write_text(f"""
-import json, sys
-from pathlib import Path
-asked = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-with open("calls", "a") as calls:
-    calls.write(json.dumps(sys.argv[1:]) + "\\n")
-method = asked["--method"]
-if method == "prompt":
-    sys.exit(7)
-name = "baseline" if method == "baseline" else f"fine_tuned_{{method}}"
-folder = Path(asked["--results-dir"])
-folder.mkdir(exist_ok=True)
-(folder / f"{{name}}_films_results.json").write_text(json.dumps({RESULTS} | {{"method": method}}))
-""")
-    return [sys.executable, str(tmp_path / "train.py"), "--epochs", "1"]
-
-
 METRICS = {"accuracy": 0.5, "f1": 0.5}
-RESULTS = {"base_model": {"name": "mini"}, "dataset": {"name": "films", "sizes": {"train": 32}},
-           "metrics": {"test": METRICS}, "parameters": {"trainable": 1, "total": 2}, "seconds": {"train": 60},
-           "training_config": {"epochs": 1}}
+RESULTS = {"base_model": {"name": "tiny"}, "metrics": {"test": METRICS, "untrained_head": METRICS},
+           "parameters": {"trainable": 1, "total": 2}, "seconds": {"train": 60}, "training_config": {"epochs": 1}}
 
 
-def calls(folder):
-    """The method of each run, in order."""
-    lines = (folder / "calls").read_text().splitlines() if (folder / "calls").exists() else []
-    return [json.loads(line)[3] for line in lines]
+@pytest.fixture
+def comparing(options, tmp_path, monkeypatch):
+    """comparing(methods, **changes): compare without training; a run writes a results file, but prompt tuning fails.
+
+    Returns:
+        (exit code, methods that were run, lines that were said).
+    """
+    def run(methods, **changes):
+        requests = {method: options(method, **changes) for method in methods}
+        ran, said = [], []
+
+        def write_results(command):
+            ran.append(command[0])
+            options = requests[command[0]]
+            if options.method == "prompt":
+                return 7
+            plan = choose(options, baseline=options.method == "baseline")
+            request = request_of(plan, fingerprint(GPT2ForSequenceClassification.from_pretrained(plan.model_name)))
+            write_json_file(plan.results_file, {**RESULTS, "method": options.method, "request": request,
+                                                "dataset": {"name": plan.data.name, "sizes": plan.sizes}})
+            return 0
+
+        monkeypatch.setattr(sweep, "_run", write_results)
+        return compare(requests, {method: [method] for method in methods}, said.append), ran, said
+
+    return run
 
 
-def test_methods_run_one_after_the_other_with_what_they_share_and_a_folder_of_their_own(command, tmp_path):
-    said = []
-    assert compare(["baseline", "ia3"], "films.csv", command, model="mini", say=said.append) == 0
-    assert calls(tmp_path) == ["baseline", "ia3"]
-    second = json.loads((tmp_path / "calls").read_text().splitlines()[1])
-    assert second == ["--epochs", "1", "--method", "ia3", "--dataset", "films.csv", "--results-dir", "results",
-                      "--output", "checkpoints/films_ia3", "--resume", "--model", "mini"]
-    assert said[:2] == ["\n--- baseline", "\n--- ia3"] and "| ia3 | mini | 1 (50.00 %) | 32 |" in said[2]
+def test_methods_run_one_after_the_other_and_a_table_of_them_follows(comparing):
+    code, ran, said = comparing(["baseline", "ia3"])
+    assert (code, ran, said[:2]) == (0, ["baseline", "ia3"], ["\n--- baseline", "\n--- ia3"])
+    assert "| baseline: untrained head | tiny | " in said[2] and "| ia3 | tiny | 1 (50.00 %) | 32 | " in said[2]
 
 
-def test_what_has_results_is_not_run_again(command, tmp_path):
-    said = []
-    compare(["ia3"], "films.csv", command)
-    assert compare(["ia3", "bitfit"], "films.csv", command, say=said.append) == 0
-    assert calls(tmp_path) == ["ia3", "bitfit"]
-    assert said[0] == "ia3: results/fine_tuned_ia3_films_results.json is there (mini, 32 training examples)"
-    with pytest.raises(ConfigError, match="is about mini, not about gpt2"):
-        compare(["ia3"], "films.csv", command, model="gpt2")
+@pytest.mark.kind("7: compare matches results by content")
+def test_what_has_results_of_the_very_request_is_not_run_again(comparing, tmp_path):
+    comparing(["ia3"])
+    code, ran, said = comparing(["ia3", "bitfit"])
+    assert (code, ran) == (0, ["bitfit"])
+    assert said[0] == (f"ia3: {tmp_path / 'results' / 'fine_tuned_ia3_films_results.json'} is there (tiny, 32 training "
+                       "examples)")
 
 
-def test_a_run_that_fails_ends_the_comparison_with_its_code(command, tmp_path):
-    assert compare(["ia3", "prompt", "bitfit"], "films.csv", command) == 7
-    assert calls(tmp_path) == ["ia3", "prompt"]
+CHANGES = {"sizes": ({"train_size": 8}, "train_size 32, not 8"),
+           "settings": ({"max_length": 20}, "max_length 48, not 20"),
+           "a seed": ({"training_values": {"seed": 1}}, "seed 0, not 1")}
 
 
-def test_an_unknown_method_is_refused_before_the_first_is_trained(command, tmp_path):
+@pytest.mark.kind("7: compare matches results by content")
+@pytest.mark.parametrize(("changes", "named"), CHANGES.values(), ids=CHANGES)
+def test_results_with_other_settings_are_refused_before_the_first_run(comparing, changes, named):
+    comparing(["ia3"])
+    with pytest.raises(OutputError, match=rf"fine_tuned_ia3_films_results\.json holds another run \({named}\)"):
+        comparing(["bitfit", "ia3"], **changes)
+    assert comparing(["bitfit", "ia3"], overwrite=True, **changes)[:2] == (0, ["bitfit", "ia3"])
+
+
+@pytest.mark.kind("7: compare matches results by content")
+def test_results_on_another_file_of_the_same_name_are_never_shown(comparing, tmp_path):
+    comparing(["ia3", "bitfit"])
+    (tmp_path / "other").mkdir()
+    other = write_csv(tmp_path / "other" / "films.csv", rows(30))
+    with pytest.raises(OutputError, match="holds another run \\(another content of films\\)"):
+        comparing(["ia3"], dataset=other)
+    code, ran, said = comparing(["ia3"], dataset=other, overwrite=True)
+    assert (code, ran) == (0, ["ia3"])
+    assert "| bitfit |" not in said[-1] and "| ia3 | tiny | 1 (50.00 %) | 48 |" in said[-1]
+
+
+@pytest.mark.kind("7: compare refuses a file that is not there")
+def test_a_file_that_is_not_there_is_refused_although_there_are_results_of_its_name(comparing, tmp_path):
+    comparing(["ia3"])
+    (tmp_path / "films.csv").unlink()
+    with pytest.raises(DataError, match=r"there is no file .*films\.csv"):
+        comparing(["ia3"])
+
+
+def test_results_on_the_same_content_under_another_path_are_the_same(comparing, tmp_path):
+    comparing(["ia3"])
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "films.csv").rename(tmp_path / "moved" / "films.csv")
+    assert comparing(["ia3"], dataset=str(tmp_path / "moved" / "films.csv"))[:2] == (0, [])
+
+
+def test_a_folder_of_another_run_is_refused_before_the_first_run(comparing, options):
+    finetune(options("ia3", training_values={"epochs": 1, "seed": 4}, results_dir=options().output))
+    with pytest.raises(OutputError, match=r"output/ia3 holds another run \(epochs 1, not 3; seed 4, not 0\)"):
+        comparing(["bitfit", "ia3"])
+
+
+def test_a_run_that_fails_ends_the_comparison_with_its_code(comparing):
+    assert comparing(["ia3", "prompt", "bitfit"], max_length=None)[:2] == (7, ["ia3", "prompt"])
+
+
+def test_an_unknown_method_is_refused_before_the_first_is_trained(comparing):
     with pytest.raises(ConfigError, match="unknown method 'lorra': use baseline, full"):
-        compare(["ia3", "lorra"], "films.csv", command)
-    assert calls(tmp_path) == []
+        comparing(["ia3", "lorra"])
 
 
 def test_the_methods_compared_by_default_are_methods():
     for method in sweep.COMPARED:
-        sweep.check_method(method, also=("baseline",))
+        check_method(method, also=("baseline",))

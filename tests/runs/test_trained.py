@@ -90,7 +90,7 @@ def test_a_folder_that_holds_no_model_is_refused(tmp_path):
 def test_a_folder_that_another_method_wrote_before_loads_what_was_written_last(
         options, trained_model, tmp_path, first, second):
     for method in (first, second):
-        finetune(options(method, output=str(tmp_path / "output")))
+        finetune(options(method, output=str(tmp_path / "output"), overwrite=True))
     model, task = load_finetuned(tmp_path / "output")
     assert read_json(tmp_path / "output" / "minipeft.json")["method"] == second
     assert torch.equal(logits_of(model, task), logits_of(trained_model[1], task))
@@ -108,7 +108,8 @@ def test_a_vocabulary_cut_off_at_a_lines_end_is_refused_since_its_end_of_text_is
 
 def test_a_whole_model_with_the_weights_of_another_save_is_refused_by_name(options, tmp_path):
     for name, seed in (("old", 0), ("new", 1)):
-        finetune(options("full", output=str(tmp_path / name), training_values={"seed": seed}))
+        finetune(options("full", output=str(tmp_path / name), results_dir=str(tmp_path / name),
+                         training_values={"seed": seed}))
     (tmp_path / "old" / "model.safetensors").write_bytes((tmp_path / "new" / "model.safetensors").read_bytes())
     with pytest.raises(AdapterError, match=r"holds files of different saves: model\.safetensors is not what"):
         load_finetuned(tmp_path / "old")

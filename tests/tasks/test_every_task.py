@@ -34,7 +34,8 @@ def options(tiny_model, tmp_path, monkeypatch):
     def make(dataset, method="lora", **changes):
         return Options(**{"method": method, "model": str(tiny_model), "dataset": dataset, "precision": "fp32",
                           "data_dir": str(tmp_path / "data"), "max_length": 48, "output": str(tmp_path / "trained"),
-                          "results_dir": str(tmp_path / "results"), "method_values": SMALL.get(method, {}),
+                          "overwrite": True, "results_dir": str(tmp_path / "results"),
+                          "method_values": SMALL.get(method, {}),
                           "training_values": {"epochs": 1, "batch_size": 4, "learning_rate": 1e-2}, **changes})
 
     return make

@@ -1,8 +1,8 @@
 """Find a dataset and split it.
 
 A dataset is one of those named below (a folder of parquet files, else the Hugging Face hub), "sample" (reviews written
-for this project, bundled), or the path of a file of the user's own. A task reads two of its columns as examples, in
-three splits: train, validation, test. A validation split that a dataset lacks is carved from train, never from test.
+for this project, bundled), or files of the user's own: one, one for each split, or a folder of them. A task reads two
+columns as examples, in three splits: train, validation, test. A split that is lacking is carved from train.
 """
 
 from __future__ import annotations

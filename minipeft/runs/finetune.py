@@ -126,7 +126,7 @@ def train(run: Run) -> History:
         if plan.folder is not None:
             save_finetuned(model, plan.folder, {**task.details(), "dataset": data.name, "request": run.request})
 
-    loss_sum = task.loss_sum if plan.training.class_weights is None else weighted_loss_sum(plan, task)
+    loss_sum = task.loss_sum if plan.training.class_weights == "none" else weighted_loss_sum(plan, task)
     history = loop.train(
         run.material.model, run.material.batches, loss_sum, run.material.validate, plan.training, plan.precision,
         options.compile, save_best, state_folder=plan.folder and plan.folder / STATE_FOLDER, resume=options.resume,

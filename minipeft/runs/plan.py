@@ -158,7 +158,7 @@ def for_method(plan: RunPlan, options: Options, say: Say = silent, baseline: boo
     """What a plan becomes for the method of `options`, which ask for the same data and model otherwise."""
     data, choices = plan.data, dict(plan.choices)
     method_config, training = _configs(options, data.task.name, baseline)
-    if training.class_weights is not None:
+    if training.class_weights != "none":
         weights = data.task.balanced_weights(data.train, data.label_names)
         choices["weights"] = ", ".join(f"{name!r} {weight:.3g}" for name, weight in zip(data.label_names, weights))
         say(_line("weights", choices["weights"]))

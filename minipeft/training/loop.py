@@ -48,8 +48,8 @@ class TrainingConfig(Settings):
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm", POSITIVE)
     loraplus_lr_ratio: float = setting(1.0, "LoRA+: learning rate of LoRA's B over that of A", POSITIVE)
     evaluations_per_epoch: int = setting(2, "validations per epoch; the best one is kept", POSITIVE_INTEGER)
-    class_weights: str | None = setting(None, "balanced: rare labels count as much as frequent ones in the loss",
-                                        choices=(None, "balanced"))
+    class_weights: str = setting("none", "balanced: rare labels count as much as frequent ones in the loss",
+                                 choices=("none", "balanced"))
     seed: int = setting(0, "of initial values, dropout and the order of the data", SEED)
 
 

@@ -48,11 +48,11 @@ def test_the_majority_guess_is_among_the_baselines(train):
 def test_without_class_weights_and_with_balanced_labels_nothing_changes(train):
     outcome = train("--dataset", "films.csv")
     assert "imbalance" not in outcome.out and "weights" not in outcome.out and "best validation accuracy" in outcome.out
-    assert read_json("results/fine_tuned_lora_films_results.json")["training_config"]["class_weights"] is None
+    assert read_json("results/fine_tuned_lora_films_results.json")["training_config"]["class_weights"] == "none"
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    (("--class-weights", "heavy"), "class_weights must be one of None, balanced, got 'heavy'"),
+    (("--class-weights", "heavy"), "class_weights must be one of none, balanced, got 'heavy'"),
     (("--similar-labels", "maybe"), "similar_labels must be one of None, merge, keep"),
     (("--delimiter", ";;"), "delimiter must be one character"), (("--encoding", "klingon"), "encoding must be one"),
     (("--test-file", "nowhere.csv"), "there is no file nowhere.csv"),

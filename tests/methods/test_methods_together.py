@@ -344,9 +344,12 @@ def test_gradients_can_be_differentiated_again(make_model, model_class, config):
 
 
 @pytest.mark.kind("5: torch.func.vmap over adapters' tensors")
-@on([GPT2ForSequenceClassification])
+@on([GPT2ForSequenceClassification], {name: config for name, config in CASES.items() if "LSTM" not in name})
 def test_many_adapters_are_computed_at_once_by_vmap(make_model, model_class, config):
-    """An ensemble: one base, the trained tensors of three adapters stacked, also under padding and for gradients."""
+    """An ensemble: one base, the trained tensors of three adapters stacked, also under padding and for gradients.
+
+    PyTorch has no such rule for its LSTM.
+    """
     model = perturb(inject(make_model(model_class), config))
     stacked = {name: torch.stack([p.detach() + shift for shift in (0.0, 0.1, -0.1)])
                for name, p in trained_tensors(model).items()}
@@ -388,7 +391,9 @@ def test_on_a_half_precision_base_all_that_is_trained_is_float32(make_model, mod
     base = make_model(model_class).to(dtype)
     finer = copy.deepcopy(base).float()
     expected_base = base.requires_grad_(False)(IDS, MASK)
+    torch.manual_seed(1)
     model = perturb(inject(base, config))
+    torch.manual_seed(1)
     expected = perturb(inject(finer, config))(IDS, MASK)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} <= {dtype, torch.float32}
@@ -414,8 +419,8 @@ def test_small_steps_on_a_half_precision_base_add_up(make_model):
         for _ in range(8):
             head += 1e-5
             bias += 1e-5
-    torch.testing.assert_close(head - before[0], torch.full_like(head, 8e-5), atol=1e-7, rtol=0)
-    torch.testing.assert_close(bias - before[1], torch.full_like(bias, 8e-5), atol=1e-7, rtol=0)
+    torch.testing.assert_close(head - before[0], torch.full_like(head, 8e-5), atol=1e-6, rtol=0)
+    torch.testing.assert_close(bias - before[1], torch.full_like(bias, 8e-5), atol=1e-6, rtol=0)
 
 
 @pytest.mark.kind("5: a half-precision base with a trained head")

@@ -187,8 +187,8 @@ def attention_mask_for(attention_mask: Tensor | None, T: int, past: int, device:
     elif torch.jit.is_tracing() or torch.compiler.is_compiling():
         padded = True  # a recorded program has to be right for every mask, not for this one
     else:
-        padded = bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any())              # on the left
-        padded = padded or not bool(attention_mask[:, :past].all())                        # or within the cache
+        on_the_left = bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any())
+        padded = on_the_left or not bool(attention_mask[:, :past].all())                   # or within the cache
     if not padded and (past == 0 or T == 1):
         return None
     # Query i stands at position past + i of the keys: the causal triangle is aligned to the lower right corner.
@@ -241,8 +241,7 @@ class GPT2Model(PretrainedModel):
         check_not_empty(x)
         recomputed = self.gradient_checkpointing and self.training
         if recomputed and cache is not None and cache.kept:
-            raise ConfigError("gradient checkpointing computes each block twice and fills no cache: call model.eval() "
-                              "to generate")
+            raise ConfigError("gradient checkpointing computes each block twice and fills no cache: call model.eval()")
         T, past = x.shape[1], cache.length if cache is not None else 0
         if position_ids is None:
             if past + T > self.config.n_positions:
@@ -265,9 +264,8 @@ def check_not_empty(x: Tensor) -> None:
     Raises:
         ConfigError: saying how many there are of each.
     """
-    texts, tokens = x.shape[:2]
-    if texts == 0 or tokens == 0:
-        raise ConfigError(f"there is nothing to read: {texts} texts of {tokens} tokens")
+    if 0 in x.shape[:2]:
+        raise ConfigError(f"there is nothing to read: {x.shape[0]} texts of {x.shape[1]} tokens")
 
 
 def _recomputable(block: Block, x: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:

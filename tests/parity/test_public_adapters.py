@@ -143,6 +143,48 @@ def test_saving_beside_a_pickled_file_leaves_it_and_both_libraries_read_what_was
         load_adapter(pairs["SEQ_CLS"].ours(), folder)
 
 
+# --- configurations of older versions ---------------------------------------------------------------------------------
+
+COMMON = {"base_model_name_or_path": "gpt2", "inference_mode": True}
+LORA = {**COMMON, "peft_type": "LORA", "bias": "none", "fan_in_fan_out": True, "lora_alpha": 8, "lora_dropout": 0.1,
+        "modules_to_save": None, "r": 4}
+VIRTUAL = {**COMMON, "num_attention_heads": 3, "num_layers": 3, "num_transformer_submodules": 1,
+           "num_virtual_tokens": 5, "token_dim": 24}
+# The keys that each version wrote; the values are those of the small adapters here.
+OLD = {
+    "0.2": ("LoRA", {**LORA, "enable_lora": None, "merge_weights": False, "target_modules": ["c_attn"]}),
+    "0.3": ("LoRA", {**LORA, "fan_in_fan_out": False, "init_lora_weights": True, "target_modules": ["c_attn"]}),
+    "0.4": ("LoRA", {**LORA, "auto_mapping": None, "init_lora_weights": True, "layers_pattern": None,
+                     "layers_to_transform": None, "revision": None, "target_modules": ["c_attn"]}),
+    "0.8": ("LoRA", {**LORA, "alpha_pattern": {}, "rank_pattern": {}, "loftq_config": {}, "megatron_config": None,
+                     "megatron_core": "megatron.core", "use_rslora": False, "target_modules": ["c_attn"]}),
+    "0.10": ("DoRA", {**LORA, "layer_replication": None, "use_dora": True, "use_rslora": False,
+                      "target_modules": ["c_attn"]}),
+    "IA3, 0.3": ("(IA)^3", {**COMMON, "peft_type": "IA3", "fan_in_fan_out": True, "feedforward_modules": ["mlp.c_proj"],
+                            "init_ia3_weights": True, "modules_to_save": None,
+                            "target_modules": ["c_attn", "mlp.c_proj"]}),
+    "prompt, 0.3": ("prompt tuning", {**VIRTUAL, "peft_type": "PROMPT_TUNING", "prompt_tuning_init": "TEXT",
+                                      "prompt_tuning_init_text": "Classify if the tweet is a complaint or not:",
+                                      "tokenizer_name_or_path": "gpt2"}),
+    "P-tuning, 0.3": ("P-tuning, MLP", {**VIRTUAL, "peft_type": "P_TUNING", "encoder_dropout": 0.0,
+                                        "encoder_hidden_size": 128, "encoder_num_layers": 2,
+                                        "encoder_reparameterization_type": "MLP"}),
+    "prefix, 0.3": ("prefix tuning", {**VIRTUAL, "peft_type": "PREFIX_TUNING", "encoder_hidden_size": 24,
+                                      "prefix_projection": False}),
+}
+
+
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS"])
+@pytest.mark.parametrize(("method", "config"), OLD.values(), ids=OLD)
+def test_configurations_of_older_versions_of_peft_mean_the_same(pairs, tmp_path, said, task, method, config):
+    folder, theirs = pickled(pairs[task], method, task, tmp_path)
+    kept = ["classifier", "score"] if task == "SEQ_CLS" and "modules_to_save" in config else None
+    old = {**config, "task_type": task, **({"modules_to_save": kept} if "modules_to_save" in config else {})}
+    (folder / CONFIG_FILE).write_text(json.dumps(old))
+    assert_same_logits(load_adapter(pairs[task].ours(), folder), theirs, method, task)
+    assert said() == []
+
+
 # --- configurations that say what does not matter ---------------------------------------------------------------------
 
 @pytest.mark.parametrize("named", [["classifier"], ["classifier", "score"], "classifier"], ids=str)

@@ -41,14 +41,16 @@ def check_classes(labels: Sequence[Any], where: str) -> None:
     Raises:
         DataError: saying which.
     """
-    values = {str(label) for label in labels}
+    counts = Counter(map(str, labels))
+    values = set(counts)
     if len(values) == 1:
         raise DataError(f"{where}: there is one label only ({values.pop()[:40]!r}); there is nothing to learn")
     longest = max(values, key=len)
     if len(longest) > MAX_CHARACTERS_OF_A_LABEL:
         raise DataError(f"{where}: the label {longest[:40]!r}... has {len(longest):,} characters, which is no name of "
                         "a class: --label-column names the labels' column")
-    if len(values) > max(2, min(50, len(labels) // 2), len(labels) // 10):
+    mostly_once = 2 * sum(count == 1 for count in counts.values()) > len(values) > 20
+    if len(values) > max(2, min(50, len(labels) // 2), len(labels) // 10) or mostly_once:
         raise DataError(f"{where}: the labels are {len(values):,} different values in {len(labels):,} rows, such as "
                         f"{min(values)[:40]!r}; that is not a set of classes: --label-column names their column")
 

@@ -14,7 +14,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,12 +82,22 @@ class Table(NamedTuple):
     Attributes:
         unreadable: what is wrong with the rows that are in no column, by their numbers, which count from 1.
         found_out: in words, what the file itself showed of how to read it.
+        delimiter: what stands between columns of a CSV file.
     """
 
     names: list[str]
     column: Callable[[str], list[Any]]
     unreadable: dict[int, str]
     found_out: str = ""
+    delimiter: str | None = None
+
+    def swallowed(self, text: Any, label_column: str, labels: Container[Any]) -> bool:
+        """Whether a cell holds rows of the file: an opening quotation mark in a text makes one cell of all up to the
+        next such mark."""
+        if self.delimiter is None or "\n" not in str(text):
+            return False
+        rows = [line.split(self.delimiter) for line in str(text).split("\n")]
+        return any(len(row) == len(self.names) and row[self.names.index(label_column)] in labels for row in rows)
 
 
 def file_type(path: str | Path) -> str | None:
@@ -149,7 +159,8 @@ def decoded(content: bytes, path: Path, encoding: str | None) -> tuple[str, str]
         raise DataError(f"{path} is not encoded in {name.upper()}, as its line {line:,} shows; name its encoding, such "
                         "as --encoding cp1252, which Windows has in western Europe") from error
     if "\0" in text[:1000]:
-        raise DataError(f"{path} has zeros between its characters; if it is UTF-16, say --encoding utf-16-le")
+        guess = "utf-16-be" if text.startswith("\0") else "utf-16-le"
+        raise DataError(f"{path} has zeros between its characters; if it is UTF-16, say --encoding {guess}")
     return text, "" if encoding or marked in (None, "utf-8") else f"{marked} by its mark"
 
 
@@ -174,7 +185,7 @@ def _read_csv(text: str, path: Path, delimiter: str | None, usual: str) -> Table
     if any("\n" in cell.strip() for cell in last_cells[-2:]) and not text.rstrip().endswith('"'):
         raise ValueError("a quotation mark in it is never closed, and all lines behind it are one cell")
     return Table(names, lambda name: table.column(names.index(name)).to_pylist(), unreadable,
-                 "" if chosen in (delimiter, usual) else f"{DELIMITERS[chosen]} between columns")
+                 "" if chosen in (delimiter, usual) else f"{DELIMITERS[chosen]} between columns", chosen)
 
 
 def _header(text: str, delimiter: str) -> list[str]:
@@ -252,31 +263,35 @@ def read_rows(path: Path, columns: tuple[str, str], reading: Reading, tasks: str
         if table.names.count(name) > 1:
             raise DataError(f"{path} has {table.names.count(name)} columns named {name!r}")
     texts, labels = map(table.column, names)
+    known = {label for label in labels if isinstance(label, str)}
     if texts and all(isinstance(text, str) and NUMBER.fullmatch(text.strip()) for text in texts):
         raise DataError(f"{path}: the column {names[0]!r} holds nothing but numbers, no texts; --text-column can be "
                         f"one of {', '.join(table.names)}")
     kept, bad = _usable(texts, labels, columns, table.unreadable)
+    for row in [row for row, (text, _) in kept.items() if table.swallowed(text, names[1], known)]:
+        bad[row] = f"the {columns[0]} holds whole rows of the file; a quotation mark in it should be doubled, or quoted"
+        del kept[row]
     counted = f"{len(bad):,} of {len(kept) + len(bad):,} rows"
     first = next((f"row {row}: {why}" for row, why in sorted(bad.items())), "")
     if bad and not reading.skip_bad_rows:
         where = f"{path} is not a readable {file_type(path)} file: " if min(bad) in table.unreadable else f"{path}, "
         raise DataError(f"{where}{first} ({counted} cannot be used: mend them, or leave them out with --skip-bad-rows)")
-    return Rows([text for text, _ in kept], [label for _, label in kept],
+    return Rows([text for text, _ in kept.values()], [label for _, label in kept.values()],
                 f"{path}: {table.found_out}" if table.found_out else "",
                 f"{counted} of {path} (the first is {first})" if bad else "")
 
 
 def _usable(texts: list[Any], labels: list[Any], columns: tuple[str, str],
-            unreadable: dict[int, str]) -> tuple[list[tuple[Any, Any]], dict[int, str]]:
-    """Rows without an empty cell or an impossible text, and by number what is wrong with all others."""
-    kept, bad = [], dict(unreadable)
+            unreadable: dict[int, str]) -> tuple[dict[int, tuple[Any, Any]], dict[int, str]]:
+    """By number the rows without an empty cell or an impossible text, and what is wrong with all others."""
+    kept, bad = {}, dict(unreadable)
     numbers = (number for number in range(1, 1 + len(texts) + len(unreadable)) if number not in unreadable)
     for number, cells in zip(numbers, zip(texts, labels)):
         wrong = [f"the {what} {why}" for cell, what in zip(cells, columns) if (why := _complaint(cell))]
         if wrong:
             bad[number] = wrong[0]
         else:
-            kept.append(cells)
+            kept[number] = cells
     return kept, bad
 
 

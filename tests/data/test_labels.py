@@ -98,6 +98,9 @@ def test_a_column_of_texts_is_not_taken_for_labels(tmp_path):
         load(path, label_column="text")
     with pytest.raises(DataError, match=r"40 different values in 40 rows, .* --label-column"):
         load(path, text_column="label", label_column="text")
+    often = [(f"t {i}", f"comment {i}" if i < 300 else "thanks") for i in range(5000)]
+    with pytest.raises(DataError, match="301 different values in 5,000 rows"):
+        load(write_csv(tmp_path / "z.csv", often))
     essays = write_csv(tmp_path / "y.csv", [(f"t {i}", ["good " * 50, "bad " * 50][i % 2]) for i in range(40)])
     with pytest.raises(DataError, match=r"has 250 characters, which is no name of a class: --label-column"):
         load(essays)

@@ -147,6 +147,18 @@ def test_a_quotation_mark_that_swallows_the_rest_of_a_file_is_refused_whatever_m
         cells(path, skip_bad_rows=skip_bad_rows)
 
 
+@pytest.mark.kind("7: rows that a quotation mark makes one cell of")
+def test_rows_that_a_quotation_mark_swallows_are_told(tmp_path):
+    lines = ["text\tlabel", "plain\tgood", '"Great, said nobody\tbad', "lost\tgood", 'quoted "twice\tgood', "x\tbad"]
+    path = written(tmp_path / "x.tsv", "\n".join(lines) + "\n")
+    with pytest.raises(DataError, match="row 2: the text holds whole rows of the file; a quotation mark"):
+        cells(path)
+    assert cells(path, skip_bad_rows=True) == [("plain", "good"), ("x", "bad")]
+    several = [("one line\nanother\tline, good\nand\ta\tthird", "good"), ("a, good\nfilm", "bad")]
+    write_csv(tmp_path / "y.csv", several)
+    assert cells(tmp_path / "y.csv") == several
+
+
 def test_quotation_marks_inside_of_a_text_are_characters_like_others(tmp_path):
     path = written(tmp_path / "x.csv", 'text,label\n5" wide,bad\n"two\nlines",good\n')
     assert cells(path) == [('5" wide', "bad"), ("two\nlines", "good")]

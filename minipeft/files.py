@@ -14,7 +14,7 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -89,12 +89,25 @@ def write_text_file(path: str | Path, text: str) -> None:
     Raises:
         OutputError: it cannot be written.
     """
+    _write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_bytes_file(path: str | Path, content: bytes) -> None:
+    """Write one file under a temporary name, then rename it.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    _write_file(path, lambda temporary: temporary.write_bytes(content))
+
+
+def _write_file(path: str | Path, write: Callable[[Path], Any]) -> None:
     path = Path(path)
     temporary = path.with_name(f"{_WRITING}-{_owner()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         clear_leftovers(path.parent)
-        temporary.write_text(text, encoding="utf-8")
+        write(temporary)
         _force_to_disk(temporary)
         temporary.replace(path)
         _force_to_disk(path.parent)

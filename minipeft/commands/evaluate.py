@@ -1,7 +1,11 @@
-"""Test a saved adapter (or a fully fine-tuned model) on a dataset's test split:
+"""Test a saved adapter (or a fully fine-tuned model) on a dataset's test split, or on all rows of a file of your own:
 
     minipeft evaluate
     minipeft evaluate --adapter checkpoints/lora_finetuned
+    minipeft evaluate --dataset more_reviews.csv
+
+Without --dataset it is the one that the model was trained on. Of the very file that it was trained on, whatever it is
+called, only the rows that training held out are tested.
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ def main(words: Sequence[str], program: str) -> None:
         check_writable(arguments.json.parent)
     trained = load(chosen_adapter(arguments.adapter, print), options)
     found = evaluate(trained, options, print)
-    more = " (--full takes all)" if found.examples < found.available else ""
+    more = " (--full takes all)" if found.examples < found.available and options.test_size is None else ""
     print(f"{found.dataset}, {found.examples:,} of {found.available:,} test examples{more}")
     print(headline(trained.task, found.metrics))
     print_metrics(found.metrics)

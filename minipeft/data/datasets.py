@@ -268,8 +268,41 @@ def _files_of(name: str, reading: Reading) -> dict[str, Path]:
     return found
 
 
+def is_one_file(name: str, reading: Reading) -> bool:
+    """Whether a dataset is a single file of the user's own, with rows for no split in particular."""
+    return file_type(name) is not None and reading.test_file is None and not Path(name).is_dir()
+
+
+def load_whole(name: str, task: Reader, label_names: list[str] | None, reading: Reading) -> Dataset:
+    """A single file of the user's own, all of its rows in the test split.
+
+    Raises:
+        DataError: a missing file or column, or unusable content.
+    """
+    found, names, remarks = _read_own({"train": Path(name)}, task, reading, label_names)
+    none = Examples([], [])
+    return Dataset(name_of(name), name, task, names, none, none, found["train"], remarks)
+
+
 def _own_files(name: str, files: dict[str, Path], task: Reader, reading: Reading, seed: int,
                label_names: list[str] | None) -> Dataset:
+    found, names, remarks = _read_own(files, task, reading, label_names)
+    total = len(found["train"])
+    for number, split in enumerate(("test", "validation")):
+        if split not in found:
+            kept, held_out = stratified_split(found["train"].classes(), VALIDATION_FRACTION, seed + number)
+            found["train"], found[split] = found["train"].take(kept), found["train"].take(held_out)
+            if not held_out.size:
+                raise DataError(f"{files['train']}: {total} rows are too few to hold out a {split} split; there should "
+                                "be at least ten, of each label where a text has one")
+    rare = untested(found, names) if task.one_label_each else ""
+    return Dataset(name_of(name), ", ".join(map(str, files.values())), task, names, **found,
+                   remarks={**remarks, **({"rare": rare} if rare else {})})
+
+
+def _read_own(files: dict[str, Path], task: Reader, reading: Reading,
+              label_names: list[str] | None) -> tuple[dict[str, Examples], list[str], dict[str, str]]:
+    """Each file's examples, the labels' names, and remarks on how they were read."""
     tasks = dict.fromkeys(known.task for known in KNOWN.values())
     rows = {split: read_rows(path, task.columns, reading, f"--task, now {task.name}, one of {', '.join(tasks)}")
             for split, path in files.items()}
@@ -283,18 +316,7 @@ def _own_files(name: str, files: dict[str, Path], task: Reader, reading: Reading
     found, names = {}, label_names
     for split, path in files.items():
         found[split], names = task.read(rows[split].texts, labels[split], str(path), names)
-    total = len(found["train"])
-    for number, split in enumerate(("test", "validation")):
-        if split not in found:
-            kept, held_out = stratified_split(found["train"].classes(), VALIDATION_FRACTION, seed + number)
-            found["train"], found[split] = found["train"].take(kept), found["train"].take(held_out)
-            if not held_out.size:
-                raise DataError(f"{files['train']}: {total} rows are too few to hold out a {split} split; there should "
-                                "be at least ten, of each label where a text has one")
-    if task.one_label_each:
-        remarks["rare"] = untested(found, names)
-    return Dataset(name_of(name), ", ".join(map(str, files.values())), task, names,
-                   **found, remarks={key: remark for key, remark in remarks.items() if remark})
+    return found, names, {key: remark for key, remark in remarks.items() if remark}
 
 
 def _classes(labels: dict[str, list[Any]], files: dict[str, Path], task: Reader, reading: Reading,

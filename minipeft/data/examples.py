@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,11 @@ class Examples:
             rows = rng.permutation(np.flatnonzero(labels == label))
             place[rows] = (np.arange(len(rows)) + 0.5) / len(rows)
         return self.take(rng.permutation(np.argsort(place, kind="stable")[:size]).tolist())
+
+
+def together(fingerprints: Iterable[str]) -> str:
+    """The fingerprint that sets of examples have together."""
+    return f"{sum(int(digits, 16) for digits in fingerprints) % 2**64:016x}"
 
 
 def clean(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Read a file of the user's own: rows with named columns, as CSV, JSON or parquet, plain or compressed by gzip.
+"""Read and write files of the user's own: rows with named columns, as CSV, JSON or parquet, plain or packed by gzip.
 
 What can be seen is not asked for: a mark at a file's beginning names its encoding, the header shows what stands between
 columns, the first bytes show gzip. Cells of a CSV file are texts as they stand there: "01" is not 1. What cannot be
@@ -25,6 +25,7 @@ import pyarrow.parquet
 
 from minipeft.data.examples import complaint
 from minipeft.errors import ConfigError, DataError
+from minipeft.files import write_bytes_file
 from minipeft.settings import Settings, setting
 
 FILE_TYPES = (".csv", ".tsv", ".jsonl", ".parquet", ".json")
@@ -302,3 +303,51 @@ def _complaint(cell: Any) -> str | None:
     if isinstance(cell, str):
         return f"is empty ({cell!r})" if cell.strip().lower() in MISSING else complaint(cell)
     return None
+
+
+# --- write ------------------------------------------------------------------------------------------------------------
+
+def write_table(path: Path, columns: dict[str, list[Any]]) -> None:
+    """Write columns of equal length as a file of one of FILE_TYPES, packed where its name goes on with .gz.
+
+    In a .csv or .tsv file a list of texts becomes one text with blanks between, any other list or object JSON.
+
+    Raises:
+        DataError: another kind of file.
+        OutputError: it cannot be written.
+    """
+    kind = file_type(path)
+    if kind is None:
+        raise DataError(f"{path} should end in one of {', '.join(FILE_TYPES)} (.gz behind it or not)")
+    if kind == ".parquet":
+        sink = pa.BufferOutputStream()
+        try:
+            pyarrow.parquet.write_table(pa.table(columns), sink)
+        except pa.ArrowException as error:
+            raise DataError(f"{path} cannot hold these columns: {str(error).splitlines()[0]}; write a .jsonl file"
+                            ) from error
+        content = sink.getvalue().to_pybytes()
+    else:
+        rows = list(zip(*columns.values()))
+        text = _csv_text(list(columns), rows, "\t" if kind == ".tsv" else ",") if kind in (".csv", ".tsv") else (
+            _json_text([dict(zip(columns, row)) for row in rows], a_line_each=kind == ".jsonl"))
+        content = text.encode()
+    write_bytes_file(path, gzip.compress(content) if path.name.lower().endswith(".gz") else content)
+
+
+def _csv_text(names: list[str], rows: list[tuple[Any, ...]], delimiter: str) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, delimiter=delimiter, lineterminator="\n")
+    writer.writerows([names, *([_cell(value) for value in row] for row in rows)])
+    return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        return " ".join(value)
+    return json.dumps(value, default=str) if isinstance(value, (list, dict)) else value
+
+
+def _json_text(rows: list[dict[str, Any]], a_line_each: bool) -> str:
+    lines = [json.dumps(row, ensure_ascii=False, default=str) for row in rows]
+    return "\n".join(lines) + "\n" if a_line_each else "[\n" + ",\n".join(lines) + "\n]\n"

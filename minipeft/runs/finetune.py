@@ -20,7 +20,7 @@ from minipeft.files import check_writable, locked, write_json_file
 from minipeft.methods import inject
 from minipeft.methods.injection import ParameterCount, fingerprint, trainable_parameters
 from minipeft.runs.features import Material, material_of
-from minipeft.runs.plan import Options, RunPlan, Say, choose, make_task, silent
+from minipeft.runs.plan import Options, RunPlan, Say, choose, make_task, silent, where_data_are
 from minipeft.runs.record import described, headline
 from minipeft.runs.request import STATE_FOLDER, check_places, request_of
 from minipeft.runs.trained import save_finetuned
@@ -124,7 +124,8 @@ def train(run: Run) -> History:
 
     def save_best() -> None:
         if plan.folder is not None:
-            save_finetuned(model, plan.folder, {**task.details(), "dataset": data.name, "request": run.request})
+            save_finetuned(model, plan.folder, {**task.details(), "dataset": data.name, "request": run.request,
+                                                "data": where_data_are(options)})
 
     loss_sum = task.loss_sum if plan.training.class_weights == "none" else weighted_loss_sum(plan, task)
     history = loop.train(

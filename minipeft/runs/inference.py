@@ -11,11 +11,12 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from minipeft.data.datasets import KNOWN, choose_dataset, load_dataset
+from minipeft.data.datasets import KNOWN, Dataset, is_one_file, load_dataset, load_whole
+from minipeft.data.examples import together
 from minipeft.errors import ConfigError, DataError
 from minipeft.runs import defaults
 from minipeft.runs.places import newest_trained
-from minipeft.runs.plan import Options, Say, silent
+from minipeft.runs.plan import DATA_OPTIONS, Options, Say, silent, where_data_are
 from minipeft.runs.trained import details_of, load_finetuned
 from minipeft.settings import SEED
 from minipeft.tasks import task_for
@@ -81,46 +82,83 @@ class Evaluation:
 
 
 def evaluate(trained: Trained, options: Options, say: Say = silent) -> Evaluation:
-    """Test a trained model on a dataset's test split.
+    """Test a trained model on a dataset's test split, or on all rows of a single file of the user's own.
+
+    Of the very file that the model was trained on only the rows that were held out are tested.
 
     Args:
         options: which dataset, by default the one it was trained on, and how much of it.
         say: prints which dataset was chosen, and why.
 
     Raises:
-        DataError: the dataset cannot be read, or has other labels.
+        DataError: the dataset cannot be read or found again, or has other labels.
     """
-    name, why = (options.dataset, "asked for") if options.dataset is not None else _dataset(trained, options)
-    say(f"dataset    {name} ({why})")
-    task, named = trained.task, "label_names" in details_of(trained.folder)
-    data = load_dataset(name, task_for(name, options.task or task.name), options.data_dir,
-                        label_names=(named and task.label_names) or None, reading=options)
+    details = details_of(trained.folder)
+    own = options.dataset is None
+    options = _where_it_was_trained(trained.folder, details, options) if own else options
+    say(f"dataset    {options.dataset} ({'which the model was trained on' if own else 'asked for'})")
+    data, what = _to_test(trained, details, options, own)
     for remark in data.remarks.items():
         say("{:10} {}".format(*remark))
+    task = trained.task
     task.check_installed()
-    if not named and len(data.label_names) == len(task.label_names) and data.label_names != task.label_names:
+    if "label_names" not in details and len(data.label_names) == len(task.label_names) and (
+            data.label_names != task.label_names):
         task.label_names = data.label_names
         say(f"labels     {', '.join(f'{i} = {label}' for i, label in enumerate(data.label_names))} (in the dataset's "
             "order: the model's folder does not name them)")
     if data.label_names != task.label_names:
-        raise DataError(f"{name} has the labels {', '.join(data.label_names)}, but {trained.folder} was trained for "
-                        f"{', '.join(task.label_names)}")
-    small = trained.device.type == "cpu" and not options.full
+        raise DataError(f"{options.dataset} has the labels {', '.join(data.label_names)}, but {trained.folder} was "
+                        f"trained for {', '.join(task.label_names)}")
+    if what:
+        say(f"tested     {what}")
+    small = trained.device.type == "cpu" and not options.full and options.dataset in (*KNOWN, "sample")
     test = data.test.subset(options.test_size or (defaults.CPU_SIZES["test"] if small else None), seed=0)
     metrics = task.test(trained.model, test, trained.device, trained.precision, progress="testing")
-    return Evaluation(name, len(test), len(data.test), metrics)
+    return Evaluation(options.dataset, len(test), len(data.test), metrics)
 
 
-def _dataset(trained: Trained, options: Options) -> tuple[str, str]:
-    """The dataset to test on where none is named, and why that one."""
-    trained_on = details_of(trained.folder).get("dataset")
-    if trained_on in (*KNOWN, "sample"):
-        return trained_on, "which the model was trained on"
-    if trained.task.name != "classification":
-        if trained_on is None:
-            raise DataError(f"{trained.folder} does not say what it was trained on: name a dataset with --dataset")
-        raise DataError(f"{trained.folder} was trained on {trained_on}, a file of your own: name it with --dataset")
-    return choose_dataset(options.data_dir)
+def _where_it_was_trained(folder: Path, details: dict[str, Any], options: Options) -> Options:
+    """The options with the dataset that a model was trained on, and with how that was read.
+
+    Raises:
+        DataError: its folder does not say.
+    """
+    name, noted = details.get("dataset"), details.get("data")
+    if name in (*KNOWN, "sample"):
+        return dataclasses.replace(options, dataset=name)
+    if isinstance(noted, dict) and "dataset" in noted and noted.keys() <= set(DATA_OPTIONS):
+        return dataclasses.replace(options, **{**noted, **where_data_are(options)})
+    what = f"was trained on {name}, a file of your own" if name else "does not say what it was trained on"
+    raise DataError(f"{folder} {what}: name {'it' if name else 'a dataset'} with --dataset")
+
+
+def _to_test(trained: Trained, details: dict[str, Any], options: Options, own: bool) -> tuple[Dataset, str]:
+    """The dataset whose test split is tested, and in words which rows these are, of a file of the user's own.
+
+    Args:
+        own: whether it is to be the one that the model was trained on.
+
+    Raises:
+        DataError: it cannot be read, or is to be the model's own and has another content.
+    """
+    name, task = options.dataset, task_for(options.dataset, options.task or trained.task.name)
+    label_names = trained.task.label_names if details.get("label_names") else None
+    trained_on = details.get("request", {}).get("dataset", {}).get("fingerprints")
+    if not own and is_one_file(name, options):
+        whole = load_whole(name, task, label_names, options)
+        fingerprint = whole.test.fingerprint()
+        if trained_on is None or fingerprint != together(trained_on.values()):
+            seen = trained_on and fingerprint in (trained_on["train"], trained_on["validation"])
+            return whole, "all rows" + ", which the model was trained on" * bool(seen)
+    data = load_dataset(name, task, options.data_dir, label_names=label_names, reading=options)
+    if own and trained_on is not None and data.fingerprints() != trained_on:
+        if name not in (*KNOWN, "sample"):
+            raise DataError(f"{name} has changed since {trained.folder} was trained on it: name it with --dataset to "
+                            "test all of its rows")
+        return data, "its test split, which has changed since the model was trained"
+    carved = is_one_file(name, options) and data.fingerprints() == trained_on
+    return data, "the rows held out when the model was trained on the others" * carved
 
 
 def predict(trained: Trained, texts: Sequence[str], **decoding: Any) -> Iterator[str]:
@@ -133,12 +171,36 @@ def predict(trained: Trained, texts: Sequence[str], **decoding: Any) -> Iterator
     Raises:
         ConfigError: a value out of range, or one that means nothing to the task or beside the others.
     """
-    task, request = trained.task, (trained.model, texts, trained.device, trained.precision)
+    task, decoding = _decoding(trained, decoding)
+    request = (trained.model, texts, trained.device, trained.precision)
+    if decoding.get("num_beams", 1) != 1:
+        return (text + "\n" for text in task.generate_texts(*request, **decoding))
+    return task.predict(*request, **decoding)
+
+
+def predict_table(trained: Trained, texts: Sequence[str], progress: str | None = None,
+                  **decoding: Any) -> dict[str, list[Any]]:
+    """What the model predicts for each text as columns of a table: "prediction", and what the task adds.
+
+    Args:
+        progress: title of a progress bar; None shows none.
+        decoding: as `predict`.
+
+    Raises:
+        ConfigError: as `predict`.
+    """
+    task, decoding = _decoding(trained, decoding)
+    return task.table(trained.model, texts, trained.device, trained.precision, progress, **decoding)
+
+
+def _decoding(trained: Trained, decoding: dict[str, Any]) -> tuple[Task, dict[str, Any]]:
+    """The task and the arguments of its `predict` that ways of writing mean."""
+    task = trained.task
     if not isinstance(task, Generation):
         if decoding:
             raise ConfigError(f"{trained.folder} was trained for {task.name}, which writes no text: "
                               f"--{next(iter(decoding)).replace('_', '-')} means nothing to it")
-        return task.predict(*request)
+        return task, {}
     if "max_new_tokens" in decoding:  # the source has the other tokens
         task = dataclasses.replace(task, max_new_tokens=decoding.pop("max_new_tokens"))
     if "top_k" in decoding or "top_p" in decoding:
@@ -148,7 +210,6 @@ def predict(trained: Trained, texts: Sequence[str], **decoding: Any) -> Iterator
         raise ConfigError(f"seed must be {SEED.words}, got {seed}")
     if seed is not None and (beams != 1 or not decoding.get("temperature")):
         raise ConfigError("--seed is for sampling: add --temperature, --top-k or --top-p, and no --num-beams")
-    if beams != 1:
-        return (text + "\n" for text in task.generate_texts(*request, **decoding))
-    generator = torch.Generator(trained.device).manual_seed(seed or 0)
-    return task.predict(*request, generator=generator, **decoding)
+    if beams == 1:
+        decoding["generator"] = torch.Generator(trained.device).manual_seed(seed or 0)
+    return task, decoding

@@ -70,6 +70,9 @@ class Options(Reading):
     training_values: dict = setting({})
 
 
+DATA_OPTIONS = ("dataset", *(field.name for field in dataclasses.fields(Reading)))
+
+
 @dataclass(frozen=True)
 class RunPlan:
     """Everything that is decided before a model exists.
@@ -169,6 +172,12 @@ def for_method(plan: RunPlan, options: Options, say: Say = silent, baseline: boo
     folder = None if baseline else Path(options.output or default_folder(options.method, data.name))
     return dataclasses.replace(plan, options=options, method_config=method_config, training=training, folder=folder,
                                choices=choices)
+
+
+def where_data_are(options: Options) -> dict[str, Any]:
+    """The options that a user found and read a dataset by: by them it is found again."""
+    given = {name: getattr(options, name) for name in DATA_OPTIONS}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in given.items() if value}
 
 
 def check_options(options: Options, baseline: bool = False) -> None:

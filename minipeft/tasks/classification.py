@@ -79,14 +79,26 @@ class Classification(Task):
         logits = predict_logits(model, encoded.ids, device, precision, progress=progress)                # (N, K)
         return metrics(logits, encoded.labels, self.label_names)
 
+    def probabilities(self, model: nn.Module, texts: Sequence[str], device: torch.device, precision: torch.dtype,
+                      progress: str | None = None) -> Tensor:
+        """The probability of each label for each text: (N, K)."""
+        ids = encode([clean(text) for text in texts], self.tokenizer, self.max_length, self.truncation)
+        return predict_logits(model, ids, device, precision, progress=progress).softmax(dim=1)
+
     def predict(self, model: nn.Module, texts: Sequence[str], device: torch.device,
                 precision: torch.dtype) -> Iterator[str]:
         """Label, its probability, and the first 80 characters of the text, with tabs between."""
-        ids = encode([clean(text) for text in texts], self.tokenizer, self.max_length, self.truncation)
-        for text, row in zip(texts, predict_logits(model, ids, device, precision).softmax(dim=1)):       # (K,)
+        for text, row in zip(texts, self.probabilities(model, texts, device, precision)):                # (K,)
             label = int(row.argmax())
             yield f"{self.label_names[label]}\t{row[label]:.4f}\t{' '.join(text.split())[:80]}\n"
 
+    def table(self, model: nn.Module, texts: Sequence[str], device: torch.device, precision: torch.dtype,
+              progress: str | None = None) -> dict[str, list[Any]]:
+        """The label, and a column for each label by its name, which holds its probability."""
+        found = self.probabilities(model, texts, device, precision, progress)                            # (N, K)
+        return {"prediction": [self.label_names[label] for label in found.argmax(dim=1).tolist()],
+                **{name: [round(share, 6) for share in column.tolist()]
+                   for name, column in zip(self.label_names, found.T)}}
 
     def baselines(self, train: Examples, test: Examples) -> dict[str, dict[str, Any]]:
         """The label most frequent in training for every text; as probabilities the labels' shares there."""

@@ -142,6 +142,11 @@ class Generation(Task):
         return predictions(model, continued, prompts, [0] * len(prompts), device, precision,
                            GENERATION_BATCH_SIZE[device.type], progress)
 
+    def table(self, model: nn.Module, texts: Sequence[str], device: torch.device, precision: torch.dtype,
+              progress: str | None = None, **decoding: Any) -> dict[str, list[Any]]:
+        """The summary or translation."""
+        return {"prediction": self.generate_texts(model, texts, device, precision, progress, **decoding)}
+
     def _text(self, ids: list[int]) -> str:
         """The text of new tokens, up to the end of text, on one line."""
         eos = self.tokenizer.eos_token_id

@@ -152,14 +152,24 @@ class Tagging(Task):
                 "accuracy": round(right / sum(map(len, true)), 6), "examples": len(true),
                 "words": sum(map(len, true))}
 
+    def tags(self, model: nn.Module, sentences: list[list[str]], device: torch.device, precision: torch.dtype,
+             progress: str | None = None) -> list[list[str]]:
+        """A tag for each word of each sentence."""
+        examples = Examples(sentences, [[0] * len(words) for words in sentences])
+        logits = self.word_logits(model, self.encode(examples), device, precision, progress)
+        return [[self.label_names[tag] for tag in rows.argmax(dim=1).tolist()] for rows in logits]
+
     def predict(self, model: nn.Module, texts: Sequence[str], device: torch.device,
                 precision: torch.dtype) -> Iterator[str]:
         """Each text's words, with a slash and the tag behind those that have one."""
         sentences = [text.split() for text in texts]
-        examples = Examples(sentences, [[0] * len(words) for words in sentences])
-        for words, logits in zip(sentences, self.word_logits(model, self.encode(examples), device, precision)):
-            tags = [self.label_names[tag] for tag in logits.argmax(dim=1).tolist()]
+        for words, tags in zip(sentences, self.tags(model, sentences, device, precision)):
             yield " ".join(word if tag == "O" else f"{word}/{tag}" for word, tag in zip(words, tags)) + "\n"
+
+    def table(self, model: nn.Module, texts: Sequence[str], device: torch.device, precision: torch.dtype,
+              progress: str | None = None) -> dict[str, list[Any]]:
+        """A list of tags, one for each word."""
+        return {"prediction": self.tags(model, [text.split() for text in texts], device, precision, progress)}
 
     def baselines(self, train: Examples, test: Examples) -> dict[str, dict[str, Any]]:
         """Each word gets the tag that it had most often in training, and unknown ones the tag most frequent there."""

@@ -138,6 +138,16 @@ class Task(Settings, ABC):
                 precision: torch.dtype) -> Iterator[str]:
         """What `scripts/predict.py` prints: a line for each text, in order; a line may come in several pieces."""
 
+    def table(self, model: nn.Module, texts: Sequence[str], device: torch.device, precision: torch.dtype,
+              progress: str | None = None) -> dict[str, list[Any]]:
+        """What is predicted for each text, as columns of a table: "prediction", and more where there is more.
+
+        Args:
+            progress: title of a progress bar; None shows none.
+        """
+        lines = "".join(self.predict(model, texts, device, precision)).split("\n")
+        return {"prediction": lines[:len(texts)]}
+
     def baselines(self, train: Examples, test: Examples) -> dict[str, dict[str, Any]]:
         """Metrics on the test split of guesses that need no model, by name."""
         return {}

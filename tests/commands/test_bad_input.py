@@ -722,9 +722,21 @@ def test_bad_ways_of_writing(refused, translator, options, message):
     assert message in refused("predict.py", "--adapter", translator, "a dog", *options)
 
 
-def test_testing_a_translator_of_ones_own_pairs_needs_the_pairs(refused, translator):
-    line = refused("evaluate.py", "--adapter", translator)
-    assert "was trained on pairs, a file of your own: name it with --dataset" in line
+def test_testing_a_translator_of_ones_own_pairs_needs_the_pairs(refused, translator, folder):
+    copy = shutil.copytree(translator, folder / "copy")
+    pairs = translator.parent / "pairs.jsonl"
+    content = pairs.read_text()
+    pairs.write_text(content + content.splitlines()[0])
+    assert "has changed since copy was trained on it: name it with --dataset" in refused(
+        "evaluate.py", "--adapter", "copy")
+    pairs.unlink()
+    assert f"there is no file {pairs}" in refused("evaluate.py", "--adapter", "copy")
+    pairs.write_text(content)
+    account = json.loads((copy / "minipeft.json").read_text())
+    del account["data"]  # as earlier versions left it
+    (copy / "minipeft.json").write_text(json.dumps(account))
+    assert "was trained on pairs, a file of your own: name it with --dataset" in refused(
+        "evaluate.py", "--adapter", "copy")
 
 
 def test_a_translator_is_not_tested_on_films(refused, translator):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from helpers import (
@@ -22,6 +24,7 @@ from helpers import (
 )
 
 from minipeft.commands import train as command
+from minipeft.data import tables
 from minipeft.methods import METHODS
 from minipeft.runs import defaults
 from minipeft.tasks.task import Task
@@ -110,10 +113,13 @@ def test_baseline_trains_nothing_and_writes_its_results(train, folder):
 
 def test_evaluate_takes_a_subset_on_a_cpu_and_everything_when_asked(train, script, monkeypatch):
     train()
+    write_imdb(".", train=40, test=20)
     monkeypatch.setitem(defaults.CPU_SIZES, "test", 2)
-    assert "2 of 4 test examples (--full takes all)" in script("evaluate.py", "--dataset", "films.csv").out
-    assert "4 of 4 test examples\n" in script("evaluate.py", "--dataset", "films.csv", "--full").out
-    assert "3 of 4 test examples" in script("evaluate.py", "--dataset", "films.csv", "--test-size", 3).out
+    imdb = ("--dataset", "imdb", "--data-dir", ".")
+    assert "2 of 20 test examples (--full takes all)" in script("evaluate.py", *imdb).out
+    assert "20 of 20 test examples\n" in script("evaluate.py", *imdb, "--full").out
+    assert "3 of 20 test examples\n" in script("evaluate.py", *imdb, "--test-size", 3).out
+    assert "4 of 4 test examples\n" in script("evaluate.py", "--dataset", "films.csv").out  # a file of one's own: all
 
 
 def test_a_model_trained_on_one_dataset_can_be_tested_on_another(train, script):
@@ -151,6 +157,97 @@ def test_report_makes_a_table_of_the_results(train, script):
     assert "untrained head" in outcome.out and "zero-shot" in outcome.out and lines[-1].startswith("| lora |")
 
 
+# --- tables of predictions --------------------------------------------------------------------------------------------
+
+def read_table(path):
+    with Path(path).open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t" if str(path).endswith(".tsv") else ","))
+
+
+@pytest.mark.kind("7: predict --input --output with all label probabilities")
+def test_predict_writes_a_table_with_the_texts_own_columns_and_every_labels_probability(train, script):
+    train("--method", "full")
+    write_csv("texts.csv", [("007", "a good film, truly"), ("8", 'a "bad" film,\ntruly bad')], header=("id", "text"))
+    outcome = script("predict.py", "--input", "texts.csv", "--output", "out/predictions.csv", "--precision", "fp32")
+    assert outcome.code == 0 and outcome.out == "wrote 2 predictions to out/predictions.csv\n", outcome.err
+    found = read_table("out/predictions.csv")
+    assert list(found[0]) == ["id", "text", "prediction", "negative", "positive"]
+    assert [row["id"] for row in found] == ["007", "8"] and found[1]["text"] == 'a "bad" film,\ntruly bad'
+    printed = [line.split("\t") for line in script("predict.py", "--precision", "fp32", *(row["text"] for row in found))
+               .out.splitlines()]
+    for row, (label, probability, _) in zip(found, printed):
+        assert row["prediction"] == label
+        assert float(row[label]) == pytest.approx(float(probability), abs=1.1e-4)
+        assert float(row["negative"]) + float(row["positive"]) == pytest.approx(1, abs=2e-6)
+
+
+@pytest.mark.parametrize("ending", ["tsv", "jsonl", "json", "parquet", "csv.gz"])
+def test_a_table_of_any_kind_is_read_and_written(train, script, ending):
+    train("--epochs", 1)
+    write_csv("texts.csv", [(f"a good film {i}", str(i)) for i in range(20)], header=("body", "id"))
+    for source, target in (("texts.csv", f"first.{ending}"), (f"first.{ending}", "second.csv")):
+        options = ("--text-column", "body") if source == "texts.csv" else ("--text-column", "prediction")
+        outcome = script("predict.py", "--input", source, "--output", target, *options)
+        if source != "texts.csv":  # it holds predictions already
+            assert outcome.code == 2 and f"{source} has a column 'prediction' already" in outcome.err
+        else:
+            assert outcome.code == 0, outcome.err
+    again = tables.read_table(Path(f"first.{ending}"))
+    assert again.names == ["body", "id", "prediction", "negative", "positive"]
+    assert again.column("id") == [str(i) for i in range(20)] and set(again.column("prediction")) <= {
+        "negative", "positive"}
+
+
+def test_a_table_is_never_written_over_its_input_and_over_another_file_only_when_asked(train, script, folder):
+    train("--epochs", 1)
+    before = (folder / "films.csv").read_bytes()
+    for more in ((), ("--overwrite",)):
+        own = script("predict.py", "--input", "films.csv", "--output", "./films.csv", *more)
+        assert own.code == 2 and own.error_lines == ["error: films.csv is the input itself: choose another --output"]
+    assert (folder / "films.csv").read_bytes() == before
+    (folder / "there.csv").write_text("mine")
+    there = script("predict.py", "a film", "--output", "there.csv")
+    assert there.code == 2 and "there.csv is there already" in there.err
+    assert (folder / "there.csv").read_text() == "mine"
+    assert script("predict.py", "a film", "--output", "there.csv", "--overwrite").code == 0
+    assert [row["text"] for row in read_table("there.csv")] == ["a film"]
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    (("--input", "films.csv", "a text"), "give either --input or texts, not both"),
+    (("a text", "--text-column", "body"), "are for --input"),
+    (("--input", "films.csv", "--output", "predictions.xlsx"), "should end in one of .csv, .tsv, .jsonl"),
+    (("--input", "nowhere.csv", "--output", "predictions.csv"), "there is no file nowhere.csv"),
+    (("--input", "films.csv", "--text-column", "body"), "no column 'body'; --text-column can be one of text, label"),
+    (("--input", "empty.csv", "--output", "predictions.csv"), "empty.csv, row 2: the text is empty")])
+def test_a_table_that_cannot_be_read_or_written_is_refused_in_one_line(train, script, folder, options, said):
+    train("--epochs", 1)
+    (folder / "empty.csv").write_text('text,id\nfine,1\n"",2\n')
+    outcome = script("predict.py", *options)
+    assert outcome.code == 2 and said in outcome.err and not (folder / "predictions.csv").exists()
+
+
+@pytest.mark.parametrize(("dataset", "column", "text"), [
+    ("wnut_17", "tokens", "Ada saw Rome"), ("multi30k", "source", "a dog")])
+def test_tables_of_other_tasks_hold_tags_or_texts(script, tiny_model, folder, dataset, column, text):
+    write_datasets(folder)
+    trained = script("train.py", "--model", tiny_model, "--dataset", dataset, "--data-dir", ".", "--epochs", 1,
+                     "--max-length", 48, "--precision", "fp32")
+    assert trained.code == 0, trained.err
+    write_csv("texts.csv", [(text, 1), (text, 2)], header=(column, "id"))
+    outcome = script("predict.py", "--input", "texts.csv", "--output", "found.csv", "--precision", "fp32")
+    assert outcome.code == 0, outcome.err
+    found = read_table("found.csv")
+    assert list(found[0]) == [column, "id", "prediction"] and [row["id"] for row in found] == ["1", "2"]
+    printed = script("predict.py", text, "--precision", "fp32").out.rstrip("\n")
+    if dataset == "wnut_17":
+        tags = found[0]["prediction"].split()
+        words = [word if tag == "O" else f"{word}/{tag}" for word, tag in zip(text.split(), tags)]
+        assert " ".join(words) == printed and len(tags) == 3
+    else:
+        assert found[0]["prediction"].split() == printed.split()
+
+
 # --- what is said first -----------------------------------------------------------------------------------------------
 
 def test_what_was_chosen_is_printed_first_with_the_reason(train, tiny_model):
@@ -171,11 +268,28 @@ def test_without_a_dataset_or_network_the_sample_is_used_and_the_reason_printed(
     assert "20 train" in outcome.out
 
 
-def test_evaluate_says_which_dataset_it_chose_and_why(train, script):
+@pytest.mark.kind("7: evaluate without --dataset uses the adapter's own")
+def test_evaluate_tests_on_what_the_model_was_trained_on_or_says_that_it_cannot(train, script, folder):
     train()
     outcome = script("evaluate.py")
     assert outcome.code == 0, outcome.err
-    assert "sample" in outcome.out.splitlines()[1] and "IMDb is not on this machine" in outcome.out
+    assert outcome.out.splitlines()[1:4] == [
+        "dataset    films.csv (which the model was trained on)",
+        "tested     the rows held out when the model was trained on the others", "films.csv, 4 of 4 test examples"]
+    (folder / "films.csv").rename("other.csv")
+    gone = script("evaluate.py")
+    assert gone.code == 2 and gone.error_lines == ["error: there is no file films.csv"]
+
+
+@pytest.mark.kind("7: whole files are tested")
+def test_evaluate_tests_all_rows_of_a_file_but_of_the_training_file_those_held_out(train, script, folder):
+    train()
+    write_csv("more.csv", rows(6))
+    whole = script("evaluate.py", "--dataset", "more.csv")
+    assert whole.code == 0 and "tested     all rows\nmore.csv, 12 of 12 test examples\n" in whole.out, whole.err
+    (folder / "films.csv").rename("renamed.csv")
+    same = script("evaluate.py", "--dataset", "renamed.csv")
+    assert "tested     the rows held out when the model was trained on the others\nrenamed.csv, 4 of 4" in same.out
 
 
 @pytest.mark.kind("7: another dataset's or base's adapter folder is not overwritten")

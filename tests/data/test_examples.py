@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minipeft.data.examples import Examples, check_texts, clean
+from minipeft.data.examples import Examples, check_texts, clean, together
 from minipeft.errors import DataError
 
 # --- text -------------------------------------------------------------------------------------------------------------
@@ -54,3 +55,17 @@ def test_a_subset_keeps_the_shares_of_the_labels_and_none_means_all():
     assert examples.subset(20, seed=0).texts != examples.subset(20, seed=1).texts
     assert examples.subset(None, seed=0) is examples
     assert len(examples.subset(1000, seed=0)) == 100
+
+
+# --- fingerprints -----------------------------------------------------------------------------------------------------
+
+def test_a_fingerprint_names_the_content_in_whatever_order_and_sets_add_up():
+    one, two = Examples(["good", "bad"], [1, 0]), Examples(["dull"], [0])
+    assert re.fullmatch("[0-9a-f]{16}", one.fingerprint())
+    assert Examples(["bad", "good"], [0, 1]).fingerprint() == one.fingerprint()
+    assert Examples(["bad", "good", "dull"], [0, 1, 0]).fingerprint() == together(
+        [one.fingerprint(), two.fingerprint()])
+    for texts, labels in ((["good", "bad"], [0, 1]), (["good", "bad "], [1, 0]), (["good", "bad", "bad"], [1, 0, 0])):
+        assert Examples(texts, labels).fingerprint() != one.fingerprint()
+    words = Examples([["a", "b"]], [[0, 1]])
+    assert words.fingerprint() != Examples([["a b"]], [[0, 1]]).fingerprint()

@@ -9,7 +9,7 @@ import json
 import pytest
 from helpers import write_csv, write_parquet
 
-from minipeft.data.tables import Reading, file_type, read_rows, read_table
+from minipeft.data.tables import Reading, file_type, read_rows, read_table, write_table
 from minipeft.errors import ConfigError, DataError
 
 CONTENT = [("un café, s'il vous plaît", "bon"), ("ein \"guter\" Film\nin zwei Zeilen", "gut"), ("x", "01")]
@@ -231,3 +231,33 @@ def test_a_row_may_be_longer_than_a_block(tmp_path):
     path = tmp_path / "x.csv"
     write_csv(path, [(f"{'long ' * 15_000}{i}", "good") for i in range(60)])
     assert len(read_table(path).column("text")) == 60
+
+
+# --- write ------------------------------------------------------------------------------------------------------------
+
+COLUMNS = {"text": ["one, \"two\"", "line\nbreak\tand \u00e9"], "tags": [["O", "B-x"], ["O"]], "share": [0.25, 1.0],
+           "id": ["007", None]}
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.json", "t.parquet", "t.jsonl.gz"])
+def test_a_table_is_read_as_it_was_written(tmp_path, name):
+    write_table(tmp_path / name, COLUMNS)
+    found = read_table(tmp_path / name)
+    assert {column: found.column(column) for column in found.names} == COLUMNS
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.csv.gz"])
+def test_a_table_of_texts_has_lists_as_texts_with_blanks_between(tmp_path, name):
+    write_table(tmp_path / name, COLUMNS)
+    found = read_table(tmp_path / name)
+    assert {column: found.column(column) for column in found.names} == COLUMNS | {
+        "tags": ["O B-x", "O"], "share": ["0.25", "1.0"], "id": ["007", ""]}
+
+
+def test_a_table_of_no_kind_or_of_columns_that_a_kind_cannot_hold_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"t\.xlsx should end in one of \.csv"):
+        write_table(tmp_path / "t.xlsx", COLUMNS)
+    with pytest.raises(DataError, match=r"t\.parquet cannot hold these columns: .*; write a \.jsonl file"):
+        write_table(tmp_path / "t.parquet", {"mixed": [1, "one"]})
+    assert list(tmp_path.iterdir()) == []

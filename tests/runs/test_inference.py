@@ -27,15 +27,52 @@ def test_a_test_after_loading_gives_the_metrics_of_the_run(trained, tmp_path):
     found = evaluate(model, Options(dataset=str(tmp_path / "films.csv")), said.append)
     assert found.metrics == results["metrics"]["test"]
     assert (found.examples, found.available) == (4, 4)
-    assert said == [f"dataset    {tmp_path / 'films.csv'} (asked for)"]
+    assert said == [f"dataset    {tmp_path / 'films.csv'} (asked for)",
+                    "tested     the rows held out when the model was trained on the others"]
     assert evaluate(model, Options(dataset=found.dataset, test_size=2)).examples == 2
+
+
+def test_without_a_dataset_a_file_of_ones_own_is_found_and_read_as_it_was_in_training(options, tmp_path):
+    write_csv(tmp_path / "films.csv", rows(), header=("body", "verdict"))
+    results = finetune(options(text_column="body", label_column="verdict", training_values={"epochs": 1}))
+    model, said = load(tmp_path / "output" / "lora", Options(precision="fp32")), []
+    found = evaluate(model, Options(), said.append)
+    assert found.metrics == results["metrics"]["test"]
+    assert said[0] == f"dataset    {tmp_path / 'films.csv'} (which the model was trained on)"
+    write_csv(tmp_path / "films.csv", rows(21), header=("body", "verdict"))
+    with pytest.raises(DataError, match=r"has changed since .* was trained on it: name it with --dataset"):
+        evaluate(model, Options())
+
+
+@pytest.mark.kind("7: whole files are tested")
+def test_all_rows_of_another_file_are_tested_however_few_and_training_rows_are_told(options, trained, tmp_path):
+    model, _ = trained
+    few = write_csv(tmp_path / "few.csv", rows(1))
+    said = []
+    assert evaluate(model, Options(dataset=few), said.append).examples == 2 and said[1] == "tested     all rows"
+    split = {"dataset": write_csv(tmp_path / "a.csv", rows(20)), "validation_file": few, "test_file": few}
+    finetune(options(**split, output=str(tmp_path / "split"), training_values={"epochs": 1}))
+    model = load(tmp_path / "split", Options(precision="fp32"))
+    assert evaluate(model, Options(dataset=split["dataset"]), said.append).examples == 40
+    assert said[-1] == "tested     all rows, which the model was trained on"
+    assert evaluate(model, Options(), said.append).examples == 2
 
 
 def test_without_a_dataset_it_is_tested_on_what_it_was_trained_on_if_that_has_a_name(trained, tmp_path):
     said, details = [], tmp_path / "output" / "lora" / "minipeft.json"
     details.write_text(json.dumps({**json.loads(details.read_text()), "dataset": "sample"}))
     assert evaluate(trained[0], Options(test_size=3), said.append).dataset == "sample"
-    assert said == ["dataset    sample (which the model was trained on)"]
+    assert said == ["dataset    sample (which the model was trained on)",
+                    "tested     its test split, which has changed since the model was trained"]
+
+
+def test_without_a_dataset_a_model_that_does_not_say_what_it_was_trained_on_is_not_tested(trained, tmp_path):
+    details = tmp_path / "output" / "lora" / "minipeft.json"
+    content = json.loads(details.read_text())
+    del content["dataset"], content["data"]
+    details.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="lora does not say what it was trained on: name a dataset with --dataset"):
+        evaluate(trained[0], Options())
 
 
 def test_a_dataset_with_other_labels_is_refused(trained, tmp_path):
@@ -64,7 +101,7 @@ def test_labels_that_an_adapter_does_not_name_are_the_dataset_s_in_their_order_a
                        "name them)")
     write_csv(tmp_path / "numbers.csv", [(text, ("negative", "positive").index(label)) for text, label in rows()])
     numbers = evaluate(public(), Options(dataset=str(tmp_path / "numbers.csv")), said.append)
-    assert len(said) == 3
+    assert len(said) == 5 and said[3].endswith("(asked for)") and said[4] == "tested     all rows"
     assert list(numbers.metrics.pop("by_label").values()) == list(found.metrics.pop("by_label").values())
     assert (numbers.metrics.pop("f1_label"), found.metrics.pop("f1_label")) == ("1", "positive")
     assert numbers.metrics == found.metrics

@@ -134,11 +134,13 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     """Inject the method saved in `folder` into a base model and load its trained tensors.
 
     The configuration, the base's fingerprint (where the folder has one) and every tensor's name, shape and values are
-    checked; on any error the model is left as it was.
+    checked; on any error the model is left as it was. What the configuration says and the tensors do not bear out is
+    ignored, and logged as a warning in one line.
 
     Args:
         model: a base model. It may carry adapters under other names: they stay, inactive (see `set_adapter`).
-        folder: an adapter folder, ours or peft's, or one with a sub-folder for each of several methods.
+        folder: an adapter folder, ours or peft's, whose tensors may be pickled (adapter_model.bin); other files in it,
+            such as a trainer's, do not matter. Or one with a sub-folder for each of several methods.
         name: of the loaded adapter.
 
     Returns:
@@ -147,7 +149,7 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     Raises:
         AdapterError: no adapter there, a damaged one, another base's, another head's, or tensors missing or left over.
         ConfigError: a field that changes the numbers and is not implemented here.
-        InjectionError: the model already carries a method under this name, or is wrapped.
+        InjectionError: the model already carries a method under this name, is wrapped, or is on the meta device.
     """
     check_is_bare(model)
     if any(parameter.is_meta for parameter in model.parameters()):

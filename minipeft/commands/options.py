@@ -18,6 +18,7 @@ from minipeft.settings import Settings, in_words, parsed
 from minipeft.tasks import TASKS
 from minipeft.tasks.generation import MAX_SUMMARY_LENGTH
 from minipeft.tasks.task import MAX_LENGTH
+from minipeft.training.hardware import MATMUL_PRECISIONS
 from minipeft.training.loop import TrainingConfig
 
 LENGTH_HELP = f"tokens kept of a text; default {MAX_LENGTH}, of one to summarize {MAX_SUMMARY_LENGTH}"
@@ -134,4 +135,6 @@ def add_machine_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
     group = parser.add_argument_group("machine")
     group.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
     group.add_argument("--precision", default="auto", help="auto, fp32, bf16 or fp16; default auto")
+    group.add_argument("--matmul-precision", choices=MATMUL_PRECISIONS,
+                       help="of what is computed in float32: torch's float32_matmul_precision; default highest")
     return group

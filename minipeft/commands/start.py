@@ -100,6 +100,14 @@ def run(main: Callable[..., int | None], *arguments: Any) -> None:
     except MinipeftError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        from minipeft.training.hardware import ran_out_of_memory
+        if not ran_out_of_memory(error):
+            raise
+        # In training and in prediction the error is another, and says more: here the model itself did not fit.
+        print(f"error: out of memory: use a smaller --model, or another device ({str(error).splitlines()[0]})",
+              file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt as stopped:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + getattr(stopped, "number", signal.SIGINT))

@@ -22,7 +22,7 @@ from minipeft.settings import SEED
 from minipeft.tasks import task_for
 from minipeft.tasks.generation import Generation
 from minipeft.tasks.task import Task
-from minipeft.training.hardware import cast_frozen, choose_device, choose_precision
+from minipeft.training.hardware import cast_frozen, choose_device, choose_matmul_precision, choose_precision
 
 
 @dataclass
@@ -60,6 +60,7 @@ def load(folder: str | Path, options: Options) -> Trained:
     """
     device = choose_device(options.device)
     precision = choose_precision(options.precision, device)
+    choose_matmul_precision(options.matmul_precision)
     model, task = load_finetuned(folder, options.model, device, options.task)
     return Trained(Path(folder), cast_frozen(model.requires_grad_(False), precision), task, device, precision)
 

@@ -24,7 +24,12 @@ from minipeft.runs.trained import check_vocabulary
 from minipeft.settings import POSITIVE, POSITIVE_INTEGER, setting
 from minipeft.tasks import task_for
 from minipeft.tasks.task import Task
-from minipeft.training.hardware import choose_device, choose_precision
+from minipeft.training.hardware import (
+    MATMUL_PRECISIONS,
+    choose_device,
+    choose_matmul_precision,
+    choose_precision,
+)
 from minipeft.training.loop import TrainingConfig
 
 Say = Callable[[str], None]
@@ -57,6 +62,7 @@ class Options(Reading):
     dropout: float | None = None
     device: str | None = None
     precision: str = "auto"
+    matmul_precision: str | None = setting(None, choices=(None, *MATMUL_PRECISIONS))
     compile: bool = False
     gradient_checkpointing: bool = False
     recompute_features: bool = False
@@ -129,6 +135,7 @@ def choose(options: Options, say: Say = silent, baseline: bool = False) -> RunPl
     check_options(options, baseline)
     device = choose_device(options.device)
     precision = choose_precision(options.precision, device)
+    choose_matmul_precision(options.matmul_precision)
     default = "gpt2" if device.type == "cuda" else "mini"
     model_name = default if options.model is None else options.model
     dataset, why = choose_dataset(options.data_dir) if options.dataset is None else (options.dataset, "asked for")
@@ -137,6 +144,8 @@ def choose(options: Options, say: Say = silent, baseline: bool = False) -> RunPl
                "precision": _because(dtype_name(precision), options.precision != "auto", "best here"),
                "model": _because(model_name, options.model, f"default on {device.type}"),
                "dataset": f"{dataset} ({why})"}
+    if options.matmul_precision is not None:
+        choices["matmul"] = f"{options.matmul_precision} (asked for)"
     say("\n".join(_line(*choice) for choice in choices.items()))
 
     tokenizer = get_tokenizer(folder if (folder / VOCABULARY_FILE).is_file() else "gpt2")

@@ -40,7 +40,8 @@ def request_of(plan: RunPlan, base_fingerprint: str) -> dict[str, Any]:
         "method_config": dataclasses.asdict(plan.method_config) if trains else {},
         "training_config": dataclasses.asdict(plan.training) if trains else {"seed": plan.training.seed},
         "dataset": {"name": data.name, "fingerprints": plan.fingerprints, "sizes": plan.sizes}, "task": task.details(),
-        "dropout": options.dropout, "precision": dtype_name(plan.precision)}
+        "dropout": options.dropout, "precision": dtype_name(plan.precision),
+        "matmul_precision": options.matmul_precision}
     return json.loads(json.dumps(request, default=str))  # as it reads after a trip through a file
 
 
@@ -107,7 +108,8 @@ def _settings(request: dict[str, Any]) -> dict[str, Any]:
     for config in defaults:
         found |= dataclasses.asdict(config)
     found |= {**request["training_config"], **request["method_config"]}
-    return found | {"dropout": request.get("dropout"), "precision": request["precision"]}
+    return found | {"dropout": request.get("dropout"), "precision": request["precision"],
+                    "matmul_precision": request.get("matmul_precision")}
 
 
 # --- nothing is replaced unasked --------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ from minipeft.errors import HardwareError
 
 # Of a micro-batch's hidden states (B, T, C) on a CPU: about as much as its caches hold.
 NUMBERS_PER_MICRO_BATCH = 2**20
+# Of products of float32 matrices, as torch names them: "high" and "medium" may round what goes in, for speed.
+MATMUL_PRECISIONS = ("highest", "high", "medium")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -52,6 +54,17 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     if name not in PRECISIONS:
         raise HardwareError(f"unknown precision {name!r}: use auto, {', '.join(PRECISIONS)}")
     return PRECISIONS[name]
+
+
+def choose_matmul_precision(name: str | None) -> None:
+    """Set how exact this process's products of float32 matrices are; None leaves it to torch, whose default is highest.
+
+    Args:
+        name: "highest": float32; "high": TensorFloat32 or the like where the hardware has it, 10 bits after the point
+            in place of 23; "medium": bfloat16 inside, 7 bits. Products in a lower --precision are not concerned.
+    """
+    if name is not None:
+        torch.set_float32_matmul_precision(name)
 
 
 def computing_in(precision: torch.dtype, device: torch.device) -> torch.autocast:

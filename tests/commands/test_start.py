@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from helpers import SCRIPTS
 
 from minipeft.commands.start import COMMANDS, main, run
@@ -82,7 +83,10 @@ def test_python_dash_m_is_the_same_command(folder):
 
 @pytest.mark.parametrize(("outcome", "code", "line"), [
     (None, None, ""), (130, 130, ""), (OutputError("two\nlines"), 2, "error: two lines\n"),
-    (KeyboardInterrupt(), 130, "interrupted\n")])
+    (KeyboardInterrupt(), 130, "interrupted\n"),
+    pytest.param(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore"), 2,
+                 "error: out of memory: use a smaller --model, or another device (CUDA out of memory. Tried to "
+                 "allocate 9 GiB.)\n", marks=pytest.mark.kind("8: out of memory is one line"))])
 def test_an_end_becomes_an_exit_code_and_one_line_at_most(capsys, outcome, code, line):
     def main():
         if isinstance(outcome, BaseException):

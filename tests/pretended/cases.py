@@ -56,7 +56,7 @@ def options(method, task, precision, device="cuda", output="adapter", training=N
                    precision=precision, max_length=40, max_new_tokens=4 if writes else None,
                    output=str(place() / output), results_dir=str(place() / "results"),
                    method_values=SMALL.get(method, {}), training_values={"epochs": 1, "batch_size": 4,
-                                                                         **(training or {})}, **more)
+                                                                         **(training or {})}, overwrite=True, **more)
 
 
 @contextlib.contextmanager

@@ -148,8 +148,8 @@ def test_without_resume_an_interrupted_run_starts_anew(options, ctrl_c, tmp_path
 
 @pytest.mark.parametrize("change", [
     {"training_values": {"learning_rate": 1e-3}}, {"method_values": {"lora_alpha": 99}}, {"method_values": {"r": 2}},
-    {"max_length": 20}, {"train_size": 10}, {"dataset": "sample"}, {"truncation": "head"}, {"dropout": 0.3}],
-    ids=lambda change: "-".join(change))
+    {"max_length": 20}, {"train_size": 10}, {"dataset": "sample"}, {"truncation": "head"}, {"dropout": 0.3},
+    {"matmul_precision": "highest"}], ids=lambda change: "-".join(change))
 def test_resuming_with_another_request_is_refused(options, ctrl_c, change):
     ctrl_c(3)
     with pytest.raises(KeyboardInterrupt):

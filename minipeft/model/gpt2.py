@@ -118,8 +118,7 @@ class Attention(nn.Module):
             if T == 1:  # one token after cached ones may look at all of them
                 causal = False
             return F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=causal)
-        if mask is None:
-            mask = torch.ones(T, S, dtype=torch.bool).tril(S - T)            # (T, S)
+        mask = torch.ones(T, S, dtype=torch.bool).tril(S - T) if mask is None else mask      # (T, S) or (B, 1, T, S)
         scores = (query * D**-0.5) @ key.transpose(2, 3)                     # (B, H, T, S)
         scores += torch.zeros(mask.shape, dtype=scores.dtype).masked_fill(~mask, -torch.inf)
         return F.dropout(scores.softmax(dim=3), dropout) @ value             # (B, H, T, D)
@@ -297,8 +296,7 @@ class GPT2LMHeadModel(PretrainedModel):
                 inputs_embeds: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         """Next-token logits (B, T, vocab_size) or, with `positions` (N,), (N, vocab_size) at those only.
 
-        `positions` are numbers of tokens in the batch, row after row: b T + t. A mask would do, but on a GPU it has to
-        be looked at before anything can go on. Further arguments as `GPT2Model.forward`.
+        `positions` are tokens' numbers in the batch, row after row: b T + t. Others as `GPT2Model.forward`.
         """
         x = self.transformer(input_ids, attention_mask, position_ids, cache, inputs_embeds)           # (B, T, C)
         return self.lm_head(x if positions is None else x.flatten(0, 1).index_select(0, positions))   # (N, vocab)

@@ -45,6 +45,7 @@ def test_on_an_error_nothing_moves_and_nothing_stays(tmp_path):
     assert names(tmp_path) == []
 
 
+@pytest.mark.kind("0: files get the user's umask")
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
 def test_files_get_the_access_rights_that_the_users_umask_gives(tmp_path, umask, mode):
     before = os.umask(umask)
@@ -69,6 +70,7 @@ def leftover_of(process, folder):
     return {made, f"{made}.json"}
 
 
+@pytest.mark.kind("0: leftovers of killed processes")
 def test_leftovers_of_the_dead_are_cleared_by_the_next_writer_and_those_of_the_living_are_not(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
@@ -102,6 +104,7 @@ def hold(folder):
     return process
 
 
+@pytest.mark.kind("0: two runs in one output folder")
 def test_a_locked_folder_is_refused_in_one_line_that_names_the_process(tmp_path):
     process = hold(tmp_path)
     try:
@@ -116,6 +119,7 @@ def test_a_locked_folder_is_refused_in_one_line_that_names_the_process(tmp_path)
         process.wait()
 
 
+@pytest.mark.kind("0: two runs in one output folder")
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_the_lock_of_a_dead_process_is_taken_over(tmp_path, how):
     process = hold(tmp_path)

@@ -87,8 +87,7 @@ def inject(model: nn.Module, config: Any, name: str = "default") -> nn.Module:
     check_is_free(model)
     check_config(config)
     check_combination(model, config.method, name)
-    plan = METHODS[config.method].plan(model, config)
-    return carry_out(plan, model, config, name)
+    return carry_out(METHODS[config.method].plan(model, config), model, config, name)
 
 
 def check_config(config: Any) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from minipeft.methods.config import MethodConfig
 from minipeft.methods.layers import AdapterLayer, ReplacementLayer, forward_beside_half
-from minipeft.methods.wrappers import seeing_through
+from minipeft.methods.wrappers import bare_name, seeing_through, unwrapped
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -83,7 +83,7 @@ def carry_out(plan: Plan, model: nn.Module, config: MethodConfig, name: str) -> 
     A new head is trained by every method, since it starts random. Only the first injection freezes: what somebody has
     unfrozen since is their choice.
     """
-    earlier, flags = all_injections(model), {key: tensor.requires_grad for key, tensor in model.named_parameters()}
+    earlier, flags = all_injections(model), {key: p.requires_grad for key, p in base_parameters(model).items()}
     required_grad = earlier[0].required_grad if earlier else flags
     injection = Injection(config.method, copy.deepcopy(config), name, fingerprint(model), required_grad, plan.layers,
                           trained_base=list(dict.fromkeys([*plan.trained, *new_head_tensors(model)])))
@@ -126,8 +126,8 @@ def base_dtype(model: nn.Module) -> torch.dtype:
 def put_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     """Make `parameter` the one that goes by this name in the bare model, whatever has been put around its module."""
     module_name, _, key = name.rpartition(".")
-    module = model.get_submodule(module_name)
-    module = module.base_layer if isinstance(module, ReplacementLayer) else module
+    module = unwrapped(model.get_submodule(module_name))
+    module = unwrapped(module.base_layer) if isinstance(module, ReplacementLayer) else module
     setattr(module, key, parameter)
     vars(module).pop("forward", None)
     if base_dtype(model) in HALF and torch.float32 in (tensor.dtype for tensor in module.parameters()):
@@ -148,7 +148,7 @@ def active_injections(model: nn.Module) -> list[Injection]:
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The model's parameters, the base's own under the names they have in the bare model."""
-    return {name.replace(".base_layer.", "."): parameter for name, parameter in model.named_parameters()}
+    return {bare_name(name).replace(".base_layer.", "."): tensor for name, tensor in model.named_parameters()}
 
 
 def base_of(model: nn.Module) -> nn.Module:
@@ -158,9 +158,8 @@ def base_of(model: nn.Module) -> nn.Module:
 
 def new_head_tensors(model: nn.Module) -> list[str]:
     """Names of the tensors of a head that pretraining did not make; none where there is no such head."""
-    if not getattr(model, "has_new_head", False):
-        return []
-    return [f"{model.head}.{name}" for name, _ in model.get_submodule(model.head).named_parameters()]
+    heads = [model.head] if getattr(model, "has_new_head", False) else []
+    return [f"{head}.{name}" for head in heads for name, _ in model.get_submodule(head).named_parameters()]
 
 
 # --- count ------------------------------------------------------------------------------------------------------------
@@ -207,7 +206,7 @@ def fingerprint(model: nn.Module, samples: int = 4096) -> str:
         return all_injections(model)[0].fingerprint
     if any(parameter.is_meta for parameter in base.parameters()):
         return ""
-    for name, tensor in sorted(base.state_dict().items()):
+    for name, tensor in sorted((bare_name(name), tensor) for name, tensor in base.state_dict().items()):
         flat = tensor.detach().flatten()
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(flat[::max(1, flat.numel() // samples)].float().cpu().numpy().tobytes())

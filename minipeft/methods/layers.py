@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minipeft.errors import InjectionError
+from minipeft.methods.wrappers import unwrapped
 
 
 class AdapterLayer(nn.Module):
@@ -99,14 +100,14 @@ class AddedLayer(AdapterLayer):
 
     def attach(self, model: nn.Module, name: str) -> None:
         parent, _, child = name.rpartition(".")
-        module = model.get_submodule(parent)
+        module = unwrapped(model.get_submodule(parent))
         self.train(module.training)
         module.add_module(child, self)
         module.forward = partial(self.around, module, module.forward)
 
     def detach(self, model: nn.Module, name: str) -> None:
         parent, _, child = name.rpartition(".")
-        module = model.get_submodule(parent)
+        module = unwrapped(model.get_submodule(parent))
         _, forward = module.forward.args
         delattr(module, child)
         del module.forward

@@ -91,7 +91,7 @@ def remove(model: nn.Module, name: str | None = None) -> nn.Module:
     deactivate(model, active)
     all_injections(model)[:] = [injection for injection in all_injections(model) if injection not in leaving]
     if leaving and not all_injections(model):
-        for parameter_name, parameter in model.named_parameters():
+        for parameter_name, parameter in base_parameters(model).items():
             parameter.requires_grad_(leaving[0].required_grad[parameter_name])
     return model
 
@@ -116,7 +116,7 @@ def merge(model: nn.Module) -> nn.Module:
     folded = [(injection, name, layer, layer.merged()) for injection in active
               for name, layer in injection.layers.items()]  # all of them first: one that cannot be merged raises
     for injection, name, layer, tensors in folded:
-        base = dict(layer.base_layer.named_parameters())
+        base = base_parameters(layer.base_layer)
         injection.merged[name] = {key: base[key].data for key in tensors}
         for key, tensor in tensors.items():
             base[key].data = tensor
@@ -137,7 +137,7 @@ def unmerge(model: nn.Module) -> nn.Module:
         raise InjectionError("nothing is merged into this model")
     for injection in active_injections(model):
         for name, tensors in injection.merged.items():
-            layer, base = injection.layers[name], dict(injection.layers[name].base_layer.named_parameters())
+            layer, base = injection.layers[name], base_parameters(injection.layers[name].base_layer)
             for key, tensor in tensors.items():
                 base[key].data = tensor.to(base[key])
             _follow(model, layer)

@@ -11,6 +11,7 @@ import torch.nn as nn
 
 from minipeft.errors import ConfigError, InjectionError
 from minipeft.methods.layers import AdapterLayer, AddedLayer, ReplacementLayer
+from minipeft.methods.wrappers import bare_name, unwrapped
 
 Names = str | Sequence[str]
 
@@ -54,7 +55,7 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     head = getattr(model, "head", None)
     inside = {id(part) for layer in model.modules() if isinstance(layer, AdapterLayer)
               for part in layer.modules() if part is not layer or isinstance(layer, AddedLayer)}
-    return {name: module for name, module in model.named_modules()
+    return {bare_name(name): unwrapped(module) for name, module in model.named_modules()
             if name and name != head and id(module) not in inside}
 
 

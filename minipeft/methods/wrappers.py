@@ -18,6 +18,7 @@ from minipeft.errors import InjectionError
 
 # What a wrapper calls the model inside: torch.compile; DataParallel and DistributedDataParallel; FSDP1.
 INSIDE = ("_orig_mod", "module", "_fsdp_wrapped_module")
+_ANYWHERE = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module)\.|\.(_orig_mod|_fsdp_wrapped_module)$")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -70,8 +71,11 @@ def seeing_through(function: Function) -> Function:
     return call
 
 
+def bare_name(name: str) -> str:
+    """A tensor's or a module's name without the words that torch.compile and FSDP put before and between."""
+    return _ANYWHERE.sub("", name)
+
+
 def without_wrappers(name: str) -> str:
-    """A tensor's name as the bare model has it: torch.compile's and FSDP's words anywhere, `module.` where a model's
-    names begin."""
-    name = name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "")
-    return re.sub(r"^(base_model\.model\.)?module\.", r"\1", name)
+    """A tensor's name in a file as the bare model has it: also without `module.` where a model's names begin."""
+    return re.sub(r"^(base_model\.model\.)?module\.", r"\1", bare_name(name))

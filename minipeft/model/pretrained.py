@@ -117,8 +117,9 @@ class PretrainedModel(nn.Module):
             OutputError: the folder cannot be written, or the disk is full.
         """
         config = {"architectures": [type(self).__name__], **self.config.to_dict()}
-        self._check_described(self.state_dict() if state_dict is None else state_dict)
-        weights.save(self, config, folder, dtype, state_dict)
+        tensors = weights.bare_names(self.state_dict() if state_dict is None else state_dict)
+        self._check_described(tensors)
+        weights.save(self, config, folder, dtype, tensors)
 
     def _check_described(self, tensors: dict[str, Tensor]) -> None:
         """Refuse tensors other than those of a model that is made from the same configuration.

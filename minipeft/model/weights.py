@@ -28,6 +28,7 @@ from minipeft.files import read_json_file, replacing_folder, write_json
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
 _PREFIX = "transformer."
+_COMPILED = "_orig_mod."  # what torch.compile puts before the names of a module that it wraps
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 # Matched as whole endings: ".attn.c_attn.bias" is a parameter, ".attn.bias" is a mask buffer.
 _BUFFERS = (".attn.bias", ".attn.masked_bias")
@@ -115,7 +116,7 @@ def _by_our_names(stored: list[StoredTensor], prefix: str,
     """Stored tensors by their names in a model whose base starts with `prefix`, and what is wrong with these names."""
     source, problems = {}, []
     for tensor in stored:
-        name = tensor.name.replace("_orig_mod.", "").removeprefix("module.")  # what torch.compile and DDP put before
+        name = tensor.name.replace(_COMPILED, "").removeprefix("module.")  # what torch.compile and DDP put before
         in_head = name.startswith(tuple(f"{head}." for head in heads))
         ours = name if in_head else prefix + name.removeprefix(_PREFIX)
         if ours in source:
@@ -194,8 +195,13 @@ def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None
 
 # --- save -------------------------------------------------------------------------------------------------------------
 
-def save(model: nn.Module, config: dict[str, Any], folder: str | Path, dtype: torch.dtype | None = None,
-         state_dict: dict[str, Tensor] | None = None) -> None:
+def bare_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, by the names they have in a model of which nothing is compiled."""
+    return {name.replace(_COMPILED, ""): tensor for name, tensor in tensors.items()}
+
+
+def save(model: nn.Module, config: dict[str, Any], folder: str | Path, dtype: torch.dtype | None,
+         state_dict: dict[str, Tensor]) -> None:
     """Write a model in the official layout, as transformers' save_pretrained spells it.
 
     Args:
@@ -203,13 +209,13 @@ def save(model: nn.Module, config: dict[str, Any], folder: str | Path, dtype: to
         config: the content of config.json.
         folder: created if absent.
         dtype: stored type; None keeps each tensor's own.
-        state_dict: the model's tensors, where a caller has gathered them from several processes; default its own.
+        state_dict: the model's tensors, by their names in the bare model.
 
     Raises:
         OutputError: the folder cannot be written, or the disk is full.
     """
     tensors = {}
-    for name, tensor in (model.state_dict() if state_dict is None else state_dict).items():
+    for name, tensor in state_dict.items():
         if name in model.tied:  # safetensors stores no tensor twice
             continue
         tensor = tensor.t() if name.endswith(_TRANSPOSED) else tensor             # (out, in) -> (in, out)

@@ -28,6 +28,7 @@ def wait_for(path, process):
         time.sleep(0.02)
 
 
+@pytest.mark.kind("0: SIGTERM, SIGHUP and Ctrl-C save and end with 128 + signal")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_saves_the_state_and_the_adapter_and_resuming_goes_on(tiny_model, folder, number):
     running = train(tiny_model, "--epochs", 1000)
@@ -46,6 +47,7 @@ def test_a_signal_saves_the_state_and_the_adapter_and_resuming_goes_on(tiny_mode
     assert resumed.returncode == 128 + signal.SIGTERM, errors
 
 
+@pytest.mark.kind("0: SIGTERM, SIGHUP and Ctrl-C save and end with 128 + signal")
 def test_a_signal_before_training_ends_the_run_with_its_code_and_leaves_nothing(tiny_model, folder):
     running = train(tiny_model, "--epochs", 1000)
     assert running.stdout.readline().startswith("device")
@@ -55,6 +57,7 @@ def test_a_signal_before_training_ends_the_run_with_its_code_and_leaves_nothing(
     assert not [path for path in files_below(folder) if ".writing" in path or path.endswith(".lock")]
 
 
+@pytest.mark.kind("0: the state is saved every few minutes")
 def test_the_state_is_saved_now_and_then_also_without_a_validation(tiny_model, folder):
     running = train(tiny_model, "--epochs", 1, "--train-size", 32, "--batch-size", 1, "--evaluations-per-epoch", 1,
                     "--save-minutes", 1e-6)
@@ -64,6 +67,7 @@ def test_the_state_is_saved_now_and_then_also_without_a_validation(tiny_model, f
     assert running.returncode == 0
 
 
+@pytest.mark.kind("0: two runs in one output folder")
 def test_of_two_runs_in_one_output_folder_the_second_is_refused_and_the_first_ends_well(tiny_model, folder):
     first = train(tiny_model, "--epochs", 60)
     wait_for(folder / "checkpoints" / "lora_films_finetuned" / ".lock", first)
@@ -77,6 +81,7 @@ def test_of_two_runs_in_one_output_folder_the_second_is_refused_and_the_first_en
     assert read_json("results/fine_tuned_lora_films_results.json")["seed"] == 0
 
 
+@pytest.mark.kind("0: leftovers of killed processes")
 def test_a_killed_run_leaves_no_lock_and_the_next_run_clears_what_it_was_writing(tiny_model, folder):
     first = train(tiny_model, "--epochs", 1000)
     wait_for(folder.joinpath(*STATE), first)

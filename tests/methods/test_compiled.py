@@ -153,3 +153,30 @@ def test_several_layers_around_one_module_are_put_on_and_taken_off_in_turn(tiny_
     torch.testing.assert_close(mlp(x), 2 * plain)
     first.detach(model, "transformer.h.0.mlp.first")
     assert torch.equal(mlp(x), plain) and "forward" not in vars(mlp)
+
+
+@pytest.mark.kind("4: blocks that are compiled one by one, in place")
+@pytest.mark.parametrize("first", ["compiled", "injected"])
+@pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
+def test_a_model_whose_blocks_are_wrapped_is_injected_saved_disabled_and_freed(tiny_config, tmp_path, config, first):
+    model, fresh = (build(GPT2ForSequenceClassification, tiny_config) for _ in range(2))
+    base = model(IDS, MASK)
+
+    def wrap():
+        for number, block in enumerate(model.transformer.h):
+            model.transformer.h[number] = torch.compile(block, backend="eager")
+
+    if first == "compiled":
+        wrap()
+    perturb(inject(model, config))
+    if first == "injected":
+        wrap()
+    adapted = model(IDS, MASK)
+    save_adapter(model, tmp_path / "adapter")
+    assert torch.equal(load_adapter(renew_head(fresh), tmp_path / "adapter")(IDS, MASK), adapted)
+    with disable_adapter(model):
+        assert torch.equal(model(IDS, MASK), base)
+    assert torch.equal(model(IDS, MASK), adapted)
+    remove(model).save_pretrained(tmp_path / "base")
+    assert torch.equal(model(IDS, MASK), base)
+    assert torch.equal(GPT2ForSequenceClassification.from_pretrained(tmp_path / "base")(IDS, MASK), base)

@@ -34,6 +34,7 @@ def files(folder):
 
 # --- nothing else is deleted ------------------------------------------------------------------------------------------
 
+@pytest.mark.kind("0: saving deletes only what it wrote")
 @pytest.mark.parametrize("below", ["lora", "prefix", "full", "mine"])
 def test_an_adapter_saved_above_another_ones_folder_leaves_it_alone(tiny_config, tmp_path, below):
     """`--output runs` after `--output runs/lora`."""
@@ -58,6 +59,7 @@ def test_a_combination_is_followed_by_one_method_without_anything_of_it_left(tin
     assert not (tmp_path / "prefix").exists()
 
 
+@pytest.mark.kind("0: saving deletes only what it wrote")
 def test_what_a_link_leads_to_is_not_deleted(tiny_config, tmp_path):
     save_adapter(trained(tiny_config, LoraConfig(r=2), PREFIX), tmp_path / "runs")
     (tmp_path / "runs" / "prefix").rename(tmp_path / "elsewhere")
@@ -81,6 +83,7 @@ def test_an_account_that_names_other_places_is_refused_and_not_followed(tiny_con
 
 # --- one save ---------------------------------------------------------------------------------------------------------
 
+@pytest.mark.kind("0: a folder changes as a whole")
 @pytest.mark.parametrize("mixed", [CONFIG_FILE, TENSORS_FILE])
 def test_files_of_two_saves_are_refused_by_name(tiny_config, tmp_path, mixed):
     """What a process leaves that is killed between two renames."""
@@ -122,6 +125,7 @@ def save_in_turns(folder, config, ended):
             save_adapter(model, folder)
 
 
+@pytest.mark.kind("0: a folder changes as a whole")
 def test_a_reader_beside_a_writer_never_gets_one_config_with_the_others_tensors(tiny_config, tmp_path):
     save_adapter(inject(build(GPT2ForSequenceClassification, tiny_config), LoraConfig(r=2, lora_alpha=4)), tmp_path)
     processes = multiprocessing.get_context("spawn")

@@ -288,6 +288,7 @@ def test_on_a_bfloat16_base_what_is_added_is_float32_and_the_output_bfloat16(mak
 
 # --- hooks and transforms ---------------------------------------------------------------------------------------------
 
+@pytest.mark.kind("5: hooks on base layers")
 @on([GPT2ForSequenceClassification])
 def test_a_hook_on_a_base_module_keeps_the_output_it_saw(make_model, model_class, config):
     """Nothing that a method adds is written into a tensor of the base's: tools that keep outputs rely on it."""
@@ -304,6 +305,7 @@ def test_a_hook_on_a_base_module_keeps_the_output_it_saw(make_model, model_class
         assert torch.equal(output, kept[name]), name
 
 
+@pytest.mark.kind("5: hooks on base layers")
 @on([GPT2LMHeadModel], {name: CASES[name] for name in ("lora", "vera", "dora")})
 def test_the_base_layer_gives_what_it_gives_in_the_base_model(make_model, model_class, config):
     base, seen = make_model(model_class), {}
@@ -317,6 +319,7 @@ def test_the_base_layer_gives_what_it_gives_in_the_base_model(make_model, model_
     assert torch.equal(seen["adapted"], seen["base"]) and not torch.allclose(seen["whole"], seen["base"])
 
 
+@pytest.mark.kind("5: double backward")
 @on([GPT2ForSequenceClassification], {name: config for name, config in CASES.items() if "dora" not in name})
 @sdpa_kernel(SDPBackend.MATH)  # PyTorch's fused attention kernels have no second derivative; its plain one has
 def test_gradients_can_be_differentiated_again(make_model, model_class, config):

@@ -845,6 +845,7 @@ def trained_ids(model):
     return {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
 
 
+@pytest.mark.kind("1: each adapter owns its parameters")
 def test_two_adapters_share_no_parameter_with_each_other_or_the_base(two):
     second = trained_ids(two)
     first = trained_ids(set_adapter(two, "one"))
@@ -854,6 +855,7 @@ def test_two_adapters_share_no_parameter_with_each_other_or_the_base(two):
     assert trained_ids(set_adapter(two, "two")) == second  # and they are the same objects when they come back
 
 
+@pytest.mark.kind("1: two optimizers, one for each adapter")
 def test_two_optimizers_one_for_each_adapter_move_their_own_only(two):
     optimizers = {}
     for name in ("one", "two"):
@@ -866,6 +868,7 @@ def test_two_optimizers_one_for_each_adapter_move_their_own_only(two):
     assert_same_tensors(dict(set_adapter(two, "two").named_parameters()), other)
 
 
+@pytest.mark.kind("1: a gradient leaks to no other adapter")
 def test_a_gradient_that_was_not_zeroed_stays_with_its_adapter(two):
     set_adapter(two, "one")(IDS, MASK).sum().backward()
     assert all(p.grad is None for p in set_adapter(two, "two").parameters())
@@ -874,6 +877,7 @@ def test_a_gradient_that_was_not_zeroed_stays_with_its_adapter(two):
     assert two.score.weight.grad is None and set_adapter(two, "one").score.weight.grad is not None
 
 
+@pytest.mark.kind("1: autocast's cache answers with the right head")
 def test_within_one_autocast_block_each_adapter_answers_with_its_own_head(two):
     """Autocast remembers what it has cast by the Parameter it came from."""
     alone = {}
@@ -908,6 +912,7 @@ def flags(model):
     return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
 
 
+@pytest.mark.kind("3: gradient flags are restored")
 def test_what_a_user_unfreezes_or_freezes_stays_so_through_every_switch(two, tmp_path):
     two.transformer.wte.weight.requires_grad_(True)
     set_adapter(two, "one").transformer.h[0].attn.c_attn.lora_A.weight.requires_grad_(False)

@@ -50,6 +50,7 @@ def model(tiny_config):
     return perturb(inject(build(GPT2ForSequenceClassification, tiny_config), LoraConfig(r=2, bias="all")))
 
 
+@pytest.mark.kind("2: disabled in a wrapper")
 @each_wrapper
 def test_a_wrapped_model_is_the_base_while_disabled(model, tiny_config, wrap):
     base, trained = build(GPT2ForSequenceClassification, tiny_config)(IDS, MASK), model(IDS, MASK)
@@ -60,6 +61,7 @@ def test_a_wrapped_model_is_the_base_while_disabled(model, tiny_config, wrap):
     torch.testing.assert_close(wrapped(IDS, MASK), trained)
 
 
+@pytest.mark.kind("2: merged and removed in a wrapper")
 @each_wrapper
 def test_a_wrapped_model_is_merged_unmerged_and_freed_of_its_adapter(model, tiny_config, wrap):
     trained, before = model(IDS, MASK), snapshot(model)
@@ -72,6 +74,7 @@ def test_a_wrapped_model_is_merged_unmerged_and_freed_of_its_adapter(model, tiny
     torch.testing.assert_close(wrapped(IDS, MASK), build(GPT2ForSequenceClassification, tiny_config)(IDS, MASK))
 
 
+@pytest.mark.kind("2: saved names hold no wrapper's prefix, loaded ones may")
 @each_wrapper
 def test_what_is_saved_from_a_wrapped_model_is_what_is_saved_from_the_model(model, tmp_path, wrap):
     save_adapter(model, tmp_path / "bare")
@@ -86,6 +89,7 @@ def test_a_wrapped_model_counts_as_the_model(model, wrap):
     assert unwrapped(wrap(model)) is model
 
 
+@pytest.mark.kind("2: nothing is put into a wrapped model")
 @each_wrapper
 def test_nothing_is_put_into_a_wrapped_model(tiny_config, tmp_path, model, wrap):
     save_adapter(model, tmp_path / "adapter")
@@ -98,6 +102,7 @@ def test_nothing_is_put_into_a_wrapped_model(tiny_config, tmp_path, model, wrap)
     assert_unchanged(base, before)
 
 
+@pytest.mark.kind("2: switched in a wrapper")
 def test_adapters_are_switched_through_compile_and_refused_on_data_parallel_wrappers(model, tiny_config, tmp_path):
     save_adapter(model, tmp_path / "one")
     two = load_adapter(with_new_head(GPT2ForSequenceClassification, tiny_config), tmp_path / "one", "one")
@@ -119,6 +124,7 @@ def test_a_wrapped_language_model_generates_as_the_model(tiny_config):
     assert torch.equal(generate(nn.DataParallel(model), IDS, max_new_tokens=5), expected)
 
 
+@pytest.mark.kind("2: saved names hold no wrapper's prefix, loaded ones may")
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
 def test_names_with_a_wrappers_prefix_are_read(model, tiny_config, tmp_path, prefix):
     save_adapter(model, tmp_path / "adapter")

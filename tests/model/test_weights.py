@@ -681,6 +681,7 @@ def test_a_malformed_endpoint_is_not_reachable(online, endpoint):
     assert not hub.hub_is_reachable(timeout=1)
 
 
+@pytest.mark.kind("0: base weights with NaN or infinity")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_weight_that_is_no_finite_number_is_refused_by_name(saved, value):
     rewrite(saved, lambda tensors: tensors["transformer.h.1.mlp.c_fc.weight"].fill_(value))

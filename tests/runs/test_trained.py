@@ -96,6 +96,7 @@ def test_a_folder_that_another_method_wrote_before_loads_what_was_written_last(
     assert torch.equal(logits_of(model, task), logits_of(trained_model[1], task))
 
 
+@pytest.mark.kind("0: a vocabulary cut at a line's end")
 @pytest.mark.parametrize("lines", [255, 256, 262])
 def test_a_vocabulary_cut_off_at_a_lines_end_is_refused_since_its_end_of_text_is_another(options, tmp_path, lines):
     """Its ranks still count up from 0, so that only the end-of-text token, which takes the next number, tells."""
@@ -106,6 +107,7 @@ def test_a_vocabulary_cut_off_at_a_lines_end_is_refused_since_its_end_of_text_is
         finetune(options(model=str(base)))
 
 
+@pytest.mark.kind("0: a folder changes as a whole")
 def test_a_whole_model_with_the_weights_of_another_save_is_refused_by_name(options, tmp_path):
     for name, seed in (("old", 0), ("new", 1)):
         finetune(options("full", output=str(tmp_path / name), results_dir=str(tmp_path / name),

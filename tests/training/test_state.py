@@ -235,6 +235,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.kind("0: a damaged state to resume from")
 @pytest.mark.parametrize("change", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_state_is_refused_in_one_line_that_says_what_to_do(tiny_config, tmp_path, change):
     rewritten(saved(tiny_config, tmp_path), change)

@@ -108,7 +108,8 @@ def _settings(request: dict[str, Any]) -> dict[str, Any]:
     for config in defaults:
         found |= dataclasses.asdict(config)
     found |= {**request["training_config"], **request["method_config"]}
-    return found | {"dropout": request.get("dropout"), "precision": request["precision"],
+    return found | {name: value for name, value in request.items()
+                    if not isinstance(value, dict) and name not in ("method", "base_fingerprint")}
                     "matmul_precision": request.get("matmul_precision")}
 
 
@@ -127,16 +128,24 @@ def check_places(plan: RunPlan, request: dict[str, Any]) -> None:
     """Refuse to take the place of what a run of another request left, unless that is asked for.
 
     Raises:
-        OutputError: naming the place, the differences, and the ways out; or a folder that `check_is_ours` refuses.
+        OutputError: naming the places, the differences, and the ways out; or a folder that `check_is_ours` refuses.
     """
     if plan.folder is not None:
         check_is_ours(plan.folder, plan.model_name)
     if plan.options.overwrite:
         return
-    if plan.folder is not None:
-        _check_same(plan.folder, noted_in(plan.folder), request, "--output")
+    noted = {(plan.folder, "--output"): noted_in(plan.folder)} if plan.folder is not None else {}
     if plan.results_file.is_file():
-        _check_same(plan.results_file, request_in(read_json_file(plan.results_file)), request, "--results-dir")
+        noted[plan.results_file, "--results-dir"] = request_in(read_json_file(plan.results_file))
+    others = {where: found for where, stored in noted.items()
+              if stored is not None and (found := differences(stored, request))}
+    if others:
+        places, options = zip(*others)
+        found = next(iter(others.values()))
+        more = f"; {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+        raise OutputError(f"{' and '.join(map(str, places))} hold{'s' * (len(places) == 1)} another run "
+                          f"({'; '.join(found[:_NAMED])}{more}): give this one another {' and '.join(options)}, or "
+                          "replace that one with --overwrite")
 
 
 def check_is_ours(folder: Path, model_name: str) -> None:
@@ -154,13 +163,6 @@ def check_is_ours(folder: Path, model_name: str) -> None:
     if foreign := [name for name in _MODEL_FILES if (folder / name).exists() and name not in ours]:
         raise OutputError(f"{folder} holds {' and '.join(foreign)}, which no training here wrote: choose another "
                           "--output")
-
-
-def _check_same(place: Path, stored: dict[str, Any] | None, request: dict[str, Any], option: str) -> None:
-    if stored is not None and (found := differences(stored, request)):
-        more = f"; {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-        raise OutputError(f"{place} holds another run ({'; '.join(found[:_NAMED])}{more}): give this one another "
-                          f"{option}, or replace that one with --overwrite")
 
 
 def noted_in(folder: Path) -> dict[str, Any] | None:

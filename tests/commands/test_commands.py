@@ -299,8 +299,8 @@ def test_what_another_request_left_is_kept_and_overwritten_only_when_asked(train
     adapter = files_below("checkpoints/lora_films_finetuned")
     refused = script("train.py", "--model", tiny_model, "--dataset", "films.csv", *QUICK, "--r", 2)
     assert refused.code == 2 and refused.error_lines == [
-        "error: checkpoints/lora_films_finetuned holds another run (r 8, not 2): give this one another --output, or "
-        "replace that one with --overwrite"]
+        "error: checkpoints/lora_films_finetuned and results/fine_tuned_lora_films_results.json hold another run (r 8, "
+        "not 2): give this one another --output and --results-dir, or replace that one with --overwrite"]
     assert files_below("checkpoints/lora_films_finetuned") == adapter
     assert "wrote checkpoints/lora_films_finetuned" in train("--r", 2, "--overwrite").out
     assert read_json("results/fine_tuned_lora_films_results.json")["method_config"]["r"] == 2
@@ -582,7 +582,7 @@ def test_compare_runs_what_has_no_results_yet_and_prints_the_table(script, tiny_
     assert f"ia3_films_results.json is there ({tiny_model}, 32 training examples)" in second.out
     assert "| ia3 | " in second.out and "| bitfit | " in second.out and "baseline" not in second.out
     other = script("compare.py", "--dataset", "films.csv", "--model", "mini", "--methods", "ia3")
-    assert other.code == 2 and "holds another run (another base model)" in other.err
+    assert other.code == 2 and "hold another run (another base model)" in other.err
 
 
 def test_compare_passes_a_failure_on_and_refuses_unknown_methods(script, tiny_model):

@@ -108,6 +108,7 @@ CHANGES = {
     "a rank": ({"method_values": {"r": 2}}, "(r 8, not 2)"),
     "a length": ({"max_length": 20}, "(max_length 48, not 20)"),
     "a dropout": ({"dropout": 0.25}, "(dropout None, not 0.25)"),
+    "a matmul precision": ({"matmul_precision": "medium"}, "(matmul_precision None, not medium)"),
     "a precision": ({"precision": "bf16"}, "(precision float32, not bfloat16)"),
     "many": ({"training_values": {"seed": 3, "learning_rate": 0.5, "batch_size": 2}, "train_size": 8, "max_length": 20},
              "(train_size 32, not 8; max_length 48, not 20; batch_size 4, not 2; learning_rate 0.02, not 0.5; 1 more)")}
@@ -118,13 +119,13 @@ CHANGES = {
 def test_another_request_is_refused_before_training_with_what_differs_and_the_ways_out(
         options, earlier, tmp_path, refused, changes, named):
     asked = again(options, **changes)
-    line = refused(finetune, asked)
-    assert line == (f"{tmp_path / 'output' / 'lora'} holds another run {named}: give this one another --output, or "
-                    "replace that one with --overwrite")
+    folder, results = tmp_path / "output" / "lora", tmp_path / "results" / "fine_tuned_lora_films_results.json"
+    assert refused(finetune, asked) == (
+        f"{folder} and {results} hold another run {named}: give this one another --output and --results-dir, or "
+        "replace that one with --overwrite")
     asked.output = str(tmp_path / "elsewhere")
-    line = refused(finetune, asked)
-    assert line.startswith(f"{tmp_path / 'results' / 'fine_tuned_lora_films_results.json'} holds another run {named}")
-    assert "--results-dir" in line and "--overwrite" in line
+    assert refused(finetune, asked) == (f"{results} holds another run {named}: give this one another --results-dir, or "
+                                        "replace that one with --overwrite")
 
 
 def test_with_overwrite_or_with_places_of_its_own_another_request_runs(options, earlier, tmp_path, contents):
@@ -140,11 +141,11 @@ def test_with_overwrite_or_with_places_of_its_own_another_request_runs(options, 
 @pytest.mark.kind("7: another dataset's or base's adapter folder is not overwritten")
 def test_another_dataset_or_base_or_method_in_a_folder_is_refused(options, earlier, tmp_path, refused):
     other = write_csv(tmp_path / "other.csv", rows(21))
-    assert "holds another run (dataset films, not other)" in refused(finetune, again(options, dataset=other))
+    assert "lora holds another run (dataset films, not other)" in refused(finetune, again(options, dataset=other))
     base = write_tiny_model(tmp_path / "base", seed=1)
-    assert "holds another run (another base model)" in refused(finetune, again(options, model=str(base)))
+    assert "hold another run (another base model)" in refused(finetune, again(options, model=str(base)))
     write_csv(tmp_path / "films.csv", rows(21))
-    assert "holds another run (another content of films)" in refused(finetune, again(options))
+    assert "hold another run (another content of films)" in refused(finetune, again(options))
     ia3 = options("ia3", output=str(tmp_path / "output" / "lora"), training_values={"epochs": 1})
     assert "(method lora, not ia3; another content of films)" in refused(finetune, ia3)
 
@@ -246,4 +247,4 @@ def test_a_state_without_an_adapter_is_of_a_request_too(options, earlier, tmp_pa
     save_training_state(folder / "training_state", model, optimizer, 1, {"settings": other})
     for file in ("minipeft.json", "adapter_config.json", "adapter_model.safetensors"):
         (folder / file).unlink()
-    assert "holds another run (seed 9, not 0)" in refused_in(finetune, again(options))
+    assert "lora holds another run (seed 9, not 0)" in refused_in(finetune, again(options))

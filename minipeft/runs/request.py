@@ -110,7 +110,6 @@ def _settings(request: dict[str, Any]) -> dict[str, Any]:
     found |= {**request["training_config"], **request["method_config"]}
     return found | {name: value for name, value in request.items()
                     if not isinstance(value, dict) and name not in ("method", "base_fingerprint")}
-                    "matmul_precision": request.get("matmul_precision")}
 
 
 # --- nothing is replaced unasked --------------------------------------------------------------------------------------

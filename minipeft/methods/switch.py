@@ -85,7 +85,7 @@ def remove(model: nn.Module, name: str | None = None) -> nn.Module:
         _check_name(model, name)
     leaving = [injection for injection in all_injections(model) if name in (None, injection.name)]
     active = [injection for injection in leaving if injection.active]
-    _check_base_values(active)
+    _check_base_values(model, active)
     if any(injection.merged for injection in active):
         unmerge(model)
     deactivate(model, active)
@@ -155,7 +155,7 @@ def deactivate(model: nn.Module, leaving: list[Injection]) -> list[Injection]:
     """
     if any(injection.merged for injection in leaving):
         raise InjectionError("the adapter is merged into the weights: call unmerge first")
-    _check_base_values(leaving)
+    _check_base_values(model, leaving)
     for injection in reversed(leaving):
         parameters = base_parameters(model)
         for name, base_value in injection.base_values.items():
@@ -203,10 +203,15 @@ def _check_name(model: nn.Module, name: str) -> None:
         raise InjectionError(f"there is no adapter {name!r}; there are {', '.join(adapter_names(model)) or 'none'}")
 
 
-def _check_base_values(leaving: list[Injection]) -> None:
+def _check_base_values(model: nn.Module, leaving: list[Injection]) -> None:
+    parameters = base_parameters(model)
     for injection in leaving:
         if None in injection.base_values.values():
             raise InjectionError(f"{injection.method} keeps no copy of the base model's weights: load it anew")
+        for name, value in injection.base_values.items():
+            if value.is_meta and not parameters[name].is_meta:
+                raise InjectionError(f"the base's own {name} has no values: the adapter was injected while the model "
+                                     "was on the meta device; load the base first, and inject then")
 
 
 def _follow(model: nn.Module, layer: nn.Module) -> None:

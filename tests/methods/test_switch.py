@@ -823,6 +823,17 @@ def test_adapters_active_and_inactive_follow_the_model_to_another_device(tiny_co
     assert len({tensor.device for tensor in [*model.parameters(), *model.buffers()]}) == 1
 
 
+@pytest.mark.kind("5: an adapter injected on the meta device is not taken out of a base without values")
+def test_what_was_injected_on_the_meta_device_is_not_taken_out_when_the_base_has_no_values(tiny_config):
+    with torch.device("meta"):
+        model = inject(GPT2ForSequenceClassification(tiny_config), LoraConfig(r=2))
+    model.to_empty(device="cpu").load_state_dict({name: torch.zeros(t.shape) for name, t in model.state_dict().items()})
+    before = snapshot(model)
+    for refused in (lambda: disable_adapter(model).__enter__(), lambda: remove(model)):
+        assert_refused(InjectionError, r"the base's own score\.weight has no values.*load the base first", refused)
+        assert_unchanged(model, before)
+
+
 # --- parameters of one's own ------------------------------------------------------------------------------------------
 
 OWN = [LoraConfig(r=2, bias="all"), LoraConfig(r=2, init_lora_weights="pissa", bias="lora_only"), BitFitConfig(),

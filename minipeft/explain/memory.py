@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -119,19 +120,39 @@ def training_memory(config: GPT2Config, method: str, batch_size: int, length: in
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         optimizer = adamw(trained, model, learning_rate=1e-3)
         input_ids = torch.zeros(batch_size, length, dtype=torch.long)            # (B, T)
-        parts = input_ids.tensor_split(number_of_micro_batches(batch_size, length, tokens_at_once))
+        parts = _largest(input_ids.tensor_split(number_of_micro_batches(batch_size, length, tokens_at_once)))
         with LiveBytes() as count:
             for tensor in (*model.parameters(), *model.buffers()):
                 count.add(tensor)
             weights = count.live
-            for _ in range(2):  # the first step makes the optimizer's state
-                count.peak, activations = count.live, 0
-                for part in parts:
-                    activations = max(activations, _backward(model, part, precision, count))
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+            _set_gradients(optimizer)
+            optimizer.step()  # of an earlier step nothing is left but the optimizer's state
+            optimizer.zero_grad(set_to_none=True)
+            count.peak, activations = count.live, 0
+            for part, beside_gradients in parts:
+                if beside_gradients:
+                    _set_gradients(optimizer)
+                activations = max(activations, _backward(model, part, precision, count))
+            optimizer.step()
         state = sum(tensor.nbytes for tensors in optimizer.state.values() for tensor in tensors.values())
     return Memory(weights, sum(p.numel() * p.element_size() for _, p in trained), state, activations, count.peak)
+
+
+def _set_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """What a backward pass leaves: a gradient for each trained parameter."""
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        parameter.grad = torch.zeros_like(parameter)
+
+
+def _largest(parts: Sequence[Tensor]) -> list[tuple[Tensor, bool]]:
+    """Of a batch's micro-batches, (b, T), those that can need the most; and whether earlier ones left gradients.
+
+    They take seconds each for a large model, and a smaller one, or one more of the same kind, changes no number.
+    """
+    first, *later = parts
+    if not later:
+        return [(first, False)]
+    return [(first, False)][:len(first) > len(later[0])] + [(later[0], True)]
 
 
 def _backward(model: nn.Module, input_ids: Tensor, precision: torch.dtype, count: LiveBytes) -> int:

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn as nn
-from tqdm import tqdm
 
 from minipeft.data.batches import Batch, in_order_of_length
 from minipeft.training import distributed as parallel
 from minipeft.training.hardware import computing_in, out_of_memory, ran_out_of_memory
+from minipeft.training.progress import progress_bar
 from minipeft.training.sharding import is_sharded
 
 logger = logging.getLogger(__name__)
@@ -109,8 +109,7 @@ def evaluation_batches(ids: Sequence[np.ndarray], labels: Sequence[Any], device:
     own = parallel.share_of(len(ids))
     batches = in_order_of_length([ids[i] for i in own], [labels[i] for i in own],
                                  batch_size or EVALUATION_BATCH_SIZE[device.type])
-    with tqdm(total=len(own), desc=progress, unit="text", mininterval=1,
-              disable=progress is None or parallel.rank() > 0) as bar:
+    with progress_bar(len(own), "text", progress) as bar:
         for rows, batch in batches:
             yield [own[row] for row in rows], batch.to(device)
             bar.update(len(rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import resource
@@ -15,6 +16,7 @@ import torch.nn as nn
 
 from minipeft.errors import HardwareError
 
+logger = logging.getLogger(__name__)
 # Of a micro-batch's hidden states (B, T, C) on a CPU: about as much as its caches hold.
 NUMBERS_PER_MICRO_BATCH = 2**20
 # Of products of float32 matrices, as torch names them: "high" and "medium" may round what goes in, for speed.
@@ -53,6 +55,9 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if native else torch.float32
     if name not in PRECISIONS:
         raise HardwareError(f"unknown precision {name!r}: use auto, {', '.join(PRECISIONS)}")
+    if (name, device.type) == ("fp16", "cpu"):
+        logger.warning("float16 is much slower than float32 on a CPU, which computes it one number at a time: "
+                       "--precision auto takes what is fastest here")
     return PRECISIONS[name]
 
 

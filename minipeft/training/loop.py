@@ -17,14 +17,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn as nn
 from torch import Tensor
-from tqdm import tqdm
 
 from minipeft.data.batches import Batch, BucketedBatches
 from minipeft.settings import NOT_NEGATIVE, POSITIVE, POSITIVE_INTEGER, SEED, SHARE, Settings, setting
 from minipeft.training import distributed as parallel
 from minipeft.training.hardware import computing_in, out_of_memory, ran_out_of_memory
 from minipeft.training.optimizer import adamw, warmup_cosine
-from minipeft.training.progress import History, Progress
+from minipeft.training.progress import History, Progress, progress_bar
 from minipeft.training.stopping import stop_between_steps
 
 STEPS_BETWEEN_QUESTIONS = 10  # of several processes: whether one was asked to stop, or its state is to be saved
@@ -235,8 +234,7 @@ def _take_steps(learner: Learner, schedule: Schedule, progress: Progress, batche
     learner.model.train()
     batches_of_steps = schedule.batches_from(progress.step, batches)
     with stop_between_steps() as signal_that_came, \
-            tqdm(total=schedule.steps, initial=progress.step, unit="step", desc="training", mininterval=1,
-                 disable=parallel.rank() > 0) as bar:
+            progress_bar(schedule.steps, "step", "training", initial=progress.step) as bar:
         while progress.step < schedule.steps and not asked(bool(signal_that_came())):
             step_batches, rate = next(batches_of_steps), schedule.rate(progress.step)
             with learner.explaining_out_of_memory(step_batches):

@@ -13,12 +13,24 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch import Tensor
+from tqdm import tqdm
 
 from minipeft.data.batches import Batch
 from minipeft.errors import ConfigError, OutputError
 from minipeft.training import distributed as parallel
 from minipeft.training.sharding import reshard, spread_like
 from minipeft.training.state import load_training_state, save_training_state
+
+
+def progress_bar(total: int, unit: str, title: str | None, initial: int = 0) -> tqdm:
+    """A bar on a terminal, of the first process alone. In a file or a pipe there is none, only what is written by it.
+
+    Args:
+        title: None for no bar.
+    """
+    hidden = title is None or parallel.rank() > 0
+    # None: tqdm's own way to leave bars out where standard error is no terminal
+    return tqdm(total=total, initial=initial, unit=unit, desc=title, mininterval=1, disable=True if hidden else None)
 
 
 @dataclass

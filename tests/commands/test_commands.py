@@ -391,6 +391,16 @@ def test_switches_reach_the_run(script, tiny_model, monkeypatch):
     assert not any(received[name] for name in ("full", "compile", "gradient_checkpointing", "resume"))
 
 
+@pytest.mark.kind("7: American and British task names")
+@pytest.mark.parametrize("name", ["summarization", "summarisation"])
+def test_a_task_has_its_american_and_its_british_name(script, tiny_model, name):
+    write_csv("pairs.csv", [(f"we study film number {i}", f"film {i}") for i in range(40)], header=("source", "target"))
+    outcome = script("train.py", "--model", tiny_model, "--dataset", "pairs.csv", "--task", name, "--epochs", 1,
+                     "--max-length", 32, "--max-new-tokens", 4)
+    assert outcome.code == 0, outcome.err
+    assert re.search(r"^task +summarization$", outcome.out, re.MULTILINE)
+
+
 # --- help -------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("name", "groups"), [
@@ -433,7 +443,8 @@ def call(*command, **more):
 def test_the_scripts_run_from_another_folder_as_processes(tiny_model, folder):
     done = call(SCRIPTS / "train.py", "--model", tiny_model, "--dataset", "films.csv", *QUICK)
     assert done.returncode == 0, done.stderr
-    assert not [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip() and "%|" not in line]
+    assert done.stderr == "", "no bars, as standard error is a pipe"
+    assert len([line for line in done.stdout.splitlines() if line.startswith("step ")]) == 6  # one for each validation
     done = call(SCRIPTS / "predict.py", input="a good film\na bad film\n")
     assert done.returncode == 0, done.stderr
     assert done.stderr == "adapter    checkpoints/lora_films_finetuned (the newest in checkpoints)\n"

@@ -42,6 +42,15 @@ def test_a_precision_asked_for_is_the_one_used(name, dtype, device):
     assert choose_precision(name, torch.device(device)) is dtype
 
 
+@pytest.mark.kind("7: fp16 on a CPU warns")
+@pytest.mark.parametrize(("name", "device", "lines"), [
+    ("fp16", "cpu", 1), ("bf16", "cpu", 0), ("fp32", "cpu", 0), ("auto", "cpu", 0), ("fp16", "cuda", 0)])
+def test_float16_on_a_cpu_is_warned_of_in_one_line(caplog, name, device, lines):
+    choose_precision(name, torch.device(device))
+    assert len(caplog.messages) == lines
+    assert all("float16 is much slower than float32 on a CPU" in line and "\n" not in line for line in caplog.messages)
+
+
 @pytest.mark.parametrize(("supported", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
 def test_cuda_runs_in_bfloat16_where_the_hardware_has_it_else_in_float16(monkeypatch, supported, dtype):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: supported)

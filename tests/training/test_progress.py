@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -11,8 +13,9 @@ import torch.nn as nn
 
 from minipeft.data.batches import collate
 from minipeft.errors import ConfigError
+from minipeft.training import distributed as parallel
 from minipeft.training.optimizer import adamw
-from minipeft.training.progress import Progress, Stopwatch
+from minipeft.training.progress import Progress, Stopwatch, progress_bar
 
 BATCH = collate([np.array([1, 2]), np.array([3]), np.array([4, 5])], [0, 1, 0])
 
@@ -93,3 +96,24 @@ def test_nothing_is_resumed_from_nothing_or_from_a_run_with_other_settings(tmp_p
     progress.save()
     with pytest.raises(ConfigError, match=r"other settings \(epochs\): .* without --resume"):
         new_progress(tmp_path, epochs=4).resume()
+
+
+# --- bars -------------------------------------------------------------------------------------------------------------
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.kind("7: no bars in a file or a pipe")
+@pytest.mark.parametrize(("stderr", "title", "rank", "shown"), [
+    (Terminal, "testing", 0, True), (io.StringIO, "testing", 0, False), (Terminal, None, 0, False),
+    (Terminal, "testing", 1, False)])
+def test_a_bar_is_for_a_terminal_and_its_lines_are_for_all(monkeypatch, capsys, stderr, title, rank, shown):
+    monkeypatch.setattr(sys, "stderr", stderr())
+    monkeypatch.setattr(parallel, "rank", lambda: rank)
+    with progress_bar(3, "text", title) as bar:
+        bar.update(3)
+        bar.write("a validation")
+    assert ("\r" in sys.stderr.getvalue()) == ("testing" in sys.stderr.getvalue()) == shown
+    assert capsys.readouterr().out == "a validation\n"

@@ -13,6 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from minipeft import GPT2Config, GPT2ForSequenceClassification, LoraConfig, inject
+from minipeft.explain import memory
 from minipeft.explain.memory import LiveBytes, bytes_sent, training_memory, training_operations
 
 SMALL = {"n_layer": 4, "n_embd": 256, "n_head": 4, "vocab_size": 5000, "n_positions": 300, "resid_pdrop": 0.0,
@@ -91,6 +92,19 @@ def test_micro_batches_keep_the_activations_of_one_at_a_time():
                       for tokens in (None, BATCH // 4 * LENGTH))
     assert in_four.activations == pytest.approx(whole.activations / 4, rel=0.01)
     assert in_four.peak < whole.peak - 0.7 * whole.activations
+
+
+@pytest.mark.kind("7: gpt2-xl's memory is there in seconds")
+@pytest.mark.parametrize(("rows", "tokens", "passes"), [
+    (6, None, 1), (6, 2 * 50, 1), (7, 2 * 50, 1), (3, 2 * 50, 2), (8, 50, 1)])
+def test_each_kind_of_micro_batch_is_computed_once(rows, tokens, passes, monkeypatch):
+    """Rows of 50 tokens. Of three in two parts the first has two rows, and the second has gradients beside it."""
+    computed = []
+    backward = memory._backward
+    monkeypatch.setattr(memory, "_backward", lambda model, part, *more: computed.append(part) or backward(
+        model, part, *more))
+    training_memory(GPT2Config(**SMALL), "lora", rows, 50, tokens_at_once=tokens)
+    assert len(computed) == passes
 
 
 def test_full_fine_tuning_holds_three_more_copies_of_the_weights():

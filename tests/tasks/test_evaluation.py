@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -144,7 +146,8 @@ def test_every_tasks_figures_are_the_same_in_half_the_memory(task, tmp_path, mon
 
 # --- progress ---------------------------------------------------------------------------------------------------------
 
-def test_a_progress_bar_counts_texts(capsys):
+def test_a_progress_bar_counts_texts_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     for _ in evaluation_batches(ids_of([3] * 5), [0] * 5, CPU, 2, progress="testing"):
         pass
     assert "testing: 100%" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import logging
 import os
-import tempfile
+import sys
 from collections import Counter
 from pathlib import Path
 from unittest.mock import patch
@@ -42,8 +42,8 @@ SMALL = {"lora": {"r": 2, "lora_dropout": 0.0}, "dora": {"r": 2, "lora_dropout":
 
 @functools.cache
 def place():
-    """A folder with the tiny model and the tiny datasets."""
-    folder = Path(tempfile.mkdtemp(prefix="minipeft-pretended-"))
+    """The folder that worker.py was given, with the tiny model and the tiny datasets."""
+    folder = Path(sys.argv[2])
     write_datasets(folder / "data")
     write_tiny_model(folder / "base", classifier_dropout=0.0)
     os.environ["MINIPEFT_DATA"] = str(folder / "data")
@@ -87,10 +87,10 @@ def losses(results):
     return [point["train_loss"] for point in results["curve"]] + [results["metrics"]["best_validation"]["loss"]]
 
 
-def fine_tuning(method, task, precision):
+def fine_tuning(method, task, precision, **more):
     """One whole run on the GPU, from names to the tested adapter."""
     with PretendedGPU() as gpu, counting_in_steps(gpu) as in_steps:
-        found = finetune(options(method, task, precision, dropout=0.0))
+        found = finetune(options(method, task, precision, dropout=0.0, **more))
     return {"losses": losses(found), "waits_in_steps": listed(in_steps), "products": dict(gpu.products),
             "steps": found["curve"][-1]["step"], "read_too_early": sum(
                 count for (what, _), count in gpu.waits.items() if what == "read before it has come")}

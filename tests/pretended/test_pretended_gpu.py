@@ -33,6 +33,13 @@ def test_a_run_mixes_no_devices_and_no_step_of_it_waits(pretended, method, task,
         assert found["losses"] == pytest.approx(pretended("on_the_cpu", method=method, task=task), abs=2e-3)
 
 
+@pytest.mark.parametrize("more", [{"training": {"class_weights": "balanced"}}, {"gradient_checkpointing": True}],
+                         ids=lambda more: next(iter(more)))
+def test_nor_does_a_run_with_more_options(pretended, more):
+    found = pretended("fine_tuning", method="lora", task="classification", precision="fp16", **more)
+    assert found["steps"] == 3 and found["waits_in_steps"] == [] and found["read_too_early"] == 0
+
+
 @pytest.mark.kind("8: resuming on a pretended GPU, per precision")
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_resumed_run_is_the_uninterrupted_one_with_the_gpus_own_dropout(pretended, precision):

@@ -1,6 +1,7 @@
 """The process that has the pretended GPU: reads a case and its arguments per line, answers with what the case found.
 
-    python worker.py GUARD        GUARD: guard.cpp, compiled; it must come before torch
+    python worker.py GUARD FOLDER        GUARD: guard.cpp, compiled; it must come before torch
+                                         FOLDER: for models, data and what runs write
 """
 
 import contextlib

@@ -480,6 +480,26 @@ def test_without_resume_an_old_state_is_ignored(toy, tmp_path):
 
 # --- the parts --------------------------------------------------------------------------------------------------------
 
+@pytest.mark.kind("8: processes ask each other about Ctrl-C every ten steps only")
+def test_processes_ask_each_other_only_now_and_then_whether_one_is_to_stop(toy, monkeypatch):
+    """To ask is to wait for all of them, and for their GPUs."""
+    task, asked = toy(epochs=3, evaluations_per_epoch=1), []
+    parallel = training.parallel
+    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    monkeypatch.setattr(parallel, "synchronized", lambda model: model)
+    monkeypatch.setattr(parallel, "total", lambda values: values.tolist())
+    monkeypatch.setattr(parallel, "any_of", lambda flag, device: asked.append(steps[0]) or flag)
+    steps = [0]
+
+    def counted(*_):
+        steps[0] += 1
+        return [torch.ones(2)]
+
+    monkeypatch.setattr(training, "optimizer_step", counted)
+    run(task, validate=lambda: {"loss": 1.0, "accuracy": 0.5})
+    assert steps == [24] and asked == [0, 10, 10, 20, 20]  # before a step, and after one whether to save
+
+
 def test_a_schedule_counts_steps_and_puts_the_last_validation_at_the_end():
     schedule = Schedule.of(TrainingConfig(epochs=2, gradient_accumulation=2, evaluations_per_epoch=2), batches=9)
     assert (schedule.steps_per_epoch, schedule.steps, schedule.evaluate_every) == (5, 10, 2)

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from documents import README, ROOT, code_blocks, results_changed, tables
+from helpers import write_csv, write_tiny_model
 
 from minipeft import GPT2Config, GPT2ForSequenceClassification, LoraConfig, inject, merge, trainable_parameters
 from minipeft.data.batches import BucketedBatches
@@ -28,7 +29,7 @@ def test_it_is_short_and_the_picture_comes_first():
 
 def test_the_python_example_trains_as_printed(tmp_path, monkeypatch, capsys):
     """Every line as it is printed; only an epoch ends after two batches."""
-    (example,) = code_blocks(TEXT, "python")
+    example, _ = code_blocks(TEXT, "python")
     assert len([line for line in example.splitlines() if line.strip()]) <= 25
     whole_epoch = BucketedBatches.epoch
     monkeypatch.setattr(BucketedBatches, "epoch", lambda self, number: [
@@ -41,6 +42,18 @@ def test_the_python_example_trains_as_printed(tmp_path, monkeypatch, capsys):
     assert found["logits"].shape == (16, 2) and type(found["logits"]) is torch.Tensor
     assert {path.name for path in (tmp_path / "checkpoints/first").iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "minipeft.json"}
+
+
+def test_the_example_of_one_call_trains_and_predicts_as_printed(tmp_path, monkeypatch, capsys):
+    """Every line as it is printed; only the base is a tiny one."""
+    _, example = code_blocks(TEXT, "python")
+    monkeypatch.chdir(tmp_path)
+    write_csv("reviews.csv")
+    exec(compile(example.replace("Options(dataset", f"Options(model={str(write_tiny_model('tiny'))!r}, dataset"),
+                 "README.md", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert "wrote checkpoints/reviews" in " ".join(lines[:-2])
+    assert [line.split("\t")[2] for line in lines[-2:]] == ["A moving film.", "Dull, and too long."]
 
 
 # --- the table of methods ---------------------------------------------------------------------------------------------

@@ -92,6 +92,19 @@ def test_without_results_there_is_no_table(tmp_path):
         results_table(tmp_path)
 
 
+@pytest.mark.kind("7: compare matches results by content")
+def test_results_on_different_contents_of_one_name_are_in_no_table(tmp_path):
+    for method, content in (("lora", "a"), ("ia3", "a"), ("full", "b")):
+        write(tmp_path, f"fine_tuned_{method}_x", method, "x", {"test": found(0.9)}, 500, {"train": 90})
+        path = tmp_path / f"fine_tuned_{method}_x_results.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()),
+                                    "request": {"dataset": {"fingerprints": {"train": content}}}}))
+        if content == "a":
+            assert results_table(tmp_path, "x").splitlines()[2:]
+    with pytest.raises(OutputError, match="holds results on different contents called x, which no table can compare"):
+        results_table(tmp_path, "x")
+
+
 def test_tables_replace_what_is_between_their_markers_and_nothing_else(tmp_path):
     write(tmp_path, "fine_tuned_lora", "lora", "imdb", {"test": found(0.9)}, 500, {"train": 90})
     write(tmp_path, "fine_tuned_lora_x", "lora", "x", {"test": found(0.8)}, 500, {"train": 90})

@@ -40,7 +40,7 @@ for step, batch in zip(range(1, steps + 1), chain.from_iterable(map(batches.epoc
 
 model.eval()
 with torch.no_grad():
-    logits = model(test.input_ids, attention_mask=test.attention_mask)         # (216, 2)
+    logits = model(test.input_ids, attention_mask=test.attention_mask)         # (720, 2)
 print(f"test accuracy {(logits.argmax(dim=1) == test.labels).float().mean():.3f}")
 print("frozen tensors unchanged:", all(torch.equal(model.get_parameter(name), p) for name, p in frozen.items()))
 

@@ -1,6 +1,6 @@
 """What a trained model predicts for texts from the command line or, one per line, from standard input:
 
-    minipeft predict "A film I will not forget." "Two hours I want back."
+    minipeft predict "A funny, touching film. I loved it." "A boring story and terrible acting."
     cat reviews.txt | minipeft predict --adapter checkpoints/lora_finetuned
     minipeft predict --adapter checkpoints/translation "Two dogs play in the snow."
     minipeft predict --input reviews.csv --output predictions.csv

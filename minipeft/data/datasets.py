@@ -214,7 +214,8 @@ def _sample(task: Reader) -> Dataset:
         table = read_table(SAMPLE_FOLDER / f"{split}.jsonl")
         found[split], _ = task.read(table.column("text"), by_name(table.column("label"), label_names),
                                     f"sample {split}", label_names)
-    return Dataset("sample", "640 reviews written for minipeft (minipeft/data/sample)", task, label_names, **found)
+    source = f"{sum(map(len, found.values())):,} reviews written for minipeft (minipeft/data/sample)"
+    return Dataset("sample", source, task, label_names, **found)
 
 
 def _in_hub_cache(repository: str) -> bool:

@@ -174,13 +174,15 @@ def for_method(plan: RunPlan, options: Options, say: Say = silent, baseline: boo
         weights = data.task.balanced_weights(data.train, data.label_names)
         choices["weights"] = ", ".join(f"{name!r} {weight:.3g}" for name, weight in zip(data.label_names, weights))
         say(_line("weights", choices["weights"]))
-    if not baseline and "epochs" not in options.training_values:
-        training = dataclasses.replace(training, epochs=_epochs(training, plan.sizes["train"]))
-        choices["epochs"] = str(training.epochs)
-        say(_line("epochs", choices["epochs"]))
+    best_by = plan.best_by
+    if not baseline:
+        training, best_by, chosen = _for_its_size(training, options, data.task, plan.sizes["train"], best_by)
+        choices.update(chosen)
+        for choice in chosen.items():
+            say(_line(*choice))
     folder = None if baseline else Path(options.output or default_folder(options.method, data.name))
-    return dataclasses.replace(plan, options=options, method_config=method_config, training=training, folder=folder,
-                               choices=choices)
+    return dataclasses.replace(plan, options=options, method_config=method_config, training=training, best_by=best_by,
+                               folder=folder, choices=choices)
 
 
 def where_data_are(options: Options) -> dict[str, Any]:
@@ -292,10 +294,29 @@ def _configs(options: Options, task: str, baseline: bool) -> tuple[Any, Training
             TrainingConfig(**{**table["training"], **options.training_values}))
 
 
-def _epochs(config: TrainingConfig, examples: int) -> int:
-    """The table's epochs or, on little data, as many as make enough steps to learn from."""
-    steps = -(-examples // (config.batch_size * config.gradient_accumulation))
-    return max(config.epochs, min(defaults.MAXIMUM_EPOCHS, -(-defaults.MINIMUM_STEPS // steps)))
+def _for_its_size(config: TrainingConfig, options: Options, task: type[Task], examples: int,
+                  best_by: str) -> tuple[TrainingConfig, str, dict[str, str]]:
+    """How to train on so many examples, where a user does not say.
+
+    Returns:
+        (the configuration, the metric that the best model is kept by, in words what was chosen).
+    """
+    given, choices = options.training_values, {}
+    few = examples < defaults.FEW_EXAMPLES and task.name == "classification"
+    if few and best_by == "accuracy":
+        best_by = "loss"
+        choices["best"] = "the lowest validation loss, as examples are few"
+    if few and "learning_rate" not in given and options.method in defaults.RATES_ON_FEW:
+        config = dataclasses.replace(config, learning_rate=defaults.RATES_ON_FEW[options.method])
+    if "epochs" not in given:
+        steps = -(-examples // (config.batch_size * config.gradient_accumulation))
+        enough = -(-(defaults.MINIMUM_STEPS_ON_FEW if few else defaults.MINIMUM_STEPS) // steps)
+        config = dataclasses.replace(config, epochs=max(config.epochs, min(defaults.MAXIMUM_EPOCHS, enough)))
+        choices["epochs"] = str(config.epochs)
+        if few and "patience" not in given:
+            config = dataclasses.replace(config, patience=defaults.PATIENCE_ON_FEW)
+            choices["epochs"] += f", fewer if {config.patience} validations in a row are no better"
+    return config, best_by, choices
 
 
 def _because(value: str, asked: Any, why: str) -> str:

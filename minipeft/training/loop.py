@@ -47,6 +47,7 @@ class TrainingConfig(Settings):
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm", POSITIVE)
     loraplus_lr_ratio: float = setting(1.0, "LoRA+: learning rate of LoRA's B over that of A", POSITIVE)
     evaluations_per_epoch: int = setting(2, "validations per epoch; the best one is kept", POSITIVE_INTEGER)
+    patience: int | None = setting(None, "end early after so many validations without a better one", POSITIVE_INTEGER)
     class_weights: str = setting("none", "balanced: rare labels count as much as frequent ones in the loss",
                                  choices=("none", "balanced"))
     seed: int = setting(0, "of initial values, dropout and the order of the data", SEED)
@@ -61,6 +62,7 @@ class Schedule(NamedTuple):
     evaluate_every: int
     peak_rate: float
     batches_per_step: int
+    patience: int | None
 
     @classmethod
     def of(cls, config: TrainingConfig, batches: int) -> Schedule:
@@ -69,7 +71,7 @@ class Schedule(NamedTuple):
         steps = steps_per_epoch * config.epochs
         return cls(steps_per_epoch, steps, round(config.warmup_ratio * steps),
                    max(1, steps_per_epoch // config.evaluations_per_epoch), config.learning_rate,
-                   config.gradient_accumulation)
+                   config.gradient_accumulation, config.patience)
 
     def rate(self, step: int) -> float:
         """The learning rate at a step, counted from 0."""
@@ -79,6 +81,10 @@ class Schedule(NamedTuple):
         """Whether a validation follows when so many steps are taken: at the end, and not just before it."""
         left = self.steps - step
         return left == 0 or (step % self.evaluate_every == 0 and left >= self.evaluate_every)
+
+    def ends_at(self, step: int, since_best: int) -> bool:
+        """Whether all steps are taken, or so many validations since the best one are too many."""
+        return step >= self.steps or (self.patience is not None and since_best >= self.patience)
 
     def batches_from(self, step: int, batches: BucketedBatches) -> Iterator[list[Batch]]:
         """The batches of each step, from `step` on and without end; an epoch's last step may have fewer."""
@@ -180,6 +186,8 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: LossSum, validat
           tokens_per_micro_batch: int | None = None, save_minutes: float = 10.0) -> History:
     """Train the parameters that require a gradient, in place, and leave the model with its best validation's values.
 
+    With `config.patience` training ends early: after so many validations in a row that are not the best so far.
+
     Args:
         model: on its device; parameters that are trained in float32. Under torchrun each process has one.
         batches: the training data.
@@ -221,7 +229,7 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: LossSum, validat
 
 def _take_steps(learner: Learner, schedule: Schedule, progress: Progress, batches: BucketedBatches,
                 validate: Callable[[], dict[str, Any]], save_best: Callable[[], None]) -> int:
-    """The loop itself: optimizer steps, with validations between them, to the end or until a signal comes.
+    """The loop itself: optimizer steps, with validations between them, to the end, early or not, or a signal.
 
     Returns:
         The number of the signal that ended it, or 0.
@@ -235,7 +243,7 @@ def _take_steps(learner: Learner, schedule: Schedule, progress: Progress, batche
     batches_of_steps = schedule.batches_from(progress.step, batches)
     with stop_between_steps() as signal_that_came, \
             progress_bar(schedule.steps, "step", "training", initial=progress.step) as bar:
-        while progress.step < schedule.steps and not asked(bool(signal_that_came())):
+        while not schedule.ends_at(progress.step, progress.since_best()) and not asked(bool(signal_that_came())):
             step_batches, rate = next(batches_of_steps), schedule.rate(progress.step)
             with learner.explaining_out_of_memory(step_batches):
                 progress.count(step_batches, optimizer_step(learner, step_batches, rate))
@@ -252,4 +260,5 @@ def _take_steps(learner: Learner, schedule: Schedule, progress: Progress, batche
                 progress.save()
             elif asked(progress.is_due()):
                 progress.save()
-    return signal_that_came() or (signal.SIGINT if progress.step < schedule.steps else 0)
+    ended = schedule.ends_at(progress.step, progress.since_best())
+    return signal_that_came() or (0 if ended else signal.SIGINT)

@@ -143,6 +143,10 @@ class Progress:
         """How good a validation is; of two with the same metric, the one of lower loss is better."""
         return -found["loss"] if self.best_by == "loss" else found[self.best_by], -found["loss"]
 
+    def since_best(self) -> int:
+        """How many validations came after the best one."""
+        return sum(point["step"] > self.best["step"] for point in self.curve) if self.best else 0
+
     def line(self, steps: int) -> str:
         """The last point of the curve for people, of a run of so many steps."""
         point, by = self.curve[-1], self.best_by

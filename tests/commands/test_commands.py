@@ -258,7 +258,8 @@ def test_what_was_chosen_is_printed_first_with_the_reason(train, tiny_model):
     assert re.fullmatch(r"dataset +films\.csv \(asked for\)", lines[3])
     assert re.fullmatch(r"task +classification", lines[4])
     assert re.fullmatch(r"sizes +32 train, 4 validation, 4 test", lines[5])
-    assert "trainable params: " in lines[6]
+    assert re.fullmatch(r"best +the lowest validation loss, as examples are few", lines[6])
+    assert "trainable params: " in lines[7]
 
 
 def test_without_a_dataset_or_network_the_sample_is_used_and_the_reason_printed(script, tiny_model):
@@ -343,16 +344,18 @@ def test_layers_can_be_chosen_without_naming_modules(train):
 
 def test_an_option_of_the_training_reaches_its_configuration(train):
     train("--epochs", 2, "--gradient-accumulation", 2, "--weight-decay", 0.3, "--warmup-ratio", 0.2, "--max-grad-norm",
-          0.5, "--loraplus-lr-ratio", 4, "--evaluations-per-epoch", 1, "--class-weights", "balanced", "--seed", 11)
+          0.5, "--loraplus-lr-ratio", 4, "--evaluations-per-epoch", 1, "--class-weights", "balanced", "--seed", 11,
+          "--patience", 4)
     found = read_json("results/fine_tuned_lora_films_results.json")
     assert found["training_config"] == {
         "epochs": 2, "batch_size": 4, "gradient_accumulation": 2, "learning_rate": 0.02, "weight_decay": 0.3,
         "warmup_ratio": 0.2, "max_grad_norm": 0.5, "loraplus_lr_ratio": 4.0, "evaluations_per_epoch": 1,
-        "class_weights": "balanced", "seed": 11}
+        "patience": 4, "class_weights": "balanced", "seed": 11}
     assert found["seed"] == 11 and len(found["curve"]) == 2
 
 
-def test_what_is_not_given_comes_from_the_table_of_defaults(script, tiny_model):
+def test_what_is_not_given_comes_from_the_table_of_defaults(script, tiny_model, monkeypatch):
+    monkeypatch.setattr(defaults, "FEW_EXAMPLES", 0)  # else a rate of its own
     script("train.py", "--model", tiny_model, "--dataset", "films.csv", "--epochs", 1)
     found = read_json("results/fine_tuned_lora_films_results.json")
     table = defaults.DEFAULTS["lora"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -10,8 +11,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import combinations
 
 import numpy as np
 import pyarrow as pa
@@ -131,37 +133,98 @@ def test_a_damaged_imdb_file_is_named(tmp_path):
 
 # --- the bundled sample -----------------------------------------------------------------------------------------------
 
+KIND = pytest.mark.kind("7: the bundled sample has plain reviews as well as tricky ones")
+
+
 @pytest.fixture(scope="module")
 def sample():
     return load("sample")
 
 
+@pytest.fixture(scope="module")
+def sample_rows():
+    """The sample's files: rows {"text", "label", "kind"} by split."""
+    return {split: [json.loads(line) for line in (data.SAMPLE_FOLDER / f"{split}.jsonl").read_text(
+        encoding="utf-8").splitlines()] for split in data.SPLITS}
+
+
+@KIND
 def test_the_sample_is_large_enough_and_balanced(sample):
     assert sample.label_names == ["negative", "positive"]
-    for split, least in (("train", 300), ("validation", 100), ("test", 200)):
+    assert len(sample.train) + len(sample.validation) + len(sample.test) >= 1500
+    for split, least in (("train", 1000), ("validation", 300), ("test", 600)):
         labels = getattr(sample, split).labels
         assert len(labels) >= least
-        assert set(labels) == {0, 1}
-        assert abs(sum(labels) / len(labels) - 0.5) < 0.02
+        assert labels.count(0) == labels.count(1) == len(labels) / 2
 
 
-def test_no_two_reviews_of_the_sample_are_alike(sample):
-    texts = [" ".join(text.lower().split()) for split in ("train", "validation", "test")
-             for text in getattr(sample, split).texts]
-    assert len(texts) == len(set(texts))
+@KIND
+def test_seven_tenths_of_every_split_are_plain_and_both_kinds_are_balanced(sample_rows):
+    for reviews in sample_rows.values():
+        found = Counter((row["kind"], row["label"]) for row in reviews)
+        assert found["plain", 0] == found["plain", 1] and found["tricky", 0] == found["tricky", 1]
+        assert found["plain", 0] / len(reviews) == pytest.approx(0.35, abs=0.01)
+        assert set(found) == {(kind, label) for kind in ("plain", "tricky") for label in (0, 1)}
 
 
-def test_the_samples_reviews_have_about_one_to_five_sentences(sample):
-    for split in ("train", "validation", "test"):
-        for text in getattr(sample, split).texts:
-            # "..." and "?!" end one sentence, and a quoted title may end in a mark of its own.
-            assert 1 <= len(re.findall(r"[.!?]+[\"'’”)]*(?:\s|$)", text)) <= 8, text
-            assert 15 <= len(text) <= 800, text
+@KIND
+def test_no_two_reviews_of_the_sample_are_alike(sample_rows):
+    texts = [re.findall(r"[a-z0-9']+", row["text"].lower()) for rows in sample_rows.values() for row in rows]
+    assert len(set(map(tuple, texts))) == len(texts)
+    runs = [{tuple(words[i:i + 5]) for i in range(len(words) - 4)} for words in texts]
+    holding = defaultdict(set)  # the reviews that hold a sequence of five words
+    for number, found in enumerate(runs):
+        for run in found:
+            holding[run].add(number)
+    shared = Counter(pair for numbers in holding.values() for pair in combinations(sorted(numbers), 2))
+    assert [pair for pair, count in shared.items()
+            if count > 1 and count > min(len(runs[number]) for number in pair) / 2] == []
 
 
-def test_the_sample_says_that_it_was_written_for_this_project(sample):
-    assert "written for minipeft" in sample.source
-    assert "Not IMDb" in (data.SAMPLE_FOLDER / "README.md").read_text(encoding="utf-8")
+@KIND
+def test_a_plain_reviews_split_follows_from_its_text(sample_rows):
+    def rank(row):
+        return hashlib.sha256(f"0 {row['text']}".encode()).hexdigest()
+
+    for label in (0, 1):
+        ranks = {split: [rank(row) for row in rows if (row["kind"], row["label"]) == ("plain", label)]
+                 for split, rows in sample_rows.items()}
+        assert max(ranks["test"]) < min(ranks["validation"]) <= max(ranks["validation"]) < min(ranks["train"])
+
+
+@KIND
+def test_no_review_of_the_sample_is_one_of_imdbs(sample_rows):
+    imdb = ROOT.parent / "shared" / "data" / "imdb"
+    if not imdb.is_dir():
+        pytest.skip("no IMDb in ../shared")
+    def plain(text):
+        return " ".join(re.findall(r"[a-z0-9']+", text.lower().replace("<br />", " ")))
+
+    ours = {plain(row["text"]) for rows in sample_rows.values() for row in rows}
+    assert ours.isdisjoint(plain(text) for split in ("train", "test")
+                           for text in data.read_parquet_split(imdb, split)["text"].to_pylist())
+
+
+def test_the_examples_in_the_documentation_are_not_in_the_sample(sample_rows):
+    texts = {row["text"] for rows in sample_rows.values() for row in rows}
+    assert texts.isdisjoint({"A moving film with a wonderful cast.", "Dull, badly acted, and far too long.",
+                             "A film I will not forget.", "Two hours I want back."})
+
+
+def test_the_samples_reviews_are_short(sample_rows):
+    for reviews in sample_rows.values():
+        assert all(1 <= len(row["text"].split()) <= 120 for row in reviews)
+
+
+def test_the_sample_says_what_it_is(sample, sample_rows):
+    readme = (data.SAMPLE_FOLDER / "README.md").read_text(encoding="utf-8")
+    total = sum(map(len, sample_rows.values()))
+    assert sample.source == f"{total:,} reviews written for minipeft (minipeft/data/sample)"
+    assert readme.startswith(f"# {total:,} film reviews written for this project") and "Not IMDb" in readme
+    for split, reviews in sample_rows.items():
+        plain = sum(row["kind"] == "plain" for row in reviews)
+        positive = sum(row["label"] for row in reviews)
+        assert f"| {split} | {len(reviews):,} | {positive} | {plain} | {len(reviews) - plain} |" in readme
 
 
 # --- a file of one's own ----------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import dataclasses
 import re
 
 import pytest
+from helpers import ROOT
 
 from minipeft.methods import METHODS
 from minipeft.runs import defaults
@@ -41,3 +42,11 @@ def test_a_task_has_its_own_learning_rate_where_one_was_found_and_nothing_else(m
     table = defaults.table(method, task)
     assert table["training"] == {**defaults.DEFAULTS[method]["training"], "learning_rate": rate}
     assert table["method"] == defaults.DEFAULTS[method]["method"]
+
+
+def test_the_documentation_says_what_few_examples_are():
+    text = " ".join((ROOT / "docs" / "usage.md").read_text(encoding="utf-8").split())
+    assert f"With fewer than {defaults.FEW_EXAMPLES:,} examples" in text and defaults.PATIENCE_ON_FEW == 3
+    assert set(defaults.RATES_ON_FEW) == {"lora", "dora"} and "LoRA and DoRA at a lower rate" in text
+    assert all(rate < defaults.table(method)["training"]["learning_rate"]
+               for method, rate in defaults.RATES_ON_FEW.items())

@@ -132,9 +132,40 @@ def test_on_little_data_more_epochs_are_taken_up_to_a_limit_unless_their_number_
         plan = choose(changes)
         return plan.training.epochs, plan.choices.get("epochs")
 
-    assert epochs() == (10, "10")                  # 8 steps each; 500 would be 63
-    assert epochs(batch_size=1) == (10, "10")      # 32 steps each
+    assert epochs() == (10, "10, fewer if 3 validations in a row are no better")               # of 8 steps
+    assert epochs(batch_size=1) == (6, "6, fewer if 3 validations in a row are no better")     # of 32 steps; 180 in all
+    assert epochs(patience=5) == (10, "10")
     assert epochs(epochs=2) == (2, None)
+
+
+KIND = pytest.mark.kind("7: few examples are not learned by heart")
+
+
+@KIND
+def test_on_few_examples_the_lowest_validation_loss_is_kept_in_smaller_steps_until_it_no_longer_falls(options):
+    changes = options()
+    changes.training_values = {}
+    plan = choose(changes)
+    assert (plan.best_by, plan.training.learning_rate, plan.training.patience) == ("loss", 6e-4, 3)
+    assert plan.choices["best"] == "the lowest validation loss, as examples are few"
+    changes.training_values = {"learning_rate": 0.1, "patience": 7, "epochs": 4}
+    training = choose(changes).training
+    assert (training.learning_rate, training.patience, training.epochs) == (0.1, 7, 4)
+    changes.training_values = {"epochs": 4}
+    assert choose(changes).training.patience is None, "so many epochs were asked for"
+
+
+@KIND
+def test_from_a_number_of_examples_on_the_table_alone_decides(options, monkeypatch):
+    changes = options()
+    changes.training_values = {}
+    for limit, best_by in ((33, "loss"), (32, "accuracy")):
+        monkeypatch.setattr(defaults, "FEW_EXAMPLES", limit)
+        plan = choose(changes)
+        assert plan.sizes["train"] == 32 and plan.best_by == best_by
+    table = defaults.table("lora")["training"]
+    assert (plan.training.patience, plan.training.learning_rate) == (None, table["learning_rate"])
+    assert plan.training.epochs == 10 and plan.choices["epochs"] == "10"                       # 500 steps would be 250
 
 
 def test_a_baselines_plan_has_a_seed_and_no_method(options):

@@ -13,6 +13,7 @@ from minipeft import GPT2ForSequenceClassification, LoraConfig, inject, save_ada
 from minipeft.errors import OutputError
 from minipeft.methods.injection import fingerprint
 from minipeft.model.hub import MINI_FOLDER
+from minipeft.runs import defaults
 from minipeft.runs.baseline import baseline
 from minipeft.runs.finetune import finetune
 from minipeft.runs.plan import Options, choose
@@ -76,9 +77,10 @@ def test_a_results_file_of_before_requests_were_noted_says_the_same_request(opti
 
 @pytest.mark.skipif(not (MINI_FOLDER / "model.safetensors").is_file(), reason="no bundled model")
 @pytest.mark.parametrize("method", ["lora", "prefix", "full", "baseline"])
-def test_the_committed_results_are_of_the_request_that_their_command_makes(tmp_path, method):
+def test_the_committed_results_are_of_the_request_that_their_command_makes(tmp_path, method, monkeypatch):
     """As far as they say: the tests have no IMDb, so that its sizes, and the epochs that follow, are another's."""
     write_imdb(tmp_path)
+    monkeypatch.setattr(defaults, "FEW_EXAMPLES", 0)  # IMDb's are not
     name = "baseline" if method == "baseline" else f"fine_tuned_{method}"
     results = read_json(ROOT / "results" / f"{name}_results.json")
     options = Options(method=method, model="mini", dataset="imdb", data_dir=tmp_path, precision="bf16", device="cpu",

@@ -224,6 +224,7 @@ def test_an_adapter_folder_names_its_task_and_runs_no_code_for_it(options, tmp_p
 
 def test_a_task_has_defaults_of_its_own_where_its_table_says_so(options, monkeypatch):
     monkeypatch.setitem(defaults.DEFAULTS["lora"]["rates"], "tagging", 0.5)
+    monkeypatch.setattr(defaults, "FEW_EXAMPLES", 0)  # else a rate of its own
     rates = [finetune(options(dataset, training_values={"epochs": 1}))["training_config"]["learning_rate"]
              for dataset in ("wnut_17", "sst2")]
     assert rates == [0.5, defaults.DEFAULTS["lora"]["training"]["learning_rate"]]

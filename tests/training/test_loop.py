@@ -33,7 +33,8 @@ METHODS = {"full": FullConfig(), "lora": LoraConfig(r=4, lora_alpha=8, target_mo
 
 # --- settings ---------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", ["epochs", "batch_size", "gradient_accumulation", "evaluations_per_epoch"])
+@pytest.mark.parametrize("name", ["epochs", "batch_size", "gradient_accumulation", "evaluations_per_epoch",
+                                  "patience"])
 @pytest.mark.parametrize("value", [0, -1])
 def test_a_count_below_one_is_refused(name, value):
     with pytest.raises(ConfigError, match=f"{name} must be a positive integer, got {value}"):
@@ -268,6 +269,38 @@ def test_the_values_left_in_the_model_are_those_of_the_first_best_validation(toy
         assert torch.equal(saved[-1][name], value)
     improvements = [i for i, accuracy in enumerate(accuracies) if accuracy > max(accuracies[:i], default=-1)]
     assert len(saved) == len(improvements)
+
+
+@pytest.mark.kind("7: training ends early")
+@pytest.mark.parametrize(("patience", "losses", "best", "validations"), [
+    (2, [0.5, 0.4, 0.6, 0.7, 0.1, 0.1], 1, 4), (1, [0.5, 0.6, 0.1, 0.1, 0.1, 0.1], 0, 2),
+    (3, [0.5, 0.6, 0.4, 0.6, 0.5, 0.6], 2, 6), (3, [0.5, 0.6, 0.4, 0.6, 0.5, 0.3], 5, 6),
+    (2, [0.5, math.nan, math.nan, 0.1, 0.1, 0.1], 0, 3), (None, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], 0, 6)])
+def test_training_ends_when_so_many_validations_in_a_row_are_no_better(toy, patience, losses, best, validations):
+    task, seen = toy("lora", evaluations_per_epoch=2, patience=patience), []
+    accuracies = scripted([0.5] * 6, seen, task.model)
+    remaining = iter(losses)
+    history = run(task, validate=lambda: {**accuracies(), "loss": next(remaining)}, best_by="loss")
+    assert [point["validation_loss"] for point in history.curve] == pytest.approx(losses[:validations], nan_ok=True)
+    assert history.best["loss"] == losses[best] and not history.stopped_by
+    assert all(torch.equal(value, seen[best][name]) for name, value in trained_values(task.model).items())
+
+
+@pytest.mark.kind("7: training ends early")
+def test_a_run_that_is_resumed_ends_as_early_as_the_uninterrupted_one(toy, tmp_path):
+    def losses(from_here):
+        remaining = iter([0.5, 0.4, 0.6, 0.7, 0.1, 0.1][from_here:])
+        return lambda: {"accuracy": 0.5, "loss": next(remaining)}
+
+    def settings():
+        return toy("lora", evaluations_per_epoch=2, patience=2)
+
+    whole = run(settings(), validate=losses(0), best_by="loss")
+    cut = run(settings(), validate=losses(0), best_by="loss", loss_sum=pressing_ctrl_c(13), state_folder=tmp_path)
+    assert cut.stopped_by and len(cut.curve) == 3
+    resumed = run(settings(), validate=losses(3), best_by="loss", state_folder=tmp_path, resume=True)
+    assert not resumed.stopped_by and resumed.best == whole.best
+    assert [point["step"] for point in resumed.curve] == [point["step"] for point in whole.curve] == [4, 8, 12, 16]
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

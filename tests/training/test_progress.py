@@ -65,6 +65,16 @@ def test_the_best_validation_is_the_first_of_the_highest_figure_or_the_lowest_lo
     assert [number for number, is_best in enumerate(improved) if is_best][-1] == best
 
 
+def test_validations_since_the_best_one_are_counted():
+    progress, counts = new_progress(best_by="loss"), [0]
+    assert progress.since_best() == 0
+    for loss in (0.5, 0.6, 0.5, 0.4, 0.9):
+        progress.count([BATCH], [torch.tensor([1.0, 1.0])])
+        progress.validated(found(0.5, loss), 0.1, 4)
+        counts.append(progress.since_best())
+    assert counts == [0, 0, 1, 2, 0, 1]
+
+
 def test_the_best_values_come_back_and_later_ones_do_not(tmp_path):
     progress = new_progress(tmp_path, learning_rate=1e-2)
     progress.count([BATCH], [torch.tensor([1.0, 1.0])])

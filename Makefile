@@ -4,9 +4,8 @@ VENV := .venv/bin
 
 .PHONY: train test lint clean
 
-# results/ holds the committed results: yours go into a folder of their own.
 train: .venv/run
-	$(VENV)/python scripts/train.py --method lora --results-dir results/mine
+	$(VENV)/python scripts/train.py --method lora
 
 test: .venv/dev
 	$(VENV)/python -m ruff check .

@@ -29,13 +29,13 @@ def baseline(options: Options, say: Say = silent) -> dict[str, Any]:
     """
     say = say if parallel.rank() == 0 else silent
     plan = choose(options, say, baseline=True)
-    if parallel.rank() == 0:
-        check_writable(options.results_dir)
     torch.manual_seed(plan.training.seed)
     model = plan.data.task.load_model(plan.model_name, plan.data.label_names)
     task = make_task(plan, model)
     request = request_of(plan, fingerprint(model))
-    check_places(plan, request)
+    plan = check_places(plan, request, say)
+    if parallel.rank() == 0:
+        check_writable(plan.results_file.parent)
     model.to(plan.device)
     untrained = "untrained_head" if plan.data.label_names else "untrained_base"
     found, seconds = task.baselines(plan.data.train, plan.data.test), {}

@@ -98,7 +98,7 @@ def prepare(plan: RunPlan, say: Say = silent) -> Run:
     model = data.task.load_model(plan.model_name, data.label_names, **dropouts)
     request = request_of(plan, fingerprint(model))
     if plan.folder is not None:
-        check_places(plan, request)
+        plan = check_places(plan, request, say)
     inject(model, plan.method_config)
     counts = trainable_parameters(model)  # before a tied head gets weights of its own
     cast_frozen(model.to(plan.device), plan.precision)
@@ -108,7 +108,7 @@ def prepare(plan: RunPlan, say: Say = silent) -> Run:
         shard(model, parallel.world_size())
     task = make_task(plan, model)
     if plan.folder is not None and parallel.rank() == 0:  # several at once would clear away each other's folders
-        for place in (plan.folder, options.results_dir):
+        for place in (plan.folder, plan.results_file.parent):
             check_writable(place)  # known before training, not after
     started = time.perf_counter()
     training, validation = task.encode(data.train), task.encode(data.validation)

@@ -11,7 +11,7 @@ from pathlib import Path
 from minipeft.errors import AdapterError
 from minipeft.methods.folder import DETAILS_FILE, read_details
 
-CHECKPOINTS = Path("checkpoints")
+CHECKPOINTS, RESULTS = Path("checkpoints"), Path("results")
 
 
 def results_path(folder: str | Path, method: str, dataset: str) -> Path:

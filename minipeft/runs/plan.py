@@ -19,7 +19,7 @@ from minipeft.methods.injection import positions_left
 from minipeft.model.hub import find
 from minipeft.model.tokenizer import VOCABULARY_FILE, Tokenizer, get_tokenizer
 from minipeft.runs import defaults
-from minipeft.runs.places import default_folder, results_path
+from minipeft.runs.places import RESULTS, default_folder, results_path
 from minipeft.runs.trained import check_vocabulary
 from minipeft.settings import POSITIVE, POSITIVE_INTEGER, setting
 from minipeft.tasks import task_for
@@ -70,7 +70,7 @@ class Options(Reading):
     resume: bool = False
     save_minutes: float = setting(10.0, within=POSITIVE)
     output: str | Path | None = None
-    results_dir: str | Path = "results"
+    results_dir: str | Path | None = None
     overwrite: bool = False
     method_values: dict = setting({})
     training_values: dict = setting({})
@@ -119,7 +119,7 @@ class RunPlan:
     @property
     def results_file(self) -> Path:
         """Where the run's results go."""
-        return results_path(self.options.results_dir, self.name, self.data.name)
+        return results_path(self.options.results_dir or RESULTS, self.name, self.data.name)
 
 
 def choose(options: Options, say: Say = silent, baseline: bool = False) -> RunPlan:

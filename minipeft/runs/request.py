@@ -20,13 +20,15 @@ from minipeft.methods.folder import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from minipeft.methods.folder import DETAILS_FILE, TENSORS_FILE, read_details
 from minipeft.model.hub import find
 from minipeft.model.weights import CONFIG_FILE, WEIGHTS_FILE
-from minipeft.runs.plan import RunPlan, dtype_name, task_values
+from minipeft.runs.places import RESULTS
+from minipeft.runs.plan import RunPlan, Say, dtype_name, silent, task_values
 from minipeft.tasks import task_name
 from minipeft.training.loop import TrainingConfig
 from minipeft.training.state import saved_settings
 
 STATE_FOLDER = "training_state"
 _MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE, ADAPTER_CONFIG_FILE, TENSORS_FILE)
+PUBLISHED = RESULTS / "README.md"  # it explains them
 _NAMED = 4  # differences in an error
 
 
@@ -123,16 +125,24 @@ def has_results(plan: RunPlan, request: dict[str, Any]) -> bool:
     return plan.results_file.is_file() and not differences(request_in(read_json_file(plan.results_file)), request)
 
 
-def check_places(plan: RunPlan, request: dict[str, Any]) -> None:
+def check_places(plan: RunPlan, request: dict[str, Any], say: Say = silent) -> RunPlan:
     """Refuse to take the place of what a run of another request left, unless that is asked for.
+
+    Returns:
+        The plan. In a clone of this project `results` holds published results: where no folder is named, those of
+        another request than the published one go to results/mine.
 
     Raises:
         OutputError: naming the places, the differences, and the ways out; or a folder that `check_is_ours` refuses.
     """
     if plan.folder is not None:
         check_is_ours(plan.folder, plan.model_name)
+    taken = plan.results_file.is_file() and not has_results(plan, request)
+    if taken and plan.options.results_dir is None and PUBLISHED.is_file():
+        say(f"results    {RESULTS / 'mine'} ({RESULTS} holds the published ones)")
+        plan = dataclasses.replace(plan, options=dataclasses.replace(plan.options, results_dir=RESULTS / "mine"))
     if plan.options.overwrite:
-        return
+        return plan
     noted = {(plan.folder, "--output"): noted_in(plan.folder)} if plan.folder is not None else {}
     if plan.results_file.is_file():
         noted[plan.results_file, "--results-dir"] = request_in(read_json_file(plan.results_file))
@@ -145,6 +155,7 @@ def check_places(plan: RunPlan, request: dict[str, Any]) -> None:
         raise OutputError(f"{' and '.join(map(str, places))} hold{'s' * (len(places) == 1)} another run "
                           f"({'; '.join(found[:_NAMED])}{more}): give this one another {' and '.join(options)}, or "
                           "replace that one with --overwrite")
+    return plan
 
 
 def check_is_ours(folder: Path, model_name: str) -> None:

@@ -18,6 +18,7 @@ from minipeft.files import check_writable, read_json_file, write_json_file
 from minipeft.methods import METHODS
 from minipeft.methods.injection import fingerprint
 from minipeft.runs.finetune import Run, prepare, train
+from minipeft.runs.places import RESULTS
 from minipeft.runs.plan import Options, Say, check_options, choose, for_method, silent
 from minipeft.runs.request import check_places, has_results, request_of
 from minipeft.runs.results import table_of
@@ -49,7 +50,7 @@ def tune(options: Options, trials: Sequence[dict[str, Any]], say: Say = silent) 
     requests = [_with(options, trial) for trial in trials]
     for request in requests:
         check_options(request)
-    path = Path(options.results_dir) / f"tuning_{options.method}.json"
+    path = Path(options.results_dir or RESULTS) / f"tuning_{options.method}.json"
     check_writable(path.parent)
     results = read_json_file(path) if path.is_file() else {"trials": []}
     for trial, request in zip(trials, requests):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -176,6 +177,32 @@ def test_committed_results_are_not_overwritten_by_a_trial_of_eight_rows(tiny_mod
                     output=str(tmp_path / "output"), results_dir=str(tmp_path / "results"))
     line = refused(baseline if method == "baseline" else finetune, asked)
     assert f"{name}_results.json holds another run (another base model): give this one another --results-dir" in line
+
+
+@pytest.mark.kind("7: the first command of a fresh clone is not refused by the published results")
+@pytest.mark.parametrize("method", ["lora", "baseline"])
+def test_where_no_folder_is_named_a_trial_beside_published_results_has_its_own_in_results_mine(
+        tiny_model, tmp_path, monkeypatch, contents, method):
+    write_imdb(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    Path("results").mkdir()
+    name = f"{'baseline' if method == 'baseline' else f'fine_tuned_{method}'}_results.json"
+    for published in (name, "README.md"):
+        shutil.copy(ROOT / "results" / published, "results")
+    published, said = contents("results"), []
+    asked = Options(method=method, model=str(tiny_model), dataset="imdb", data_dir=str(tmp_path), train_size=8,
+                    validation_size=4, test_size=4, max_length=32, training_values={"epochs": 1})
+    run = baseline if method == "baseline" else finetune
+    results = run(asked, said.append)
+    assert read_json(Path("results/mine") / name)["metrics"] == results["metrics"]
+    assert "results    results/mine (results holds the published ones)" in said
+    run(asked)                                                       # the same request again replaces its own
+    if method == "lora":
+        with pytest.raises(OutputError, match=r"lora_finetuned and results/mine/.* hold another run"):
+            run(dataclasses.replace(asked, train_size=6))
+        run(dataclasses.replace(asked, train_size=6, overwrite=True))
+    (Path("results/mine") / name).unlink()
+    assert contents("results") == published
 
 
 def test_a_file_that_holds_no_results_is_not_taken_for_any(options, tmp_path, refused):

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from minipeft.commands.start import COMMANDS, main
+from minipeft.commands.start import COMMANDS, SPINS, main
 from minipeft.methods import METHODS
 
 START = "from minipeft.commands.start import main; main()"
@@ -121,12 +121,14 @@ def test_ctrl_c_during_imports_is_one_line(tmp_path, signal):
     assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", "interrupted\n")
 
 
-@pytest.mark.parametrize(("own", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_threads_wait_asleep_unless_the_user_says_otherwise(tmp_path, monkeypatch, own, expected):
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    more = with_torch_that(tmp_path, "print(os.environ['OMP_WAIT_POLICY']); os._exit(0)")
-    more |= {"OMP_WAIT_POLICY": own} if own else {}
-    assert run(START, "predict", "x", **more).stdout == f"{expected}\n"
+@pytest.mark.kind("7: threads do not spin on a busy machine")
+@pytest.mark.parametrize(("own", "expected"), [
+    ({}, SPINS), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None"), ({"GOMP_SPINCOUNT": "7"}, "7")])
+def test_threads_soon_sleep_unless_the_user_says_otherwise(tmp_path, monkeypatch, own, expected):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    more = with_torch_that(tmp_path, "print(os.environ.get('GOMP_SPINCOUNT'), flush=True); os._exit(0)")
+    assert run(START, "predict", "x", **more, **own).stdout == f"{expected}\n"
 
 
 def test_the_library_itself_leaves_the_environment_alone():

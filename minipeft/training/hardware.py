@@ -56,8 +56,8 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     if name not in PRECISIONS:
         raise HardwareError(f"unknown precision {name!r}: use auto, {', '.join(PRECISIONS)}")
     if (name, device.type) == ("fp16", "cpu"):
-        logger.warning("float16 is much slower than float32 on a CPU, which computes it one number at a time: "
-                       "--precision auto takes what is fastest here")
+        logger.warning("float16 is slower than float32 on a CPU, on many CPUs much slower: --precision auto takes what "
+                       "is fastest here")
     return PRECISIONS[name]
 
 

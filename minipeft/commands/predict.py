@@ -24,6 +24,7 @@ from minipeft.errors import ConfigError, DataError, OutputError
 from minipeft.files import check_writable
 from minipeft.runs.inference import chosen_adapter, load, predict, predict_table
 from minipeft.tasks.generation import source_text
+from minipeft.training.hardware import matmul_precision
 
 DECODING = ("max_new_tokens", "num_beams", "length_penalty", "temperature", "top_k", "top_p", "seed")
 
@@ -58,6 +59,12 @@ def parse(words: Sequence[str], program: str) -> argparse.Namespace:
 
 def main(words: Sequence[str], program: str) -> None:
     arguments = parse(words, program)
+    with matmul_precision(arguments.matmul_precision):
+        answer(arguments)
+
+
+def answer(arguments: argparse.Namespace) -> None:
+    """Print what the model says of the texts, or write it into a table."""
     check_files(arguments)
     table = read_table(arguments.input, arguments.delimiter, arguments.encoding) if arguments.input else None
     texts = read_texts(arguments) if table is None else []

@@ -182,7 +182,7 @@ def _fill(model: nn.Module, path: Path, stored_names: dict[str, str], dtype: tor
             if name.endswith(_TRANSPOSED):
                 tensor = tensor.t()                                               # (in, out) -> (out, in)
             tensor = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
-        if not torch.isfinite(tensor).all():
+        if not all(extreme.isfinite() for extreme in tensor.aminmax()):  # a NaN is both; needs no memory
             raise WeightsError(f"{path} holds NaN or infinity in {stored_name}: the file is damaged, or its training "
                                f"went wrong{'' if dtype == torch.float32 else f', or its values do not fit {dtype}'}")
         _set_parameter(model, name, nn.Parameter(tensor))

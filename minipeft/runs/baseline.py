@@ -16,6 +16,7 @@ from minipeft.runs.record import described, headline
 from minipeft.runs.request import check_places, request_of
 from minipeft.tasks import classification
 from minipeft.training import distributed as parallel
+from minipeft.training.hardware import matmul_precision
 
 
 def baseline(options: Options, say: Say = silent) -> dict[str, Any]:
@@ -61,7 +62,8 @@ def zero_shot(plan: RunPlan, max_length: int) -> tuple[dict[str, Any], float]:
     """Metrics of the untrained language model that says how a review goes on, and the seconds that took."""
     model = GPT2LMHeadModel.from_pretrained(plan.model_name).to(plan.device)
     started = time.perf_counter()
-    logits = classification.zero_shot_logits(model, plan.tokenizer, plan.data.test.texts, plan.device, plan.precision,
-                                             max_length, progress="zero-shot")
+    with matmul_precision(plan.options.matmul_precision):
+        logits = classification.zero_shot_logits(model, plan.tokenizer, plan.data.test.texts, plan.device,
+                                                 plan.precision, max_length, progress="zero-shot")
     seconds = time.perf_counter() - started
     return classification.metrics(logits, plan.data.test.labels, plan.data.label_names), seconds

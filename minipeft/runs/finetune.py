@@ -27,7 +27,7 @@ from minipeft.runs.trained import save_finetuned
 from minipeft.tasks.task import Task
 from minipeft.training import distributed as parallel
 from minipeft.training import loop
-from minipeft.training.hardware import cast_frozen, tokens_per_micro_batch
+from minipeft.training.hardware import cast_frozen, matmul_precision, tokens_per_micro_batch
 from minipeft.training.progress import History
 from minipeft.training.sharding import shard
 from minipeft.training.stopping import Stopped
@@ -113,7 +113,8 @@ def prepare(plan: RunPlan, say: Say = silent) -> Run:
     started = time.perf_counter()
     training, validation = task.encode(data.train), task.encode(data.validation)
     tokenizing_seconds = time.perf_counter() - started
-    material = material_of(plan, task, model, training, validation)
+    with matmul_precision(options.matmul_precision):
+        material = material_of(plan, task, model, training, validation)
     return Run(plan, model, task, material, counts, request, tokenizing_seconds)
 
 
@@ -128,12 +129,13 @@ def train(run: Run) -> History:
                                                 "data": where_data_are(options)})
 
     loss_sum = task.loss_sum if plan.training.class_weights == "none" else weighted_loss_sum(plan, task)
-    history = loop.train(
-        run.material.model, run.material.batches, loss_sum, run.material.validate, plan.training, plan.precision,
-        options.compile, save_best, state_folder=plan.folder and plan.folder / STATE_FOLDER, resume=options.resume,
-        request=run.request, best_by=plan.best_by, save_minutes=options.save_minutes,
-        # A sharded model computes in step, and processes may have a row more or less.
-        tokens_per_micro_batch=None if options.shard else tokens_per_micro_batch(plan.device, model.config.n_embd))
+    with matmul_precision(options.matmul_precision):
+        history = loop.train(
+            run.material.model, run.material.batches, loss_sum, run.material.validate, plan.training, plan.precision,
+            options.compile, save_best, state_folder=plan.folder and plan.folder / STATE_FOLDER, resume=options.resume,
+            request=run.request, best_by=plan.best_by, save_minutes=options.save_minutes,
+            # A sharded model computes in step, and processes may have a row more or less.
+            tokens_per_micro_batch=None if options.shard else tokens_per_micro_batch(plan.device, model.config.n_embd))
     model.eval()
     return history
 
@@ -147,7 +149,8 @@ def weighted_loss_sum(plan: RunPlan, task: Task) -> loop.LossSum:
 def test(plan: RunPlan, model: nn.Module, task: Task) -> tuple[dict[str, Any], float]:
     """The model's metrics on the test split, and how many seconds that took."""
     started = time.perf_counter()
-    metrics = task.test(model, plan.data.test, plan.device, plan.precision, progress="testing")
+    with matmul_precision(plan.options.matmul_precision):
+        metrics = task.test(model, plan.data.test, plan.device, plan.precision, progress="testing")
     return metrics, time.perf_counter() - started
 
 

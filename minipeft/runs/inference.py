@@ -22,7 +22,7 @@ from minipeft.settings import SEED
 from minipeft.tasks import task_for
 from minipeft.tasks.generation import Generation
 from minipeft.tasks.task import Task
-from minipeft.training.hardware import cast_frozen, choose_device, choose_matmul_precision, choose_precision
+from minipeft.training.hardware import cast_frozen, choose_device, choose_precision, matmul_precision
 
 
 @dataclass
@@ -60,7 +60,6 @@ def load(folder: str | Path, options: Options) -> Trained:
     """
     device = choose_device(options.device)
     precision = choose_precision(options.precision, device)
-    choose_matmul_precision(options.matmul_precision)
     model, task = load_finetuned(folder, options.model, device, options.task)
     return Trained(Path(folder), cast_frozen(model.requires_grad_(False), precision), task, device, precision)
 
@@ -115,7 +114,8 @@ def evaluate(trained: Trained, options: Options, say: Say = silent) -> Evaluatio
         say(f"tested     {what}")
     small = trained.device.type == "cpu" and not options.full and options.dataset in (*KNOWN, "sample")
     test = data.test.subset(options.test_size or (defaults.CPU_SIZES["test"] if small else None), seed=0)
-    metrics = task.test(trained.model, test, trained.device, trained.precision, progress="testing")
+    with matmul_precision(options.matmul_precision):
+        metrics = task.test(trained.model, test, trained.device, trained.precision, progress="testing")
     return Evaluation(options.dataset, len(test), len(data.test), metrics)
 
 

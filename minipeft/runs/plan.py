@@ -27,7 +27,6 @@ from minipeft.tasks.task import Task
 from minipeft.training.hardware import (
     MATMUL_PRECISIONS,
     choose_device,
-    choose_matmul_precision,
     choose_precision,
 )
 from minipeft.training.loop import TrainingConfig
@@ -135,7 +134,6 @@ def choose(options: Options, say: Say = silent, baseline: bool = False) -> RunPl
     check_options(options, baseline)
     device = choose_device(options.device)
     precision = choose_precision(options.precision, device)
-    choose_matmul_precision(options.matmul_precision)
     default = "gpt2" if device.type == "cuda" else "mini"
     model_name = default if options.model is None else options.model
     dataset, why = choose_dataset(options.data_dir) if options.dataset is None else (options.dataset, "asked for")

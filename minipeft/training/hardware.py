@@ -7,6 +7,8 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -61,15 +63,21 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     return PRECISIONS[name]
 
 
-def choose_matmul_precision(name: str | None) -> None:
-    """Set how exact this process's products of float32 matrices are; None leaves it to torch, whose default is highest.
+@contextmanager
+def matmul_precision(name: str | None) -> Iterator[None]:
+    """Within the block this process's products of float32 matrices are so exact; None leaves them as they are.
 
     Args:
-        name: "highest": float32; "high": TensorFloat32 or the like where the hardware has it, 10 bits after the point
-            in place of 23; "medium": bfloat16 inside, 7 bits. Products in a lower --precision are not concerned.
+        name: "highest", torch's default: float32; "high": TensorFloat32 or the like where the hardware has it, 10 bits
+            after the point in place of 23; "medium": bfloat16 inside, 7 bits. Products in a lower --precision are not
+            concerned.
     """
-    if name is not None:
-        torch.set_float32_matmul_precision(name)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name or before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def computing_in(precision: torch.dtype, device: torch.device) -> torch.autocast:

@@ -17,7 +17,9 @@ from minipeft.methods.injection import fingerprint
 from minipeft.runs.finetune import finetune
 from minipeft.runs.trained import load_finetuned
 from minipeft.tasks import classification
+from minipeft.tasks.classification import Classification
 from minipeft.tasks.task import Task
+from minipeft.training import loop
 
 CPU = torch.device("cpu")
 
@@ -144,6 +146,18 @@ def test_without_resume_an_interrupted_run_starts_anew(options, ctrl_c, tmp_path
     results = finetune(options(training_values={"learning_rate": 1e-2}, overwrite=True))
     assert results["training_config"]["learning_rate"] == 1e-2
     assert results["curve"][-1]["step"] == 24
+
+
+@pytest.mark.kind("8: float32 matmul precision is an option")
+def test_a_run_computes_as_exactly_as_asked_for_and_leaves_torch_as_it_was(options, monkeypatch):
+    before, seen = torch.get_float32_matmul_precision(), []
+    for name in ("train", "test"):
+        module, call = (loop, loop.train) if name == "train" else (Classification, Classification.test)
+        monkeypatch.setattr(module, name, lambda *arguments, call=call, **named: seen.append(
+            torch.get_float32_matmul_precision()) or call(*arguments, **named))
+    finetune(options(matmul_precision="medium", training_values={"epochs": 1}))
+    assert seen == ["medium", "medium"]
+    assert torch.get_float32_matmul_precision() == before
 
 
 @pytest.mark.parametrize("change", [

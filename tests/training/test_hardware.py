@@ -11,7 +11,15 @@ import torch.nn.functional as F
 from minipeft import GPT2Config, GPT2LMHeadModel, inject
 from minipeft.errors import HardwareError
 from minipeft.methods import METHODS
-from minipeft.training.hardware import cast_frozen, choose_device, choose_precision, computing_in, machine, versions
+from minipeft.training.hardware import (
+    cast_frozen,
+    choose_device,
+    choose_precision,
+    computing_in,
+    machine,
+    matmul_precision,
+    versions,
+)
 
 CPU = torch.device("cpu")
 
@@ -21,6 +29,18 @@ CPU = torch.device("cpu")
 def test_the_device_is_the_one_asked_for_else_the_best_there_is(monkeypatch, name, present, chosen):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: present)
     assert choose_device(name).type == chosen
+
+
+@pytest.mark.kind("8: float32 matmul precision is an option")
+def test_products_of_float32_are_as_exact_as_asked_for_within_the_block_and_as_before_after_it():
+    before = torch.get_float32_matmul_precision()
+    for name in ("medium", "high", "highest"):
+        with pytest.raises(ZeroDivisionError), matmul_precision(name):
+            assert torch.get_float32_matmul_precision() == name
+            with matmul_precision(None):
+                assert torch.get_float32_matmul_precision() == name
+            raise ZeroDivisionError
+        assert torch.get_float32_matmul_precision() == before
 
 
 def test_cuda_asked_for_and_absent_is_refused(monkeypatch):

@@ -76,7 +76,7 @@ def test_an_installed_package_has_mini_and_the_sample_in_any_folder(wheel, tmp_p
                           env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")}, capture_output=True, text=True)
     assert used.returncode == 0, used.stderr[-3000:]
     package = tmp_path / "installed" / "minipeft"
-    assert used.stdout.split() == [str(package), str(package / "mini"), "8192", "320", "1", "2"]
+    assert used.stdout.split() == [str(package), str(package / "mini"), "8192", "1068", "1", "2"]
 
 
 def test_the_wheel_brings_the_minipeft_command(wheel):

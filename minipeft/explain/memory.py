@@ -23,7 +23,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minipeft.data.batches import number_of_micro_batches
@@ -63,12 +62,12 @@ class Memory:
         return f"{weights:9.3f}{gradients:11.4f}{optimizer:11.4f}{activations:13.3f}{peak:9.3f}"
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of every tensor that comes out of an operation, until nothing refers to them any more."""
+class LiveBytes(FakeTensorMode):
+    """Fake tensors, of which the bytes are counted until nothing refers to them any more."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.live, self.peak = 0, 0
+        super().__init__(allow_non_fake_inputs=True)
+        self.live, self.peak, self.within = 0, 0, False
         self.references: dict[int, weakref.ref] = {}
 
     def add(self, tensor: Tensor) -> None:
@@ -87,8 +86,14 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        results = operation(*args, **(kwargs or {}))
-        for tensor in tree_leaves(results):
+        if self.within:  # an operation that is made of others: what they make is gone when it ends
+            return super().__torch_dispatch__(operation, types, args, kwargs)
+        self.within = True
+        try:
+            results = super().__torch_dispatch__(operation, types, args, kwargs)
+        finally:
+            self.within = False
+        for tensor in (results,) if isinstance(results, Tensor) else tree_leaves(results):
             if isinstance(tensor, Tensor):
                 self.add(tensor)
         return results
@@ -113,7 +118,7 @@ def training_memory(config: GPT2Config, method: str, batch_size: int, length: in
     if device == "cuda":  # a GPU's flash kernel drops out without storing what it dropped; a CPU's does not
         config = dataclasses.replace(config, attn_pdrop=0.0)
     model = injected(config, method, **values)
-    with _without_searching_garbage(), FakeTensorMode(allow_non_fake_inputs=True):
+    with _without_searching_garbage(), LiveBytes() as count:
         model = cast_frozen(model.to_empty(device="cpu"), precision).train()
         model.transformer.gradient_checkpointing = gradient_checkpointing
         if device == "cuda":
@@ -121,21 +126,20 @@ def training_memory(config: GPT2Config, method: str, batch_size: int, length: in
                 block.attn.longest_by_formula = 0  # a GPU takes the kernel for texts of any length
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         optimizer = adamw(trained, model, learning_rate=1e-3)
+        for tensor in (*model.parameters(), *model.buffers()):
+            count.add(tensor)
+        weights = count.live
         input_ids = torch.zeros(batch_size, length, dtype=torch.long)            # (B, T)
         parts = _largest(input_ids.tensor_split(number_of_micro_batches(batch_size, length, tokens_at_once)))
-        with LiveBytes() as count:
-            for tensor in (*model.parameters(), *model.buffers()):
-                count.add(tensor)
-            weights = count.live
-            _set_gradients(optimizer)
-            optimizer.step()  # of an earlier step nothing is left but the optimizer's state
-            optimizer.zero_grad(set_to_none=True)
-            count.peak, activations = count.live, 0
-            for part, beside_gradients in parts:
-                if beside_gradients:
-                    _set_gradients(optimizer)
-                activations = max(activations, _backward(model, part, precision, count))
-            optimizer.step()
+        _set_gradients(optimizer)
+        optimizer.step()  # of an earlier step nothing is left but the optimizer's state
+        optimizer.zero_grad(set_to_none=True)
+        count.peak, activations = count.live, 0
+        for part, beside_gradients in parts:
+            if beside_gradients:
+                _set_gradients(optimizer)
+            activations = max(activations, _backward(model, part, precision, count))
+        optimizer.step()
         state = sum(tensor.nbytes for tensors in optimizer.state.values() for tensor in tensors.values())
     return Memory(weights, sum(p.numel() * p.element_size() for _, p in trained), state, activations, count.peak)
 

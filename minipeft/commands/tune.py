@@ -1,4 +1,4 @@
-"""Compare settings of a method on the validation split, never on the test split; appends to results/tuning_METHOD.json.
+"""Compare settings of a method on the validation split, never on the test split; appends to tuning_METHOD.json.
 
     minipeft tune --method lora --train-size 4000 \\
         --try '{"learning_rate": 1e-3}' --try '{"learning_rate": 3e-3, "r": 16}'
@@ -37,7 +37,7 @@ def parse(words: Sequence[str], program: str) -> argparse.Namespace:
     parser.add_argument("--train-size", type=int, help="use only so many training examples")
     parser.add_argument("--validation-size", type=int, help="use only so many validation examples")
     parser.add_argument("--max-length", type=int, help=LENGTH_HELP)
-    parser.add_argument("--results-dir", default="results")
+    parser.add_argument("--results-dir", help="folder of tuning_METHOD.json; default results, in a clone results/mine")
     add_machine_options(parser)
     add_method_options(parser, words)
     return parser.parse_args(words)

@@ -25,6 +25,11 @@ def default_folder(method: str, dataset: str) -> Path:
     return CHECKPOINTS / f"{method}{_with(dataset)}_finetuned"
 
 
+def own_results() -> Path:
+    """The folder of a user's own results: in a clone of this project, whose `results` are published, one below it."""
+    return RESULTS / "mine" if (RESULTS / "README.md").is_file() else RESULTS
+
+
 def _with(dataset: str) -> str:
     return "" if dataset == "imdb" else f"_{dataset}"
 

@@ -20,7 +20,7 @@ from minipeft.methods.folder import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from minipeft.methods.folder import DETAILS_FILE, TENSORS_FILE, read_details
 from minipeft.model.hub import find
 from minipeft.model.weights import CONFIG_FILE, WEIGHTS_FILE
-from minipeft.runs.places import RESULTS
+from minipeft.runs.places import RESULTS, own_results
 from minipeft.runs.plan import RunPlan, Say, dtype_name, silent, task_values
 from minipeft.tasks import task_name
 from minipeft.training.loop import TrainingConfig
@@ -28,7 +28,6 @@ from minipeft.training.state import saved_settings
 
 STATE_FOLDER = "training_state"
 _MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE, ADAPTER_CONFIG_FILE, TENSORS_FILE)
-PUBLISHED = RESULTS / "README.md"  # it explains them
 _NAMED = 4  # differences in an error
 
 
@@ -138,9 +137,9 @@ def check_places(plan: RunPlan, request: dict[str, Any], say: Say = silent) -> R
     if plan.folder is not None:
         check_is_ours(plan.folder, plan.model_name)
     taken = plan.results_file.is_file() and not has_results(plan, request)
-    if taken and plan.options.results_dir is None and PUBLISHED.is_file():
-        say(f"results    {RESULTS / 'mine'} ({RESULTS} holds the published ones)")
-        plan = dataclasses.replace(plan, options=dataclasses.replace(plan.options, results_dir=RESULTS / "mine"))
+    if taken and plan.options.results_dir is None and own_results() != RESULTS:
+        say(f"results    {own_results()} ({RESULTS} holds the published ones)")
+        plan = dataclasses.replace(plan, options=dataclasses.replace(plan.options, results_dir=own_results()))
     if plan.options.overwrite:
         return plan
     noted = {(plan.folder, "--output"): noted_in(plan.folder)} if plan.folder is not None else {}

@@ -18,7 +18,7 @@ from minipeft.files import check_writable, read_json_file, write_json_file
 from minipeft.methods import METHODS
 from minipeft.methods.injection import fingerprint
 from minipeft.runs.finetune import Run, prepare, train
-from minipeft.runs.places import RESULTS
+from minipeft.runs.places import own_results
 from minipeft.runs.plan import Options, Say, check_options, choose, for_method, silent
 from minipeft.runs.request import check_places, has_results, request_of
 from minipeft.runs.results import table_of
@@ -40,7 +40,8 @@ def tune(options: Options, trials: Sequence[dict[str, Any]], say: Say = silent) 
         trials: values that replace fields of the method's configuration, of TrainingConfig, or of `options`.
 
     Returns:
-        The content of results/tuning_<method>.json, to which the trials are appended.
+        The content of tuning_<method>.json in the results folder, to which the trials are appended. Without a folder it
+        is results or, in a clone of this project, results/mine.
 
     Raises:
         MinipeftError: whatever is wrong with the request or a trial, before the first is trained.
@@ -50,7 +51,7 @@ def tune(options: Options, trials: Sequence[dict[str, Any]], say: Say = silent) 
     requests = [_with(options, trial) for trial in trials]
     for request in requests:
         check_options(request)
-    path = Path(options.results_dir or RESULTS) / f"tuning_{options.method}.json"
+    path = Path(options.results_dir or own_results()) / f"tuning_{options.method}.json"
     check_writable(path.parent)
     results = read_json_file(path) if path.is_file() else {"trials": []}
     for trial, request in zip(trials, requests):

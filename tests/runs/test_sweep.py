@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 import pytest
 from helpers import files_below, read_json, rows, write_csv
 
@@ -39,6 +42,17 @@ def test_tuning_compares_trials_on_the_validation_split_and_never_reads_the_test
     assert second["method_config"]["r"] == 4 and second["max_length"] == 32
     assert 0 <= first["validation"]["accuracy"] <= 1
     assert {file.rpartition("/")[2] for file in files_below(tmp_path)} == {"films.csv", "tuning_lora.json"}
+
+
+@pytest.mark.kind("7: committed results are not overwritten by a trial")
+def test_beside_published_results_trials_of_ones_own_go_to_results_mine(shared, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("results").mkdir()
+    Path("results/README.md").write_text("published")
+    Path("results/tuning_lora.json").write_text('{"trials": []}')
+    results = tune(dataclasses.replace(shared, results_dir=None), [{"epochs": 1}])
+    assert read_json(Path("results/mine/tuning_lora.json")) == results
+    assert read_json(Path("results/tuning_lora.json")) == {"trials": []}
 
 
 def test_later_trials_are_appended(shared):

@@ -67,7 +67,9 @@ def main() -> int:
     except ImportError as error:
         raise ConfigError("counting needs pytest: pip install 'minipeft[dev]'") from error
     counted = Counted()
-    pytest.main(["-q", "-m", "kind"], plugins=[counted])
+    ended = pytest.main(["-q", "-m", "kind"], plugins=[counted])
+    if ended not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):  # stopped: what ran is not all
+        return int(ended)
     results = results_of(counted)
     write_json_file(arguments.output, results)
     held, tried = results["counts"]["kinds_held"], results["counts"]["kinds_tried"]

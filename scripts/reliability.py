@@ -9,6 +9,7 @@ reports. A kind holds if at least one of its tests ran here and none of them fai
 from __future__ import annotations
 
 import argparse
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ def main() -> int:
     except ImportError as error:
         raise ConfigError("counting needs pytest: pip install 'minipeft[dev]'") from error
     counted = Counted()
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as under `python -m pytest`: tests start processes
     ended = pytest.main(["-q", "-m", "kind"], plugins=[counted])
     if ended not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):  # stopped: what ran is not all
         return int(ended)

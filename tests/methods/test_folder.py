@@ -141,6 +141,7 @@ def test_a_reader_beside_a_writer_never_gets_one_config_with_the_others_tensors(
                 assert layer.lora_B.weight.flatten()[0] == 2 * layer.scaling  # alpha = s r, r = 2
                 seen.add(layer.scaling)
             loads += 1
+            assert writer.is_alive()
     finally:
         ended.set()
         writer.join(timeout=60)

@@ -16,10 +16,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minipeft.data.batches import Batch
-from minipeft.errors import ConfigError, OutputError
+from minipeft.errors import ConfigError
 from minipeft.training import distributed as parallel
 from minipeft.training.sharding import reshard, spread_like
-from minipeft.training.state import load_training_state, save_training_state
+from minipeft.training.state import damaged, load_training_state, save_training_state
 
 
 def progress_bar(total: int, unit: str, title: str | None, initial: int = 0) -> tqdm:
@@ -182,8 +182,7 @@ class Progress:
         try:
             self._take_over(step, extra, tensors)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise OutputError(f"{self.folder} holds a damaged training state ({type(error).__name__}: {error}): delete "
-                              "it, or start anew without --resume") from error
+            raise damaged(self.folder, f"{type(error).__name__}: {error}") from error
 
     def _take_over(self, step: int, extra: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Go on from a state's content, whatever is wrong with it raising one of Python's errors."""

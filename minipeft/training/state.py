@@ -71,8 +71,12 @@ def load_training_state(folder: str | Path, model: nn.Module,
     try:
         return step, extra, _restore(folder, model, optimizer, random_state, tensors)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise OutputError(f"{folder} holds a damaged training state ({type(error).__name__}: {error}): delete it, or "
-                          "start anew without --resume") from error
+        raise damaged(folder, f"{type(error).__name__}: {error}") from error
+
+
+def damaged(folder: str | Path, reason: str) -> OutputError:
+    """The error of a state that cannot be resumed from, and what to do."""
+    return OutputError(f"{folder} holds a damaged training state ({reason}): delete it, or start anew without --resume")
 
 
 def saved_settings(folder: str | Path) -> dict[str, Any]:
@@ -120,8 +124,7 @@ def _read(folder: Path) -> tuple[int, dict[str, Any], torch.Tensor, dict[str, to
             raise ValueError(f"step is {step!r}, extra is {type(extra).__name__}")
         return step, extra, random_state, tensors
     except (WeightsError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise OutputError(f"{folder} holds a damaged training state ({error}): delete it, or start anew without "
-                          "--resume") from error
+        raise damaged(folder, str(error)) from error
 
 
 def _device(trained: dict[str, torch.nn.Parameter]) -> torch.device:

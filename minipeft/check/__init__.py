@@ -1,0 +1,1 @@
+"""The exercises' grader: `python -m minipeft.check METHOD FILE`."""

@@ -1,0 +1,192 @@
+"""What an answer to exercises/prefix.py is held against."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minipeft.check.attention import softmax_attention, triangle
+from minipeft.check.judging import (
+    check_gradients,
+    check_trained,
+    expect,
+    expect_same,
+    expect_shape,
+    given,
+    pair,
+    parameter,
+    put,
+    trained_count,
+    whole,
+)
+from minipeft.check.references import reference_case
+
+NAMES = {"Prefix": 4, "Prefix.keys_and_values": 2, "Prefix.positions": 1, "Prefix.attend": 5}
+V, L, H, D = 2, 3, 2, 4
+C = H * D
+# Two heads of two tokens: (batch, H, T, D).
+Q = whole([[[1, 0, 2, 0], [0, 1, 0, 1]], [[1, 1, 0, 0], [2, 0, 0, 1]]])
+K = whole([[[1, 1, 0, 0], [0, 2, 1, 1]], [[0, 1, 1, 0], [1, 0, 1, 2]]])
+VALUES = whole([[[4, 0, 1, 2], [0, 8, 3, 1]], [[2, 6, 0, 1], [4, 0, 1, 5]]])
+SEEN = torch.cat((torch.ones(2, V, dtype=torch.bool), triangle(2, 2)), 1)     # (T, V + T)
+
+
+def make(answer: ModuleType, table: Tensor | None = None) -> tuple[Any, Tensor]:
+    """The answer's prefix with its table, of small whole numbers unless another is given."""
+    prefix = answer.Prefix(V, L, H, C)
+    own = parameter(prefix, "table", V, 2 * L * C, wrong={
+        (V, L * C): "keys or values are missing: each block has both", (V, 2 * C):
+        "each block has its own keys and values",
+        (V, C): "that is a prompt: each block has its own keys and values"})
+    put(own, torch.arange(V * 2 * L * C).view(V, -1) % 5 - 1.0 if table is None else table)
+    return prefix, own
+
+
+def layout(table: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    """P_k and P_v, each (1, H, V, D), by the equation's order of columns."""
+    key, value = table.unflatten(1, (L, 2, H, D))[:, layer].permute(1, 2, 0, 3).unsqueeze(1)
+    return key, value
+
+
+def shapes(answer: ModuleType) -> None:
+    prefix, _ = make(answer)
+    for name, tensor in zip(("P_k", "P_v"), pair("keys_and_values(1, 3)", prefix.keys_and_values(1, 3))):
+        expect_shape(f"{name} of keys_and_values(1, 3)", tensor, (3, H, V, D), torch.float32)
+    expect_shape("positions(3)", prefix.positions(3), (3,), torch.long,
+                 wrong={(V + 3,): "virtual tokens get positions, too: they have none, only the text's tokens have"})
+    prefix = prefix.double()
+    text = torch.randn(3, 3, H, 5, D, dtype=torch.float64)
+    expect_shape("attend(1, q, k, v)", prefix.attend(1, *text, None), (3, H, 5, D), torch.float64,
+                 "q, k, v (3, 2, 5, 4)")
+
+
+def _wrong_layouts(table: Tensor, layer: int) -> dict[str, Tensor]:
+    """Misconception -> P_k and P_v of this block, (2, 1, H, V, D), as it takes them from the table."""
+    per_block = table.unflatten(1, (L, 2, H, D))
+
+    def both(view: Tensor) -> Tensor:                                         # (V, 2, H, D)
+        return view.permute(1, 2, 0, 3).unsqueeze(1)
+
+    return {"key and value are exchanged: the key comes first": both(per_block[:, layer].flip(1)),
+            "the value is the key: the value is the C columns behind it":
+                both(per_block[:, layer, :1].expand(-1, 2, -1, -1)),
+            "all blocks' keys come first in your table: its columns are key and value, block after block":
+                both(table.unflatten(1, (2, L, H, D))[:, :, layer]),
+            "every block gets block 0's": both(per_block[:, 0]),
+            "block i begins at column i C: each block has 2 C columns":
+                both(table[:, layer * C:(layer + 2) * C].unflatten(1, (2, H, D))),
+            "the heads own every second channel: head 0 owns the first D":
+                both(table.unflatten(1, (L, 2, D, H))[:, layer].transpose(2, 3)),
+            "the heads are cut across virtual tokens: split C into (H, D) first, then exchange V and H":
+                per_block[:, layer].transpose(0, 1).reshape(2, 1, H, V, D)}
+
+
+def _wrong_attend(p_k: Tensor, p_v: Tensor) -> dict[str, Tensor]:
+    """Misconception -> what it makes of Q, K and VALUES."""
+    k, v = torch.cat((p_k, K), 2), torch.cat((p_v, VALUES), 2)
+    alone = softmax_attention(Q, K, VALUES, triangle(2, 2))
+    return {"the triangle begins at the upper left corner, as is_causal's does: it hides prefix and text":
+                softmax_attention(Q, k, v, torch.ones(2, V + 2, dtype=torch.bool).tril()),
+            "the prefix has no effect: it is not put in, or hidden by the mask": alone,
+            "there is no causal mask within the text": softmax_attention(Q, k, v, torch.ones_like(SEEN)),
+            "the prefix stands behind the text, with the mask of before":
+                softmax_attention(Q, torch.cat((K, p_k), 2), torch.cat((VALUES, p_v), 2), SEEN),
+            "P_k stands before the keys, and P_v behind the values":
+                softmax_attention(Q, k, torch.cat((VALUES, p_v), 2), SEEN),
+            "P_k and P_v are exchanged": softmax_attention(Q, torch.cat((p_v, K), 2), torch.cat((p_k, VALUES), 2),
+                                                           SEEN),
+            "not scaled: the scores are divided by sqrt(D)": softmax_attention(Q, k, v, SEEN, 1),
+            "divided by D, not by its root": softmax_attention(Q, k, v, SEEN, 1 / D),
+            "divided by sqrt(C): each head has D channels": softmax_attention(Q, k, v, SEEN, C**-0.5),
+            "the prefix has a softmax of its own: one goes over prefix and text together":
+                alone + softmax_attention(Q, p_k, p_v, SEEN[:, :V]),
+            "P_k and P_v are added to the text's keys and values: they stand before them":
+                softmax_attention(Q, K + p_k, VALUES + p_v, triangle(2, 2))}
+
+
+def formula(answer: ModuleType) -> None:
+    prefix, table = make(answer, torch.arange(float(V * 2 * L * C)).view(V, -1))
+    for layer in range(L):
+        got = torch.stack(pair(f"keys_and_values({layer}, 1)", prefix.keys_and_values(layer, 1)))
+        expect(f"P_k and P_v, keys_and_values({layer}, 1)", got, torch.stack(layout(table, layer)),
+               f"a table 0, 1, 2, ... in shape (2, {2 * L * C})", _wrong_layouts(table, layer))
+    expect("positions(3)", prefix.positions(3), torch.arange(V, V + 3), "V 2", {
+        "the text begins at position 0: the prefix takes V positions": torch.arange(3),
+        "the text begins one position too late": torch.arange(V + 1, V + 4),
+        "the text begins one position too early": torch.arange(V - 1, V + 2)})
+    prefix, table = make(answer)
+    p_k, p_v = layout(table, 1)
+    expect("attend(1, q, k, v)", prefix.attend(1, Q, K, VALUES, None),
+           softmax_attention(Q, torch.cat((p_k, K), 2), torch.cat((p_v, VALUES), 2), SEEN),
+           given(P_k=p_k[0], P_v=p_v[0], q=Q[0], k=K[0], v=VALUES[0]), _wrong_attend(p_k, p_v))
+
+
+def gradients(answer: ModuleType) -> None:
+    prefix, _ = make(answer)
+    prefix = prefix.double()
+    text = [torch.randn(1, H, 2, D, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+
+    def both_blocks() -> Tensor:
+        return prefix.attend(0, *text, None) + prefix.attend(1, *text, None)
+
+    check_gradients("attend(0, q, k, v) + attend(1, q, k, v)", both_blocks,
+                    {**dict(zip("qkv", text)), "the table": parameter(prefix, "table", V, 2 * L * C)})
+
+
+def trained(answer: ModuleType) -> None:
+    prefix, table = make(answer)
+    check_trained(prefix, {"the table": table}, {})
+
+
+def count(answer: ModuleType) -> None:
+    expect_same("trained parameters: 2 V L C", trained_count(answer.Prefix(V, L, H, C).parameters()), 2 * V * L * C,
+                given(V=V, L=L, C=C))
+
+
+def padding(answer: ModuleType) -> None:
+    prefix, table = make(answer)
+    text, pads = torch.randn(3, 1, H, 3, D), 5 * torch.randn(3, 1, H, 2, D)
+    alone = prefix.attend(1, *text, None)
+    key, value = layout(table, 1)
+    for side, mask in (("left", [0, 0, 1, 1, 1]), ("right", [1, 1, 1, 0, 0])):
+        mask = torch.tensor([mask])
+        q, k, v = torch.cat((pads, text) if side == "left" else (text, pads), dim=3)
+        real = mask[0].bool()
+        keys, values = torch.cat((key, k), 2), torch.cat((value, v), 2)
+
+        seen = torch.cat((torch.ones(5, V, dtype=torch.bool), triangle(5, 5)), 1)     # (T, V + T)
+
+        def by(*mask: Tensor) -> Tensor:
+            return softmax_attention(q, keys, values, seen & torch.cat(mask, 1).bool())[0, :, real]
+
+        ones = torch.ones(1, V, dtype=torch.long)
+        wrong = {"attention_mask has no effect: real tokens see pads": by(ones, torch.ones_like(mask)),
+                 "the mask's V ones stand on its right: the prefix is on the left": by(mask, ones),
+                 "the mask hides the prefix, too: it gets ones for it, not zeros": by(1 - ones, mask)}
+        expect("attend(...) at real tokens, and the text alone", prefix.attend(1, q, k, v, mask)[0, :, real], alone[0],
+               f"{given(attention_mask=mask)}, random q, k and v",
+               {name: value for name, value in wrong.items() if not torch.allclose(value, alone[0])})
+
+
+def causal(answer: ModuleType) -> None:
+    prefix, _ = make(answer)
+    q, k, v = torch.randn(3, 1, H, 5, D)
+    before, changed = prefix.attend(0, q, k, v, None), v.clone()
+    changed[:, :, 3] += 1
+    expect("attend(...)[:, :, :3], before and after v of token 3 changes",
+           prefix.attend(0, q, k, changed, None)[:, :, :3], before[:, :, :3], "random q, k and v")
+
+
+def reference(answer: ModuleType) -> None:
+    case = reference_case("prefix")
+    prefix = answer.Prefix(2, 2, 2, 4)
+    put(parameter(prefix, "table", 2, 16), case["table"])
+    for layer in range(2):
+        for name, got in zip(("P_k", "P_v"), prefix.keys_and_values(layer, 1)):
+            expect(f"{name} of keys_and_values({layer}, 1)", got, case[f"{name}.{layer}"],
+                   "peft's case prefix in minipeft/check/references.json")
+    expect("attend(1, q, k, v)", prefix.attend(1, case["q"], case["k"], case["v"], None), case["o"],
+           "peft's prefix in transformers' attention, case prefix")

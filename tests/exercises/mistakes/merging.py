@@ -1,0 +1,52 @@
+"""Mistakes in merging: (title, what stands in the right answer, what instead, what the grader has to say)."""
+
+LORA = "adapted(W, A, B, lora_alpha / r).to(W.dtype)"
+COPIES = '{"weight": layer.weight.detach().clone(), "bias": layer.bias.detach().clone()}'
+PUT = "    with torch.no_grad():\n        layer.weight.copy_(weight)\n        layer.bias.copy_(bias)\n"
+BACK = '''    with torch.no_grad():
+        layer.weight.copy_(kept["weight"])
+        layer.bias.copy_(kept["bias"])
+'''
+
+MISTAKES = [
+    ("alpha alone", LORA, "adapted(W, A, B, lora_alpha).to(W.dtype)",
+     "LoRA: scaled by lora_alpha, not by lora_alpha / r"),
+    ("no scale", LORA, "adapted(W, A, B, 1).to(W.dtype)", "LoRA: not scaled"),
+    ("W left out", LORA, "(adapted(W, A, B, lora_alpha / r) - W).to(W.dtype)", "the update alone is returned"),
+    ("A B", "s * B @ A", "s * A @ B", "LoRA: A B instead of B A"),
+    ("transposed as for Conv1D", "s * B @ A", "s * (B @ A).T", "LoRA: the update is transposed"),
+    ("W changed in place", LORA, "W.add_((lora_alpha / r * B @ A).to(W.dtype))", "merged_lora changes W in place"),
+    ("dtype forgotten", LORA, "adapted(W, A, B, lora_alpha / r)", "the new matrix has not the dtype of W"),
+    ("rounded too early", LORA, "W + (lora_alpha / r * B @ A).to(W.dtype)",
+     "the update is rounded to W's dtype before"),
+    ("length of W alone", "V / V.norm(dim=1)[:, None]", "V / W.norm(dim=1)[:, None]",
+     "DoRA: the length is that of W alone"),
+    ("columns' length", "V / V.norm(dim=1)[:, None]", "V / V.norm(dim=0)",
+     "DoRA: the length is taken over the columns"),
+    ("columns stretched", "m[:, None] * V / V.norm(dim=1)[:, None]", "m * V / V.norm(dim=1)[:, None]",
+     "DoRA: the columns are stretched"),
+    ("no division", "m[:, None] * V / V.norm(dim=1)[:, None]", "m[:, None] * V",
+     "DoRA: not divided by the row's length"),
+    ("columns of an ordinary layer", "W * l[:, None]", "W * l", "(IA)^3: the columns are scaled"),
+    ("bias of an ordinary layer", "(bias * l).to(bias.dtype)", "bias", "(IA)^3: the bias is not scaled"),
+    ("bias of a feed-forward layer", "(W * l).to(W.dtype), bias", "(W * l).to(W.dtype), (bias * l).to(bias.dtype)",
+     "(IA)^3: the bias is scaled"),
+    ("kept as references", COPIES, '{"weight": layer.weight, "bias": layer.bias}',
+     "after unmerge the merged weight is still there"),
+    ("undone by subtraction", {
+        COPIES: '{"weight": weight - layer.weight, "bias": bias - layer.bias}',
+        'layer.weight.copy_(kept["weight"])': 'layer.weight.sub_(kept["weight"])',
+        'layer.bias.copy_(kept["bias"])': 'layer.bias.sub_(kept["bias"])'}, None, "unmerge subtracts"),
+    ("new Parameters", PUT, "    layer.weight, layer.bias = nn.Parameter(weight), nn.Parameter(bias)\n",
+     "merge puts a new Parameter in place of the old"),
+    ("with the graph", "    with torch.no_grad():\n        layer.weight.copy_(weight)", "    if True:\n"
+     "        layer.weight.copy_(weight)", "the merged tensor hangs on A and B"),
+    ("unfrozen", PUT, PUT + "    layer.requires_grad_(True)\n", "merge unfreezes the layer"),
+    ("bias forgotten in merge", PUT, PUT.replace("        layer.bias.copy_(bias)\n", ""),
+     "merge puts the weight in, and forgets the bias"),
+    ("bias forgotten in unmerge", BACK, BACK.replace('        layer.bias.copy_(kept["bias"])\n', ""),
+     "after unmerge the merged bias is still there"),
+    ("given tensors taken over", PUT, "    layer.weight.data, layer.bias.data = weight.detach(), bias.detach()\n",
+     "the layer took over the given tensor itself"),
+    ("nothing returned", "    return kept\n", "", "merge returns nothing"),
+]

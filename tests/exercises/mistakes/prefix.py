@@ -1,0 +1,49 @@
+"""Mistakes in prefix tuning: (title, what stands in the right answer, what instead, what the grader has to say)."""
+
+VIEW = "self.table.view(self.V, self.L, 2, self.H, D)[:, layer]"
+KEYS = "block[:, 0].transpose(0, 1), block[:, 1].transpose(0, 1)"
+STACKED = ("        key = torch.cat((prefix_key, key), dim=2)\n"
+           "        value = torch.cat((prefix_value, value), dim=2)\n")
+
+MISTAKES = [
+    ("triangle at the upper left, as is_causal's", "tril(self.V)", "tril()",
+     "the triangle begins at the upper left corner"),
+    ("no causal mask", ".tril(self.V)", "", "there is no causal mask within the text"),
+    ("prefix behind the text", STACKED, STACKED.replace("(prefix_key, key)", "(key, prefix_key)")
+     .replace("(prefix_value, value)", "(value, prefix_value)"), "the prefix stands behind the text"),
+    ("values behind, keys before", "(prefix_value, value)", "(value, prefix_value)",
+     "P_k stands before the keys, and P_v behind the values"),
+    ("keys and values exchanged", KEYS, "block[:, 1].transpose(0, 1), block[:, 0].transpose(0, 1)",
+     "key and value are exchanged"),
+    ("exchanged in attention", "prefix_key, prefix_value =", "prefix_value, prefix_key =", "P_k and P_v are exchanged"),
+    ("all keys first", VIEW, "self.table.view(self.V, 2, self.L, self.H, D)[:, :, layer]",
+     "all blocks' keys come first in your table"),
+    ("heads interleaved", VIEW, "self.table.view(self.V, self.L, 2, D, self.H)[:, layer].transpose(2, 3)",
+     "the heads own every second channel"),
+    ("heads across tokens", KEYS, "(block[:, n].reshape(self.H, self.V, D) for n in (0, 1))",
+     "the heads are cut across virtual tokens"),
+    ("one block for all", "[:, layer]", "[:, 0]", "every block gets block 0's"),
+    ("table of one block", "2 * n_layer * n_embd", "2 * n_embd", "each block has its own keys and values"),
+    ("keys without values", "2 * n_layer * n_embd", "n_layer * n_embd", "keys or values are missing"),
+    ("positions from 0", "torch.arange(self.V, self.V + T)", "torch.arange(T)", "the text begins at position 0"),
+    ("virtual positions, too", "torch.arange(self.V, self.V + T)", "torch.arange(self.V + T)",
+     "virtual tokens get positions, too"),
+    ("no scale", " / D**0.5", "", "not scaled: the scores are divided by sqrt(D)"),
+    ("root of C", " / D**0.5", " / self.C**0.5", "divided by sqrt(C)"),
+    ("prefix not put in", STACKED, "        prefix_key, prefix_value = key[:, :, :self.V], value[:, :, :self.V]\n"
+     "        return nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)\n",
+     "the prefix has no effect"),
+    ("prefix added", STACKED, "        key, value = key + prefix_key, value + prefix_value\n"
+     "        return nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)\n",
+     "P_k and P_v are added to the text's keys and values"),
+    ("mask not used", "if attention_mask is not None", "if False", "attention_mask has no effect"),
+    ("ones on the right of the mask", "(ones, attention_mask.bool())", "(attention_mask.bool(), ones)",
+     "the mask's V ones stand on its right"),
+    ("zeros for the prefix", "(ones, attention_mask.bool())", "(~ones, attention_mask.bool())",
+     "the mask hides the prefix, too"),
+    ("table no parameter", "nn.Parameter(torch.randn(num_virtual_tokens, 2 * n_layer * n_embd))",
+     "torch.randn(num_virtual_tokens, 2 * n_layer * n_embd)", "table is a plain tensor"),
+    ("table as data", "self.table.view(", "self.table.data.view(", "no gradient reaches the table"),
+    ("values detached", "torch.cat((prefix_value, value)", "torch.cat((prefix_value.detach(), value)",
+     "a part of the way from the table"),
+]

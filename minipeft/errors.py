@@ -35,3 +35,7 @@ class HardwareError(MinipeftError):
 
 class OutputError(MinipeftError):
     """An output folder or file cannot be written."""
+
+
+class InUseError(OutputError):
+    """Another process is writing into the folder."""

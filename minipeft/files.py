@@ -21,7 +21,7 @@ from typing import Any, TextIO
 
 from safetensors import SafetensorError
 
-from minipeft.errors import MinipeftError, OutputError
+from minipeft.errors import InUseError, MinipeftError, OutputError
 
 try:
     import fcntl
@@ -221,7 +221,8 @@ def locked(folder: str | Path) -> Iterator[None]:
     """Keep other processes that lock `folder` out of it for the length of the block. A lock ends with its process.
 
     Raises:
-        OutputError: another process has it; or the lock file cannot be written.
+        InUseError: another process has it.
+        OutputError: the lock file cannot be written.
     """
     if fcntl is None:
         yield
@@ -237,11 +238,27 @@ def locked(folder: str | Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
+def is_locked(folder: str | Path) -> bool:
+    """Whether another process holds the lock of `folder`, just now."""
+    path = Path(folder) / LOCK_FILE
+    if fcntl is None or not path.is_file():
+        return False
+    try:
+        with path.open(encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:  # that process has just ended
+        return False
+    except OSError:
+        return True
+    return False
+
+
 def _lock(path: Path) -> TextIO:
     """The lock file, open and locked: the operating system takes the lock away when the process ends, however it does.
 
     Raises:
-        OutputError: another process has it, or the file cannot be written.
+        InUseError: another process has it.
+        OutputError: the file cannot be written.
     """
     while True:
         try:
@@ -254,8 +271,8 @@ def _lock(path: Path) -> TextIO:
         except OSError as error:
             with file:
                 file.seek(0)
-                raise OutputError(f"{path.parent} is in use by another run ({file.read().strip() or 'just started'}): "
-                                  "wait for it to end, or choose another folder") from error
+                raise InUseError(f"{path.parent} is in use by another run ({file.read().strip() or 'just started'}): "
+                                 "wait for it to end, or choose another folder") from error
         if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
             return file
         file.close()  # the run before this one deleted it a moment ago

@@ -103,12 +103,18 @@ def options_of(arguments: argparse.Namespace) -> Options:
                    method_values=given(arguments, method.config_class) if method else {})
 
 
-def add_data_options(parser: argparse.ArgumentParser) -> None:
-    """Options that choose a dataset."""
+def add_data_options(parser: argparse.ArgumentParser, one: bool = True) -> None:
+    """Options that choose a dataset.
+
+    Args:
+        one: whether it is one, by --dataset, of a size that depends on the machine; else only how files are read.
+    """
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset", help=f"{', '.join(KNOWN)}, sample, or a {', '.join(FILE_TYPES)} file of your own "
-                                        "(.gz behind it or not), or a folder with train, validation and test files; "
-                                        "default: imdb where it can be had, else sample")
+    if one:
+        data.add_argument("--dataset", help=f"{', '.join(KNOWN)}, sample, or a {', '.join(FILE_TYPES)} file of your "
+                                            "own (.gz behind it or not), or a folder with train, validation and test "
+                                            "files; default: imdb where it can be had, else sample")
+        data.add_argument("--full", action="store_true", help="all examples, also on a CPU")
     data.add_argument("--task", help=f"what your own file is for: {', '.join(TASKS)}, or a .py file that defines a "
                                      "task; default classification, or what the adapter was trained for")
     data.add_argument("--data-dir", help="folder that holds imdb/*.parquet and others; default: the MINIPEFT_DATA "
@@ -127,7 +133,6 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
                       help="leave out rows of your own files that cannot be read or have an empty cell")
     data.add_argument("--similar-labels", help="labels that differ in blanks, case or leading zeros alone: merge makes "
                                                "them one, keep keeps them apart; default: they are refused")
-    data.add_argument("--full", action="store_true", help="all examples, also on a CPU")
 
 
 def add_machine_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:

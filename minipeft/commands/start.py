@@ -23,7 +23,7 @@ COMMANDS = {
     "train": "fine-tune a GPT-2 with a method, and test it",
     "predict": "what a trained model says of texts",
     "evaluate": "test a trained model on a dataset",
-    "compare": "train and test several methods on one dataset",
+    "compare": "methods under equal terms: tuned, trained, tested, their costs",
     "tune": "compare settings of a method on the validation split",
     "anatomy": "what a method does to a model: its modules, a picture, memory, traffic",
     "report": "tables from results files",

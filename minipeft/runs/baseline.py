@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import torch
+import torch.nn as nn
 
 from minipeft.files import check_writable, write_json_file
 from minipeft.methods.injection import fingerprint, trainable_parameters
@@ -30,13 +31,30 @@ def baseline(options: Options, say: Say = silent) -> dict[str, Any]:
     """
     say = say if parallel.rank() == 0 else silent
     plan = choose(options, say, baseline=True)
-    torch.manual_seed(plan.training.seed)
-    model = plan.data.task.load_model(plan.model_name, plan.data.label_names)
-    task = make_task(plan, model)
-    request = request_of(plan, fingerprint(model))
-    plan = check_places(plan, request, say)
+    model = base_of(plan)
+    plan = check_places(plan, request_of(plan, fingerprint(model)), say)
     if parallel.rank() == 0:
         check_writable(plan.results_file.parent)
+    results = tested(plan, model, say)
+    if parallel.rank() == 0:
+        write_json_file(plan.results_file, results)
+    say(f"wrote {plan.results_file}")
+    return results
+
+
+def base_of(plan: RunPlan) -> nn.Module:
+    """The base model, with a head for the plan's task that nobody trained."""
+    torch.manual_seed(plan.training.seed)
+    return plan.data.task.load_model(plan.model_name, plan.data.label_names)
+
+
+def tested(plan: RunPlan, model: nn.Module, say: Say = silent) -> dict[str, Any]:
+    """What the results file of the baselines says.
+
+    Args:
+        model: what `base_of` gives.
+    """
+    task, request = make_task(plan, model), request_of(plan, fingerprint(model))
     model.to(plan.device)
     untrained = "untrained_head" if plan.data.label_names else "untrained_base"
     found, seconds = task.baselines(plan.data.train, plan.data.test), {}
@@ -48,14 +66,10 @@ def baseline(options: Options, say: Say = silent) -> dict[str, Any]:
     for name, metrics in found.items():
         say(f"{name.replace('_', ' ')}: {headline(task, metrics)}")
     seconds = {name: round(taken, 2) for name, taken in seconds.items()}
-    results = {"method": "baseline", **described(plan, task, request), "metrics": found,
+    return {"method": "baseline", **described(plan, task, request), "metrics": found,
                "parameters": {"trainable": 0, "total": trainable_parameters(model).total}, "seconds": seconds,
                "samples_per_second": {name: round(plan.sizes["test"] / max(taken, 0.01), 2)
                                       for name, taken in seconds.items()}, **more}
-    if parallel.rank() == 0:
-        write_json_file(plan.results_file, results)
-    say(f"wrote {plan.results_file}")
-    return results
 
 
 def zero_shot(plan: RunPlan, max_length: int) -> tuple[dict[str, Any], float]:

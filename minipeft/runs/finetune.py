@@ -164,8 +164,18 @@ def write(run: Run, history: History, metrics: dict[str, Any], test_seconds: flo
     Raises:
         OutputError: it cannot be written.
     """
+    plan, results = run.plan, results_of(run, history, metrics, test_seconds)
+    if parallel.rank() == 0:
+        write_json_file(plan.results_file, results)
+        shutil.rmtree(plan.folder / STATE_FOLDER, ignore_errors=True)  # a run cut off in its test can resume
+    say(f"test {headline(run.task, metrics)}; wrote {plan.folder} and {plan.results_file}")
+    return results
+
+
+def results_of(run: Run, history: History, metrics: dict[str, Any], test_seconds: float) -> dict[str, Any]:
+    """What the results file of a trained and tested run says."""
     plan, material = run.plan, run.material
-    results = {
+    return {
         "method": plan.options.method, "method_config": dataclasses.asdict(plan.method_config),
         "training_config": dataclasses.asdict(plan.training), **described(plan, run.task, run.request),
         "metrics": {"test": metrics, "best_validation": history.best},
@@ -177,8 +187,3 @@ def write(run: Run, history: History, metrics: dict[str, Any], test_seconds: flo
         "samples_per_second": {"train": round(history.samples / (history.seconds + material.seconds), 2),
                                "test": round(plan.sizes["test"] / test_seconds, 2)},
         "curve": history.curve}
-    if parallel.rank() == 0:
-        write_json_file(plan.results_file, results)
-        shutil.rmtree(plan.folder / STATE_FOLDER, ignore_errors=True)  # a run cut off in its test can resume
-    say(f"test {headline(run.task, metrics)}; wrote {plan.folder} and {plan.results_file}")
-    return results

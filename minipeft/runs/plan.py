@@ -21,7 +21,7 @@ from minipeft.model.tokenizer import VOCABULARY_FILE, Tokenizer, get_tokenizer
 from minipeft.runs import defaults
 from minipeft.runs.places import RESULTS, default_folder, results_path
 from minipeft.runs.trained import check_vocabulary
-from minipeft.settings import POSITIVE, POSITIVE_INTEGER, setting
+from minipeft.settings import POSITIVE, POSITIVE_INTEGER, SEED, setting
 from minipeft.tasks import task_for
 from minipeft.tasks.task import Task
 from minipeft.training.hardware import (
@@ -42,6 +42,8 @@ def silent(line: str) -> None:
 class Options(Reading):
     """What a user asked for, of how to read files of their own and of all else; None means: choose, and say why.
 
+    `subset_seed` says which examples a size takes; None: training's seed.
+
     Raises:
         ConfigError: a value of the wrong type, or out of range.
     """
@@ -55,6 +57,7 @@ class Options(Reading):
     train_size: int | None = setting(None, within=POSITIVE_INTEGER)
     validation_size: int | None = setting(None, within=POSITIVE_INTEGER)
     test_size: int | None = setting(None, within=POSITIVE_INTEGER)
+    subset_seed: int | None = setting(None, within=SEED)
     max_length: int | None = None
     truncation: str | None = None
     max_new_tokens: int | None = None
@@ -273,10 +276,11 @@ def task_values(task: type[Task], options: Options) -> dict[str, Any]:
 def _cut(data: Dataset, options: Options, small: bool) -> tuple[Dataset, str]:
     """The dataset with as many examples as were asked for or, if `small`, as take minutes; and in words how many."""
     cut, not_all = {}, False
+    seed = options.training_values.get("seed", 0) if options.subset_seed is None else options.subset_seed
     for split in SPLITS:
         examples, asked = getattr(data, split), getattr(options, f"{split}_size")
         size = asked or (defaults.CPU_SIZES[split] if small else None)
-        cut[split] = examples.subset(size, options.training_values.get("seed", 0))
+        cut[split] = examples.subset(size, seed)
         not_all |= asked is None and len(cut[split]) < len(examples)
     words = ", ".join(f"{len(examples):,} {split}" for split, examples in cut.items())
     return (dataclasses.replace(data, **cut),

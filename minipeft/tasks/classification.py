@@ -79,6 +79,14 @@ class Classification(Task):
         logits = predict_logits(model, encoded.ids, device, precision, progress=progress)                # (N, K)
         return metrics(logits, encoded.labels, self.label_names)
 
+    def test_each(self, model: nn.Module, examples: Examples, device: torch.device, precision: torch.dtype,
+                  progress: str | None = None) -> tuple[dict[str, Any], np.ndarray | None]:
+        """Of each example whether it is right: (N, 1)."""
+        encoded = self.encode(examples)
+        logits = predict_logits(model, encoded.ids, device, precision, progress=progress)                # (N, K)
+        right = (logits.argmax(dim=1) == torch.tensor(encoded.labels)).long()                            # (N,)
+        return metrics(logits, encoded.labels, self.label_names), right[:, None].numpy()
+
     def probabilities(self, model: nn.Module, texts: Sequence[str], device: torch.device, precision: torch.dtype,
                       progress: str | None = None) -> Tensor:
         """The probability of each label for each text: (N, K)."""

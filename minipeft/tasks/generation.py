@@ -154,9 +154,18 @@ class Generation(Task):
 
     def test(self, model: nn.Module, examples: Examples, device: torch.device, precision: torch.dtype,
              progress: str | None = None) -> dict[str, Any]:
+        return self.test_each(model, examples, device, precision, progress)[0]
+
+    def test_each(self, model: nn.Module, examples: Examples, device: torch.device, precision: torch.dtype,
+                  progress: str | None = None) -> tuple[dict[str, Any], np.ndarray | None]:
         written = self.generate_texts(model, examples.texts, device, precision, progress)
-        return {**self.metrics(written, examples.labels),
-                **self.evaluate(model, self.encode(examples), device, precision)}
+        found = {**self.metrics(written, examples.labels),
+                 **self.evaluate(model, self.encode(examples), device, precision)}
+        return found, self.counts(written, examples.labels)
+
+    def counts(self, written: list[str], references: list[list[str]]) -> np.ndarray | None:
+        """What each text adds to the headline: see `test_each`."""
+        return None
 
     @abstractmethod
     def metrics(self, written: list[str], references: list[list[str]]) -> dict[str, Any]:
@@ -213,16 +222,28 @@ class Summarization(Generation):
     target_share: ClassVar[float] = SUMMARY_SHARE
 
     def metrics(self, written: list[str], references: list[list[str]]) -> dict[str, Any]:
-        from rouge_score.rouge_scorer import RougeScorer
-        kinds = ("rouge1", "rouge2", "rougeL")
-        scorer = RougeScorer(list(kinds), use_stemmer=False)
-        scores = [scorer.score_multi(targets, text) for text, targets in zip(written, references)]
         found: dict[str, Any] = {"examples": len(written)}
-        for kind in kinds:
-            values = np.array([100 * score[kind].fmeasure for score in scores])                        # (N,)
+        for kind, values in self.scores(written, references, "rouge1", "rouge2", "rougeL").items():
             found[kind] = round(float(values.mean()), 4)
             found[f"{kind}_95_interval"] = bootstrap_interval(lambda rows: values[rows].mean(), len(values))
         return found
+
+    @staticmethod
+    def scores(written: list[str], references: list[list[str]], *kinds: str) -> dict[str, np.ndarray]:
+        """Each text's ROUGE of these kinds, from 0 to 100: (N,) each."""
+        from rouge_score.rouge_scorer import RougeScorer
+        scorer = RougeScorer(list(kinds), use_stemmer=False)
+        found = [scorer.score_multi(targets, text) for text, targets in zip(written, references)]
+        return {kind: np.array([100 * score[kind].fmeasure for score in found]) for kind in kinds}
+
+    def counts(self, written: list[str], references: list[list[str]]) -> np.ndarray | None:
+        """Each text's ROUGE-L in thousandths: (N, 1)."""
+        return np.rint(1000 * self.scores(written, references, "rougeL")["rougeL"])[:, None].astype(np.int64)
+
+    @classmethod
+    def headline_of(cls, sums: np.ndarray, examples: int) -> np.ndarray:
+        """The mean ROUGE-L."""
+        return sums[..., 0] / (1000 * examples)
 
     def baselines(self, train: Examples, test: Examples) -> dict[str, dict[str, Any]]:
         """Lead-1: the first sentence of the source is its summary."""
@@ -255,6 +276,24 @@ class Translation(Generation):
             found |= {name: round(float(score.score), 4), f"{name}_signature": signature.format(),
                       f"{name}_95_interval": [round(float(low), 6), round(float(high), 6)]}
         return found
+
+    def counts(self, written: list[str], references: list[list[str]]) -> np.ndarray | None:
+        """What BLEU sums up over texts: lengths of text and reference, right runs of 1 to 4 words, all: (N, 10)."""
+        from sacrebleu.metrics import BLEU
+        bleu = BLEU(effective_order=True)  # for single texts; what it counts is the same
+        found = [bleu.sentence_score(text, targets) for text, targets in zip(written, references)]
+        return np.array([[score.sys_len, score.ref_len, *score.counts, *score.totals] for score in found])
+
+    @classmethod
+    def headline_of(cls, sums: np.ndarray, examples: int) -> np.ndarray:
+        """BLEU of all texts together."""
+        from sacrebleu.metrics import BLEU
+
+        def bleu(row: np.ndarray) -> float:
+            lengths, right, runs = row[:2].tolist(), row[2:6].tolist(), row[6:].tolist()
+            return BLEU.compute_bleu(right, runs, *lengths, smooth_method="exp").score
+
+        return np.apply_along_axis(bleu, -1, sums)
 
     def baselines(self, train: Examples, test: Examples) -> dict[str, dict[str, Any]]:
         """The source as it is, and a dictionary: each word becomes the target word that goes with it best."""

@@ -116,10 +116,34 @@ class Tagging(Task):
 
     def evaluate(self, model: nn.Module, encoded: Encoded, device: torch.device, precision: torch.dtype,
                  progress: str | None = None) -> dict[str, Any]:
+        return self._evaluated(model, encoded, device, precision, progress)[0]
+
+    def test_each(self, model: nn.Module, examples: Examples, device: torch.device, precision: torch.dtype,
+                  progress: str | None = None) -> tuple[dict[str, Any], np.ndarray | None]:
+        """Of each sentence how many entities are right, are true, are predicted: (N, 3)."""
+        found, tags = self._evaluated(model, self.encode(examples), device, precision, progress)
+        return found, self.entity_counts(tags, examples.labels)
+
+    @classmethod
+    def headline_of(cls, sums: np.ndarray, examples: int) -> np.ndarray:
+        """F1 of whole entities: 2 right / (true + predicted)."""
+        return 2 * sums[..., 0] / np.maximum(1, sums[..., 1] + sums[..., 2])
+
+    def _evaluated(self, model: nn.Module, encoded: Encoded, device: torch.device, precision: torch.dtype,
+                   progress: str | None) -> tuple[dict[str, Any], list[list[int]]]:
+        """The metrics, and the predicted tags."""
         logits = self.word_logits(model, encoded, device, precision, progress)
         labels = torch.tensor([tag for tags in encoded.examples.labels for tag in tags])                 # (words,)
-        found = self.metrics([rows.argmax(dim=1).tolist() for rows in logits], encoded.examples.labels)
-        return {**found, "loss": round(F.cross_entropy(torch.cat(logits), labels).item(), 6)}
+        tags = [rows.argmax(dim=1).tolist() for rows in logits]
+        loss = round(F.cross_entropy(torch.cat(logits), labels).item(), 6)
+        return {**self.metrics(tags, encoded.examples.labels), "loss": loss}, tags
+
+    def entity_counts(self, predicted: list[list[int]], true: list[list[int]]) -> np.ndarray:
+        """Of each sentence how many entities are right, are true, are predicted: (N, 3)."""
+        from seqeval.metrics.sequence_labeling import get_entities
+        entities = [[set(get_entities([self.label_names[tag] for tag in tags])) for tags in column]
+                    for column in (true, predicted)]
+        return np.array([[len(a & b), len(a), len(b)] for a, b in zip(*entities)])                       # (N, 3)
 
     def metrics(self, predicted: list[list[int]], true: list[list[int]]) -> dict[str, Any]:
         """Precision, recall and F1 of whole entities, together and by type, by seqeval; accuracy of single words.
@@ -127,19 +151,16 @@ class Tagging(Task):
         An entity counts as found if its type, its first and its last word are right.
         """
         from seqeval.metrics import classification_report
-        from seqeval.metrics.sequence_labeling import get_entities
         names = self.label_names
         true_names = [[names[tag] for tag in tags] for tags in true]
         predicted_names = [[names[tag] for tag in tags] for tags in predicted]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # seqeval's mean over types, where there is none
             report = classification_report(true_names, predicted_names, output_dict=True, zero_division=0)
-        entities = [[set(get_entities(tags)) for tags in column] for column in (true_names, predicted_names)]
-        counts = np.array([[len(a & b), len(a), len(b)] for a, b in zip(*entities)])                     # (N, 3)
+        counts = self.entity_counts(predicted, true)                                                     # (N, 3)
 
         def f1(rows: np.ndarray) -> float:
-            both, in_truth, in_prediction = counts[rows].sum(axis=0)
-            return 2 * both / max(1, in_truth + in_prediction)
+            return self.headline_of(counts[rows].sum(axis=0), len(rows))
 
         right = sum(a == b for rows in zip(true, predicted) for a, b in zip(*rows))
         whole = report["micro avg"]

@@ -133,6 +133,24 @@ class Task(Settings, ABC):
         """Metrics on the test split, `headline` and its 95 % interval among them."""
         return self.evaluate(model, self.encode(examples), device, precision, progress)
 
+    def test_each(self, model: nn.Module, examples: Examples, device: torch.device, precision: torch.dtype,
+                  progress: str | None = None) -> tuple[dict[str, Any], np.ndarray | None]:
+        """The metrics of `test`, and what each example adds to the headline: (N, S) whole numbers, none negative.
+
+        By these, two models are compared example by example: `headline_of` makes the headline of any of the examples
+        from their sums. None, where a task does not say.
+        """
+        return self.test(model, examples, device, precision, progress), None
+
+    @classmethod
+    def headline_of(cls, sums: np.ndarray, examples: int) -> np.ndarray:
+        """The headline of examples whose numbers (see `test_each`) have these sums: (..., S) -> (...).
+
+        Args:
+            examples: how many they are.
+        """
+        return sums[..., 0] / examples
+
     @abstractmethod
     def predict(self, model: nn.Module, texts: Sequence[str], device: torch.device,
                 precision: torch.dtype) -> Iterator[str]:

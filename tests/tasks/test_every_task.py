@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from helpers import load, read_json, write_csv, write_datasets, write_tiny_model
 
 from minipeft.data.datasets import KNOWN
 from minipeft.errors import AdapterError, ConfigError, DataError
+from minipeft.model.tokenizer import get_tokenizer
 from minipeft.runs import defaults
 from minipeft.runs.baseline import baseline
 from minipeft.runs.finetune import finetune
@@ -228,3 +230,26 @@ def test_a_task_has_defaults_of_its_own_where_its_table_says_so(options, monkeyp
     rates = [finetune(options(dataset, training_values={"epochs": 1}))["training_config"]["learning_rate"]
              for dataset in ("wnut_17", "sst2")]
     assert rates == [0.5, defaults.DEFAULTS["lora"]["training"]["learning_rate"]]
+
+
+# --- example by example -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_the_headline_of_all_examples_follows_from_what_each_of_them_adds(options, tmp_path, dataset):
+    finetune(options(dataset, training_values={"epochs": 30, "batch_size": 4, "learning_rate": 1e-2}))
+    model, task = load_finetuned(tmp_path / "trained")
+    test = load(dataset, tmp_path / "data").test
+    metrics, counts = task.test_each(model, test, CPU, torch.float32)
+    assert metrics == task.test(model, test, CPU, torch.float32)
+    assert metrics[task.headline] > 0 or dataset == "multi30k"
+    assert len(counts) == len(test) and counts.min() >= 0 and counts.dtype.kind == "i"
+    assert float(task.headline_of(counts.sum(axis=0), len(test))) == pytest.approx(metrics[task.headline], abs=1e-3)
+
+
+def test_the_headline_of_several_selections_is_found_at_once():
+    f1 = TASKS["tagging"].headline_of(np.array([[1, 2, 2], [0, 0, 0]]), 2)
+    assert f1.tolist() == [0.5, 0.0]
+    counts = TASKS["translation"](get_tokenizer("mini"), []).counts(["ein Hund läuft schnell"], [["ein Hund läuft so"]])
+    assert counts.tolist() == [[4, 4, 3, 2, 1, 0, 4, 3, 2, 1]]
+    both = TASKS["translation"].headline_of(np.stack((counts[0], 3 * counts[0])), 1)
+    assert both[0] == pytest.approx(59.46, abs=0.01) and both.shape == (2,)

@@ -1,0 +1,214 @@
+"""One cell of a comparison, run and written: a trial, a training with its test and its costs, or a baseline.
+
+    RESULTS/cells/DATASET/METHOD_seed0.json              what `results_of` says, "costs" and "each" (see comparison.py)
+    RESULTS/cells/DATASET/METHOD_seed0.error             instead: the last line of a run that failed
+    RESULTS/cells/DATASET/tuning/METHOD_RATE_SIZE.json   what `described_trial` says
+    OUTPUT/cells/DATASET/METHOD_seed0-DIGEST/            the trained model, the log and, while it runs, state and lock
+
+The digest is of all that was asked for, so that no cell ever meets what another one left.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import math
+import shutil
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minipeft.files import digest, locked, write_json_file
+from minipeft.runs.baseline import base_of, tested
+from minipeft.runs.budget import Budget, Cell
+from minipeft.runs.costs import measured
+from minipeft.runs.finetune import Run, prepare, results_of, train
+from minipeft.runs.plan import Options, Say, choose, silent
+from minipeft.runs.request import STATE_FOLDER
+from minipeft.runs.sweep import described_trial, with_trial
+from minipeft.training.hardware import matmul_precision, memory_bytes, peak_memory_bytes, reset_peak_memory
+from minipeft.training.progress import History, Stopwatch
+from minipeft.training.stopping import Stopped
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a process of its own is to do: a cell, the options it comes to, and where it writes.
+
+    Attributes:
+        terms: what the cells of one table have in common: data, base model, budget.
+    """
+
+    cell: Cell
+    options: Options
+    file: Path
+    terms: dict[str, Any]
+
+    def as_json(self) -> str:
+        """As one word of a command line."""
+        return json.dumps({**dataclasses.asdict(self), "file": str(self.file)}, default=str)
+
+    @classmethod
+    def from_json(cls, text: str) -> Job:
+        """The job that `as_json` wrote."""
+        read = json.loads(text)
+        values = tuple((key, value) for key, value in read["cell"].pop("values"))
+        return cls(Cell(**read["cell"], values=values), Options(**read["options"]), Path(read["file"]), read["terms"])
+
+    @property
+    def error_file(self) -> Path:
+        """Where the last line of a run that failed is kept."""
+        return self.file.with_suffix(".error")
+
+    @property
+    def folder(self) -> Path:
+        """Of the trained model, the state and the log."""
+        return Path(self.options.output)
+
+    @property
+    def log_file(self) -> Path:
+        """What the run prints."""
+        return self.folder / "log.txt"
+
+
+def job_of(cell: Cell, shared: Options, budget: Budget, terms: dict[str, Any], results_dir: Path,
+            output: Path) -> Job:
+    """What is to be done for a cell.
+
+    Args:
+        shared: the options that all cells of the dataset have in common.
+        results_dir, output: of the whole comparison.
+    """
+    tuning = cell.kind == "tuning"
+    # A cell's seed draws what training draws; the examples are the same ones for all.
+    training = {"epochs": budget.tuning_epochs if tuning else budget.epochs, "batch_size": budget.batch_size,
+                "evaluations_per_epoch": 1 if tuning else budget.evaluations_per_epoch, "seed": cell.seed}
+    size = budget.tuning_size if tuning else budget.train_size
+    options = dataclasses.replace(
+        shared, method=cell.method, full=True, resume=True, train_size=size, validation_size=budget.validation_size,
+        test_size=budget.test_size, subset_seed=0, training_values=training)
+    if cell.method != "baseline":
+        options = with_trial(options, dict(cell.values))
+    place = Path("cells", terms["dataset"]["name"], cell.name)
+    asked = json.dumps([dataclasses.asdict(cell), terms], sort_keys=True)
+    folder = output / place.with_name(f"{place.name}-{digest(asked.encode())[:8]}")
+    # No run but this one writes into its folder, so nothing of another request can be there.
+    options = dataclasses.replace(options, output=str(folder), results_dir=str(folder))
+    return Job(cell, options, results_dir / place.with_name(f"{place.name}.json"), terms)
+
+
+def run_cell(job: Job, say: Say = silent) -> None:
+    """Do it, and write its file; go on from its state, if it has been begun.
+
+    Raises:
+        InUseError: another process is at it.
+        Stopped: a signal ended it; its state is saved.
+        MinipeftError: whatever is wrong.
+    """
+    with locked(job.folder):
+        if job.file.is_file():  # another process has ended it since this one was started
+            return
+        make = {"tuning": _trial, "baseline": _baseline}.get(
+            "baseline" if job.cell.method == "baseline" else job.cell.kind, _training)
+        content = {"cell": dataclasses.asdict(job.cell), "terms": job.terms, **make(job, say)}
+        content["process_core_seconds"] = round(time.process_time(), 1)
+        write_json_file(job.file, without_nan(content))
+        job.error_file.unlink(missing_ok=True)
+        shutil.rmtree(job.folder if job.cell.kind == "tuning" else job.folder / STATE_FOLDER, ignore_errors=True)
+
+
+def _baseline(job: Job, say: Say) -> dict[str, Any]:
+    plan = choose(job.options, say, baseline=True)
+    return tested(plan, base_of(plan), say)
+
+
+def _trial(job: Job, say: Say) -> dict[str, Any]:
+    run = prepare(choose(job.options, say), say)
+    history = _trained(run)
+    return {"trial": dict(job.cell.values), **described_trial(run, history), "curve": history.curve}
+
+
+def _training(job: Job, say: Say) -> dict[str, Any]:
+    """Train, test once, and measure the costs."""
+    run = prepare(choose(job.options, say), say)
+    validating = _timed(run)
+    started_with = memory_bytes()
+    reset_peak_memory(run.plan.device)
+    history = _trained(run)
+    # A resumed run counts its validations by the time of those it has seen itself.
+    checks = sum(validating) / max(1, len(validating)) * len(history.curve)
+    trained_for = max(0.0, history.core_seconds - checks) + run.material.core_seconds
+    memory, plan, tested_from = peak_memory_bytes(run.plan.device), run.plan, Stopwatch()
+    with matmul_precision(plan.options.matmul_precision):
+        metrics, each = run.task.test_each(run.model, plan.data.test, plan.device, plan.precision, progress="testing")
+    results = results_of(run, history, metrics, tested_from.seconds)
+    say("measuring what it costs")
+    return {**results, "adapter_folder": str(job.folder), "each": None if each is None else packed(each), "costs": {
+        "trained_parameters": run.counts.trainable, "training_examples": history.samples,
+        "core_seconds_per_1000_examples": round(1000 * trained_for / history.samples, 4),
+        "peak_memory_bytes": memory,
+        "training_memory_bytes": None if started_with is None else max(0, memory - started_with), **measured(run)}}
+
+
+def _trained(run: Run) -> History:
+    """Train to the end.
+
+    Raises:
+        Stopped: a signal ended it.
+    """
+    history = train(run)
+    if history.stopped_by:
+        raise Stopped(history.stopped_by)
+    return history
+
+
+def _timed(run: Run) -> list[float]:
+    """A list that will hold what each validation of the run took, in core seconds."""
+    validate, seconds = run.material.validate, []
+
+    def timed() -> dict[str, Any]:
+        clock = Stopwatch()
+        found = validate()
+        seconds.append(clock.core_seconds)
+        return found
+
+    run.material.validate = timed
+    return seconds
+
+
+# --- in files ---------------------------------------------------------------------------------------------------------
+
+def packed(counts: np.ndarray) -> dict[str, Any]:
+    """Whole numbers of each example, (N, S), for a JSON file: as bits where they are 0 and 1, compressed, in base64."""
+    kind = "bits" if counts.max(initial=0) <= 1 else np.min_scalar_type(int(counts.max())).newbyteorder("<").str
+    content = np.packbits(counts.astype(np.uint8)) if kind == "bits" else counts.astype(kind)
+    return {"shape": list(counts.shape), "kind": kind, "zlib_base64": base64.b64encode(
+        zlib.compress(content.tobytes(), 9)).decode("ascii")}
+
+
+def unpacked(content: dict[str, Any]) -> np.ndarray:
+    """The whole numbers that `packed` wrote, (N, S)."""
+    shape, raw = tuple(content["shape"]), zlib.decompress(base64.b64decode(content["zlib_base64"]))
+    if content["kind"] == "bits":
+        return np.unpackbits(np.frombuffer(raw, np.uint8), count=math.prod(shape)).reshape(shape).astype(np.int64)
+    return np.frombuffer(raw, content["kind"]).reshape(shape).astype(np.int64)
+
+
+def without_nan(content: Any) -> Any:
+    """A JSON value in which None stands for what is no number, or infinite: a file that every reader takes."""
+    if isinstance(content, dict):
+        return {key: without_nan(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def score_of(results: dict[str, Any]) -> float | None:
+    """How good a trial's file says it was, higher is better; None where it came to no number."""
+    by, best = results["best_by"], results["validation"]
+    found = best.get(by)
+    return None if found is None else -found if by == "loss" else found

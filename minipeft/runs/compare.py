@@ -1,0 +1,300 @@
+"""A comparison: datasets x methods x seeds under one budget, from a request to comparison.json.
+
+    choose subjects -> the estimate -> the queue of cells (workers.py) -> comparison.json, and a table
+
+Each dataset's cells share its `terms`: the data by content, the base model, the budget. Cells of other terms are never
+mixed with them: results go where there are none, or are refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from minipeft.data.datasets import SPLITS, name_of
+from minipeft.errors import ConfigError, OutputError
+from minipeft.files import check_writable, read_json_file
+from minipeft.methods.injection import fingerprint, trainable_parameters
+from minipeft.runs.budget import (
+    ALL,
+    BUDGETS,
+    OWN_FILE,
+    SHARE_OF_TIME,
+    VIRTUAL_TOKENS,
+    Budget,
+    Cell,
+    Track,
+    tracks_of,
+    wanted,
+)
+from minipeft.runs.cells import Job, job_of, score_of
+from minipeft.runs.comparison import COMPARISON_FILE, table_of, write_comparison
+from minipeft.runs.places import CHECKPOINTS, RESULTS, own_results
+from minipeft.runs.plan import Options, Say, check_method, choose, dtype_name, silent
+from minipeft.runs.workers import Queue
+
+MINI_PARAMETERS = 7e6        # whose times the budgets' estimates are
+STARTING, MEASURING = 5, 15  # core seconds: a process and its data; costs, of a cell that is no trial
+ESTIMATED = ("core_seconds", "test_core_seconds", "seeds")  # what decides nothing that a cell finds
+
+
+@dataclass
+class Request:
+    """What a user asked a comparison for.
+
+    Attributes:
+        datasets, methods: names; `methods` may be ["all"].
+        seeds: how many, from 0 on.
+        shared: the options that all runs share: base model, device, how files are read.
+        changes: fields that replace every budget's.
+        train_sizes: by dataset, a size that replaces its budget's.
+        tuned: whether settings are tried first; else the defaults of runs/defaults.py are trained.
+        best: also train lora and full without the budget.
+        every_seed: all seeds for all methods, also where a budget has fewer.
+        retry: run again what failed. replace: delete cells of other terms.
+        workers: processes at a time; None: one for each core, one on a GPU.
+    """
+
+    datasets: list[str]
+    methods: list[str]
+    seeds: int = 1
+    shared: Options = field(default_factory=Options)
+    changes: dict[str, Any] = field(default_factory=dict)
+    train_sizes: dict[str, int] = field(default_factory=dict)
+    tuned: bool = True
+    best: bool = False
+    every_seed: bool = False
+    retry: bool = False
+    replace: bool = False
+    workers: int | None = None
+    results_dir: Path | None = None
+    output: Path = CHECKPOINTS
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One dataset of a comparison.
+
+    Attributes:
+        options: that all its cells share.
+        terms: what its cells' files note, so that they are known again.
+        weight: of the base model's parameters, over mini's.
+    """
+
+    name: str
+    options: Options
+    budget: Budget
+    terms: dict[str, Any]
+    tracks: list[Track]
+    weight: float
+
+
+def compare(request: Request, command: Callable[[Job], list[str]], say: Say = silent) -> int:
+    """Run what is missing of a comparison, and write comparison.json.
+
+    Args:
+        command: what runs a job in a process of its own.
+        say: prints the estimate, a line for each cell that has ended, and the tables.
+
+    Returns:
+        How many cells failed.
+
+    Raises:
+        MinipeftError: whatever is wrong with the request, before the first run.
+        Stopped: a signal; the same request goes on from there.
+    """
+    check(request)
+    subjects = [_subject(request, dataset) for dataset in request.datasets]
+    folder = _folder(request, subjects)
+    by_name = {subject.name: subject for subject in subjects}
+    tracks = [track for subject in subjects for track in subject.tracks]
+
+    def job(cell: Cell) -> Job:
+        subject = by_name[cell.dataset]
+        return job_of(cell, subject.options, subject.budget, subject.terms, folder, request.output)
+
+    def score(cell: Cell) -> float | None:
+        found = queue.result(cell)
+        return None if found is None else score_of(found)
+
+    def cells() -> list[Cell]:
+        return [cell for track in tracks for cell in wanted(track, score, queue.ended)]
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    device = subjects[0].terms["device"]
+    workers = request.workers or (cores if device == "cpu" else 1)
+    estimate = Estimate(by_name)
+    queue = Queue(job, cells, lambda cell: estimate.cost(cell, queue.results), lambda: estimate.total(
+        tracks, cells(), queue.results), command, workers, max(1, cores // workers), say, request.retry)
+    say(_plan_in_words(queue, cells(), tracks, folder, workers, estimate))
+    queue.run()
+    found = write_comparison(folder)
+    for subject in subjects:
+        if subject.name in found["datasets"]:
+            say(f"\n{subject.name}\n\n{table_of(found, subject.name)}")
+    say(f"\nwrote {folder / COMPARISON_FILE}")
+    for cell, reason in queue.failed.items():
+        say(f"{cell} failed: {reason} (--retry runs it again)")
+    return len(queue.failed)
+
+
+def check(request: Request) -> None:
+    """Refuse what can be seen to be wrong before any data is read.
+
+    Raises:
+        ConfigError: an unknown method, a dataset named twice, or a number out of range.
+    """
+    request.methods = list(dict.fromkeys(ALL if request.methods == ["all"] else request.methods))
+    for method in request.methods:
+        check_method(method, also=("baseline",))
+    names = [name_of(dataset) for dataset in request.datasets]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ConfigError(f"--datasets names {', '.join(sorted(twice))} twice")
+    numbers = {"--seeds": request.seeds, "--workers": request.workers, **request.train_sizes, **request.changes}
+    for option, number in numbers.items():
+        if number is not None and number < 1:
+            raise ConfigError(f"{option} must be a positive integer, got {number}")
+    if unknown := request.train_sizes.keys() - {*request.datasets, *names}:
+        raise ConfigError(f"--train-size names {', '.join(sorted(unknown))}, which is not among --datasets")
+
+
+def _subject(request: Request, dataset: str) -> Subject:
+    """A dataset, looked into once: what its cells will all have in common."""
+    name = name_of(dataset)
+    budget = dataclasses.replace(BUDGETS.get(name, OWN_FILE), **request.changes)
+    size = request.train_sizes.get(dataset, request.train_sizes.get(name))
+    if size is not None:
+        budget = dataclasses.replace(budget, train_size=size)
+    options = dataclasses.replace(request.shared, dataset=dataset, full=True, subset_seed=0)
+    plan = choose(dataclasses.replace(options, method="lora", train_size=budget.train_size, test_size=budget.test_size,
+                                      validation_size=budget.validation_size))
+    model = plan.data.task.load_model(plan.model_name, plan.data.label_names)
+    room = model.config.n_positions - VIRTUAL_TOKENS
+    asked = options.max_length or budget.max_length
+    if (asked or 1) > room:
+        raise ConfigError(f"{plan.model_name} has {model.config.n_positions} positions, of which a comparison keeps "
+                          f"{VIRTUAL_TOKENS} for virtual tokens: max_length can be at most {max(0, room)}")
+    length = asked or min(plan.data.task.max_length, room)
+    options = dataclasses.replace(options, model=plan.model_name, max_length=length)
+    task = plan.data.task.name
+    rules = {key: value for key, value in dataclasses.asdict(budget).items() if key not in ESTIMATED}
+    terms = {"dataset": {"name": plan.data.name, "fingerprints": plan.fingerprints, "sizes": plan.sizes},
+             "base_model": {"name": plan.model_name, "fingerprint": fingerprint(model)}, "task": task,
+             "budget": {**rules, "max_length": length, "tuned": request.tuned}, "device": plan.device.type,
+             "precision": dtype_name(plan.precision), "truncation": options.truncation,
+             "max_new_tokens": options.max_new_tokens, "dropout": options.dropout}
+    seeded = dataclasses.replace(budget, seeds=None) if request.every_seed else budget
+    tracks = tracks_of(plan.data.name, task, request.methods, request.seeds, request.tuned, request.best, seeded)
+    return Subject(plan.data.name, options, budget, json.loads(json.dumps(terms)), tracks,
+                   trainable_parameters(model).total / MINI_PARAMETERS)
+
+
+def _folder(request: Request, subjects: list[Subject]) -> Path:
+    """The results folder: the one that is named; else `results` or, in a clone, the published cells or results/mine.
+
+    Raises:
+        OutputError: it holds cells of other terms, or cannot be written.
+    """
+    folder = request.results_dir or own_results()
+    if request.results_dir is None and all(_cells_in(RESULTS, subject) and not _of_other_terms(RESULTS, subject)
+                                           for subject in subjects):
+        folder = RESULTS
+    for subject in subjects:
+        others = _of_other_terms(folder, subject)
+        if others and not request.replace:
+            noted = read_json_file(others[0])["terms"]
+            found = [name for name in subject.terms if noted.get(name) != subject.terms[name]]
+            raise OutputError(f"{others[0].parent} holds cells of another comparison ({', '.join(found)} differ): give "
+                              "this one another --results-dir, or replace them with --overwrite")
+        for file in others:
+            file.unlink()
+    check_writable(folder)
+    return folder
+
+
+def _cells_in(folder: Path, subject: Subject) -> list[Path]:
+    return sorted((folder / "cells" / subject.name).rglob("*.json"))
+
+
+def _of_other_terms(folder: Path, subject: Subject) -> list[Path]:
+    return [file for file in _cells_in(folder, subject) if read_json_file(file).get("terms") != subject.terms]
+
+
+# --- the estimate -----------------------------------------------------------------------------------------------------
+
+class Estimate:
+    """What cells take, in core seconds: by the budgets' figures, corrected by what has been measured."""
+
+    def __init__(self, subjects: dict[str, Subject]) -> None:
+        self.subjects = subjects
+        self._factors: dict[Any, float] = {}
+        self._known = -1
+
+    def cost(self, cell: Cell, results: dict[Cell, dict[str, Any]]) -> float:
+        """Of one cell; of one that has ended, what it took."""
+        if cell in results:
+            return results[cell].get("process_core_seconds", 0.0)
+        if self._known != len(results):
+            self._known, self._factors = len(results), self._measured(results)
+        for key in ((cell.dataset, cell.method, cell.kind), (cell.dataset, cell.method), cell.dataset, None):
+            if key in self._factors:
+                return self._factors[key] * self.beforehand(cell)
+        return self.beforehand(cell)
+
+    def total(self, tracks: list[Track], known: list[Cell], results: dict[Cell, dict[str, Any]]) -> float:
+        """Of all cells, also of those whose settings are not known yet."""
+        counts, costs = {}, 0.0
+        for cell in known:
+            costs += self.cost(cell, results)
+            key = cell.dataset, cell.method, cell.kind
+            counts[key] = counts.get(key, 0) + 1
+        for track in tracks:
+            for kind, number in (("tuning", track.trials), ("final", track.seeds)):
+                missing = number - counts.get((track.dataset, track.method, kind), 0)
+                costs += max(0, missing) * self.cost(Cell(track.dataset, track.method, 0, kind), results)
+        return costs
+
+    def beforehand(self, cell: Cell) -> float:
+        """Of one cell, by the budget's figures."""
+        subject = self.subjects[cell.dataset]
+        budget, sizes = subject.budget, subject.terms["dataset"]["sizes"]
+        train, validation, test = (sizes[split] / 1000 for split in SPLITS)
+        epochs = dict(cell.values).get("epochs", budget.epochs)
+        reading = budget.core_seconds / 3  # of 1,000 examples, without a backward pass
+        share = SHARE_OF_TIME.get(cell.method, 1.0)
+        if cell.kind == "tuning":
+            examples = min(train, (budget.tuning_size or sizes["train"]) / 1000)
+            work = budget.tuning_epochs * (examples * budget.core_seconds * share + validation * reading)
+            return STARTING + subject.weight * work
+        work = epochs * (train * budget.core_seconds * share
+                         + budget.evaluations_per_epoch * validation * reading) * (cell.method != "baseline")
+        return STARTING + MEASURING + subject.weight * (work + test * budget.test_core_seconds)
+
+    def _measured(self, results: dict[Cell, dict[str, Any]]) -> dict[Any, float]:
+        """Measured over estimated, of each dataset, method and kind, and of all together."""
+        sums: dict[Any, list[float]] = {}
+        for cell, found in results.items():
+            took = found.get("process_core_seconds", 0.0)
+            for key in ((cell.dataset, cell.method, cell.kind), (cell.dataset, cell.method), cell.dataset, None):
+                pair = sums.setdefault(key, [0.0, 0.0])
+                pair[0], pair[1] = pair[0] + took, pair[1] + self.beforehand(cell)
+        return {key: took / guessed for key, (took, guessed) in sums.items() if took and guessed}
+
+
+def _plan_in_words(queue: Queue, known: list[Cell], tracks: list[Track], folder: Path, workers: int,
+                   estimate: Estimate) -> str:
+    """What is about to happen, and what it takes."""
+    there = sum(map(queue.ended, known))
+    cells = sum(track.trials + track.seeds + (track.best is not None) for track in tracks)
+    took = sum(estimate.cost(cell, queue.results) for cell in queue.results)
+    left = max(0.0, estimate.total(tracks, known, queue.results) - took)
+    lines = [f"cells      {cells} or a few more where the best rate is at an end, {there} of them there; "
+             f"{workers} at a time",
+             f"estimate   {left / 3600:.2f} core hours, about {left / 60 / workers:.0f} minutes",
+             f"results    {folder}"]
+    return "\n".join(lines)

@@ -1,0 +1,239 @@
+"""From cells to comparison.json and comparison_tuning.json: what a report needs, made from the cells' files alone.
+
+comparison.json
+
+    {"datasets": {NAME: {
+        "terms":       what all cells of the dataset have in common: see `cells.py`
+        "headline":    the metric that counts, such as "accuracy"; higher is better
+        "task", "machine", "versions"
+        "sizes":       {"train", "validation", "test"}: examples
+        "baselines":   {NAME: metrics}, without training; empty if none were run
+        "methods":     {METHOD: ROW}
+        "tests":       every pair of methods, smallest p first: see `significance.tests`; empty where a task does not
+                       count example by example
+        "best":        {METHOD: ROW}, trained without the budget; not in "tests", no ranks}}}
+
+    ROW = {
+        "settings":    {"learning_rate", and what else was chosen}, of the method's and the training's configuration
+        "seeds":       [0, 1, 2];  "cells": their files, relative to comparison.json;  "adapters": folders
+        "scores":      the headline on the test split, for each seed
+        "mean", "deviation" (n - 1; None with one seed), "interval_95" of the mean: see `significance.py`
+        "metrics":     {METRIC: mean over seeds} of all metrics that are numbers
+        "trained_parameters", "trained_share" (of all parameters)
+        "core_seconds_per_1000_examples", "test_seconds", "peak_memory_bytes" (of the process, while it trained),
+        "training_memory_bytes" (of that, what training added), "adapter_bytes": {"mean", "deviation"} each
+        "inference":   {"extra": share of the base's time that the adapter adds, unmerged; "extra_merged";
+                        "mergeable": "yes", "no" or "nothing to merge"}; 0 where nothing is added, None where not known
+        "forgetting":  {"before", "after", "nats" (after - before; above 0 is forgotten), "deviation" of it, "tokens",
+                        "texts"}
+        "curves":      for each seed its validations: step, train_loss, validation_loss, seconds, ...
+        "better_than", "worse_than", "rank": see `significance.ranks`; in "methods" alone}
+
+comparison_tuning.json
+
+    {"datasets": {NAME: {"terms", "methods": {METHOD: {
+        "best_by":     the metric on the validation split; "loss" is the lower the better
+        "size":        the name of the size that was tried, or `NO_SIZE`; "default_size": its value with the rates
+        "trials":      [{"learning_rate", "size": its value, None for the default, "validation": {metrics}, "score":
+                       higher is better, None for what is no number, "core_seconds", "curve"}], rates first
+        "chosen":      {"learning_rate", ...}: of the best trial}}}}}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from minipeft.errors import OutputError
+from minipeft.files import read_json_file, write_json_file
+from minipeft.runs.budget import ALL, NO_SIZE, SIZES
+from minipeft.runs.cells import score_of, unpacked, without_nan
+from minipeft.runs.results import METRICS, Metric, markdown_table
+from minipeft.runs.significance import interval, ranks, resampled, tests
+from minipeft.tasks import TASKS
+
+COMPARISON_FILE, TUNING_FILE = "comparison.json", "comparison_tuning.json"
+
+
+def write_comparison(folder: Path) -> dict[str, Any]:
+    """Make both files anew from the cells below `folder`.
+
+    Returns:
+        The content of comparison.json.
+
+    Raises:
+        OutputError: the cells of a dataset are of different terms, or a file cannot be read or written.
+    """
+    found = comparison(folder)
+    write_json_file(folder / COMPARISON_FILE, found)
+    write_json_file(folder / TUNING_FILE, tuning(folder))
+    return found
+
+
+def comparison(folder: Path) -> dict[str, Any]:
+    """The content of comparison.json, from the cells below `folder`."""
+    datasets = {}
+    for place in _places(folder):
+        cells = [(path, read_json_file(path)) for path in sorted(place.glob("*.json"))]
+        if cells:
+            datasets[place.name] = _dataset(folder, cells)
+    return without_nan({"datasets": datasets})
+
+
+def _dataset(folder: Path, cells: Sequence[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
+    """What comparison.json says of one dataset."""
+    terms, some = _terms(cells), cells[0][1]
+    by_kind: dict[str, dict[str, list[tuple[Path, dict[str, Any]]]]] = {"final": {}, "best": {}}
+    for path, results in cells:
+        by_kind[results["cell"]["kind"]].setdefault(results["method"], []).append((path, results))
+    (_, baseline), = by_kind["final"].pop("baseline", [(None, {"metrics": {}})])
+    rows = {kind: {method: _row(folder, found, some["headline"]) for method, found in sorted(
+        methods.items(), key=lambda item: ALL.index(item[0]))} for kind, methods in by_kind.items()}
+    pairs = []
+    for kind, methods in by_kind.items():
+        each = {method: [unpacked(results["each"]) for _, results in methods[method]] for method in rows[kind]
+                if all(results.get("each") for _, results in methods[method])}
+        if some["task"] not in TASKS or not each:
+            continue
+        samples = resampled(each, TASKS[some["task"]].headline_of)
+        for method in each:
+            rows[kind][method]["interval_95"] = interval(samples[method])
+        if kind == "final":
+            pairs = tests({method: rows[kind][method]["mean"] for method in each}, samples)
+            for method, place in ranks(list(each), pairs).items():
+                rows[kind][method] |= place
+    return {"terms": terms, "task": some["task"], "headline": some["headline"], "sizes": terms["dataset"]["sizes"],
+            "machine": some["machine"], "versions": some["versions"], "baselines": baseline["metrics"],
+            "methods": rows["final"], "tests": pairs, "best": rows["best"]}
+
+
+def _row(folder: Path, cells: Sequence[tuple[Path, dict[str, Any]]], headline: str) -> dict[str, Any]:
+    """What is said of one method on one dataset, of one kind of cells."""
+    runs = sorted((results for _, results in cells), key=lambda results: results["seed"])
+    tested, costs = [run["metrics"]["test"] for run in runs], [run["costs"] for run in runs]
+    scores, first = [metrics[headline] for metrics in tested], runs[0]
+    numbers = [key for key, value in tested[0].items() if isinstance(value, (int, float))]
+    lost = [run["forgetting"]["after"] - run["forgetting"]["before"] for run in costs]
+    chosen = dict(first["cell"]["values"])
+    return {
+        "settings": {"learning_rate": first["training_config"]["learning_rate"], **chosen},
+        "seeds": [run["seed"] for run in runs], "cells": sorted(str(path.relative_to(folder)) for path, _ in cells),
+        "adapters": [run["adapter_folder"] for run in runs], "scores": scores, "mean": round(fmean(scores), 6),
+        "deviation": _deviation(scores), "interval_95": None,
+        "metrics": {key: round(fmean(metrics[key] for metrics in tested), 6) for key in numbers},
+        "trained_parameters": first["parameters"]["trainable"],
+        "trained_share": first["parameters"]["trainable"] / first["parameters"]["total"],
+        **{key: _spread([run[key] for run in costs]) for key in (
+            "core_seconds_per_1000_examples", "peak_memory_bytes", "training_memory_bytes", "adapter_bytes")},
+        "test_seconds": _spread([run["seconds"]["test"] for run in runs]),
+        "inference": _inference([run["inference"] for run in costs]),
+        "forgetting": {"before": costs[0]["forgetting"]["before"],
+                       "after": round(fmean(run["forgetting"]["after"] for run in costs), 5),
+                       "nats": round(fmean(lost), 5), "deviation": _deviation(lost),
+                       "tokens": costs[0]["forgetting"]["tokens"], "texts": costs[0]["forgetting"]["texts"]},
+        "curves": [run["curve"] for run in runs]}
+
+
+def _inference(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Extra time at inference: over seeds the mean of each run's share."""
+    def extra(key: str) -> float | None:
+        shares = [run[key] / run["base_seconds"] - 1 for run in runs if run[key] and run["base_seconds"]]
+        return round(fmean(shares), 4) if shares else None
+
+    nothing = runs[0]["mergeable"] == "nothing to merge"  # the base's own modules, with other values
+    return {"extra": 0.0 if nothing else extra("seconds"), "extra_merged": 0.0 if nothing else extra("merged_seconds"),
+            "measured": extra("seconds"), "mergeable": runs[0]["mergeable"]}
+
+
+def _spread(values: Sequence[float | None]) -> dict[str, float | None]:
+    """Mean and deviation; None where a value is not known."""
+    known = [value for value in values if value is not None]
+    return {"mean": round(fmean(known), 4) if known else None, "deviation": _deviation(known)}
+
+
+def _deviation(values: Sequence[float]) -> float | None:
+    return round(stdev(values), 6) if len(values) > 1 else None
+
+
+# --- tuning -----------------------------------------------------------------------------------------------------------
+
+def tuning(folder: Path) -> dict[str, Any]:
+    """The content of comparison_tuning.json, from the cells below `folder`."""
+    datasets = {}
+    for place in _places(folder):
+        cells = [(path, read_json_file(path)) for path in sorted((place / "tuning").glob("*.json"))]
+        if cells:
+            methods: dict[str, list[dict[str, Any]]] = {}
+            for _, results in cells:
+                methods.setdefault(results["cell"]["method"], []).append(results)
+            datasets[place.name] = {"terms": _terms(cells), "methods": {
+                method: _tuned(method, trials) for method, trials in methods.items()}}
+    return without_nan({"datasets": datasets})
+
+
+def _tuned(method: str, cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    sizes = SIZES.get(method, ())
+    size = next(iter(sizes[0])) if sizes else None
+    trials = [{"learning_rate": cell["trial"]["learning_rate"], "size": cell["trial"].get(size),
+               "validation": cell["validation"], "score": score_of(cell), "core_seconds": cell["core_seconds"],
+               "curve": cell["curve"]} for cell in cells]
+    trials.sort(key=lambda trial: (trial["size"] is not None, trial["size"], trial["learning_rate"]))
+    scored = [cell for cell in cells if score_of(cell) is not None]
+    return {"best_by": cells[0]["best_by"], "size": size or NO_SIZE,
+            "default_size": sizes[len(sizes) // 2][size] if sizes else None, "trials": trials,
+            "chosen": max(scored, key=score_of)["trial"] if scored else None}
+
+
+def _places(folder: Path) -> list[Path]:
+    """The folders of datasets."""
+    return sorted(path for path in (folder / "cells").glob("*") if path.is_dir())
+
+
+def _terms(cells: Sequence[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
+    """What the cells have in common.
+
+    Raises:
+        OutputError: they differ.
+    """
+    (first, results), *others = cells
+    for path, other in others:
+        if other["terms"] != results["terms"]:
+            raise OutputError(f"{path} and {first} are of different data, base models or budgets, which no table can "
+                              "compare: move one of them away")
+    return results["terms"]
+
+
+# --- for people -------------------------------------------------------------------------------------------------------
+
+def table_of(found: dict[str, Any], dataset: str) -> str:
+    """One dataset of comparison.json as a Markdown table, from worse to better."""
+    content = found["datasets"][dataset]
+    metric = next((metric for metric in METRICS.get(content["task"], ()) if metric.key == content["headline"]),
+                  Metric(content["headline"], content["headline"], False))
+    header = ["method", "settings", "trained parameters", metric.heading, "95 % interval", "rank",
+              "core s per 1,000", "forgotten, nats", "extra inference"]
+    rows = [[name.replace("_", " "), "-", "0", metric.shown(values[metric.key]), "-", "-", "-", "-", "-"]
+            for name, values in sorted(content["baselines"].items(), key=lambda item: item[1][metric.key])]
+    for kind in ("methods", "best"):
+        rows += [_cells_of(name, row, metric, kind) for name, row in sorted(content[kind].items(),
+                                                                           key=lambda item: item[1]["mean"])]
+    return markdown_table(header, rows)
+
+
+def _cells_of(name: str, row: dict[str, Any], metric: Metric, kind: str) -> list[str]:
+    low, high = row.get("rank", (None, None))
+    mean = metric.shown(row["mean"])
+    return [name if kind == "methods" else f"{name}, best without the budget",
+            ", ".join(f"{key} {value:g}" for key, value in row["settings"].items()),
+            f"{row['trained_parameters']:,} ({100 * row['trained_share']:.2f} %)",
+            mean if row["deviation"] is None else f"{mean} ± {metric.shown(row['deviation'])}",
+            metric.shown(*row["interval_95"]) if row["interval_95"] else "-",
+            "-" if low is None else str(low) if low == high else f"{low} to {high}",
+            f"{row['core_seconds_per_1000_examples']['mean']:.1f}", f"{row['forgetting']['nats']:+.3f}",
+            _share(row["inference"]["extra"])]
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:+.0f} %"

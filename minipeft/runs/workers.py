@@ -1,0 +1,203 @@
+"""A queue of jobs, a process each, several at a time: what has ended decides what is to be run next.
+
+A job's result is its file. What is there is never run again; what failed leaves its last line in an error file and
+stops nothing else; what another start of the queue is at, by its lock, is waited for. Asked to stop, the queue lets
+its processes save their states.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from minipeft.files import is_locked, read_json_file, write_text_file
+from minipeft.runs.budget import Cell
+from minipeft.runs.cells import Job
+from minipeft.runs.plan import Say
+from minipeft.training.progress import progress_bar
+from minipeft.training.stopping import Stopped, stop_between_steps
+
+IN_USE = 75                # a process's exit code: another one is at its job
+PAUSE, PATIENCE = 0.2, 60  # seconds between looks; seconds in which a process that was asked to stop saves its state
+
+
+@dataclass
+class Running:
+    """A process at its job."""
+
+    job: Job
+    process: subprocess.Popen
+    started: float = field(default_factory=time.monotonic)
+
+    def share_done(self) -> float:
+        """How far it is, by the last step that it printed."""
+        for line in reversed(_tail(self.job.log_file)):
+            word, _, steps = line.partition(" ")
+            step, _, all_steps = steps.partition(":")[0].partition("/")
+            if word == "step" and step.isdigit() and all_steps.isdigit():
+                return int(step) / int(all_steps)
+        return 0.0
+
+
+class Queue:
+    """Jobs and how they stand.
+
+    Attributes:
+        results: what the files of the jobs that have ended hold.
+        failed: the last line of those that failed.
+        running: by cell.
+    """
+
+    def __init__(self, job_of: Callable[[Cell], Job], wanted: Callable[[], Iterable[Cell]],
+                 cost: Callable[[Cell], float], total: Callable[[], float], command: Callable[[Job], list[str]],
+                 workers: int, threads: int, say: Say, retry: bool = False) -> None:
+        """
+        Args:
+            wanted: the cells that are known by now; asked again whenever one has ended.
+            cost: what a cell takes about, in core seconds; `total` of all there will be.
+            command: what runs a job, in a process of its own.
+            threads: of each process.
+            retry: run again what has failed before.
+        """
+        self.job_of, self.wanted, self.cost, self.total, self.command = job_of, wanted, cost, total, command
+        self.workers, self.threads, self.say = workers, threads, say
+        self.results: dict[Cell, dict[str, Any]] = {}
+        self.failed: dict[Cell, str] = {}
+        self.running: dict[Cell, Running] = {}
+        self._jobs: dict[Cell, Job] = {}
+        self._retried: set[Cell] | None = set() if retry else None
+
+    def ended(self, cell: Cell) -> bool:
+        """Whether a cell's file is there, or it has failed."""
+        if cell not in self._jobs:
+            self._jobs[cell] = self.job_of(cell)
+        job = self._jobs[cell]
+        if cell in self.results or cell in self.failed:
+            return True
+        if job.file.is_file():
+            self.results[cell] = read_json_file(job.file)
+        elif job.error_file.is_file():
+            if self._retried is not None and cell not in self._retried:
+                self._retried.add(cell)
+                job.error_file.unlink(missing_ok=True)
+                return False
+            self.failed[cell] = job.error_file.read_text(encoding="utf-8").strip()
+        return cell in self.results or cell in self.failed
+
+    def result(self, cell: Cell) -> dict[str, Any] | None:
+        """What an ended cell's file holds; None of one that failed, or has not ended."""
+        return self.results.get(cell) if self.ended(cell) else None
+
+    def run(self) -> None:
+        """Run all jobs that are wanted, to the end of the last.
+
+        Raises:
+            Stopped: a signal asked to; the processes have saved their states.
+        """
+        with stop_between_steps() as signal_that_came, self._no_process_left():
+            done = sum(map(self.cost, filter(self.ended, self.wanted())))
+            with progress_bar(1, "core s", "comparing") as bar:
+                bar.bar_format = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}"
+                bar.initial = done
+                while not signal_that_came() and self._go_on(bar):
+                    time.sleep(PAUSE)
+            if signal_that_came():
+                self._stop()
+                raise Stopped(signal_that_came())
+
+    def _go_on(self, bar: tqdm) -> bool:
+        """Look after the processes once; whether anything is left to do."""
+        for cell, running in list(self.running.items()):
+            if running.process.poll() is not None:
+                del self.running[cell]
+                self._has_ended(running, bar)
+        left = [cell for cell in self.wanted() if not self.ended(cell)]
+        for cell in left:
+            if len(self.running) < self.workers and cell not in self.running and not is_locked(self._jobs[cell].folder):
+                self.running[cell] = self._start(self._jobs[cell])
+        self._show(bar)
+        return bool(left)
+
+    def _start(self, job: Job) -> Running:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        threads = {name: str(self.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        with job.log_file.open("w", encoding="utf-8") as log:
+            # A session of its own: Ctrl-C reaches this process alone, which asks the others. They notice by the pipe
+            # to their standard input if it dies.
+            return Running(job, subprocess.Popen(self.command(job), stdin=subprocess.PIPE, stdout=log, stderr=log,
+                                                 env={**os.environ, **threads}, start_new_session=True))
+
+    def _has_ended(self, running: Running, bar: tqdm) -> None:
+        """Say how a process ended, and note if it failed."""
+        job, code = running.job, running.process.returncode
+        running.process.stdin.close()
+        if job.file.is_file():
+            seconds = time.monotonic() - running.started
+            bar.write(f"{job.cell}: {headline_of(read_json_file(job.file))} ({seconds:.0f} s)", file=sys.stdout)
+            job.log_file.unlink(missing_ok=True)
+            with suppress(OSError):
+                job.folder.rmdir()
+        elif code != IN_USE:
+            lines = [line for line in _tail(job.log_file) if line.strip()]
+            reason = lines[-1] if lines else f"ended with exit code {code}"
+            write_text_file(job.error_file, f"{reason}\n")
+            bar.write(f"{job.cell} failed: {reason}", file=sys.stdout)
+
+    def _show(self, bar: tqdm) -> None:
+        """The bar: core seconds' worth of work done, of all."""
+        shares = {cell: running.share_done() for cell, running in self.running.items()}
+        done = sum(self.cost(cell) for cell in (*self.results, *self.failed))
+        bar.total = max(self.total(), 1)
+        bar.n = min(bar.total, done + sum(share * self.cost(cell) for cell, share in shares.items()))
+        bar.set_postfix_str(", ".join(f"{cell} {share:.0%}" for cell, share in shares.items()), refresh=False)
+        bar.refresh()
+
+    def _stop(self) -> None:
+        """Ask the processes to stop, and give them time to save."""
+        for running in self.running.values():
+            running.process.terminate()
+        until = time.monotonic() + PATIENCE
+        for running in self.running.values():
+            with suppress(subprocess.TimeoutExpired):
+                running.process.wait(max(0.0, until - time.monotonic()))
+
+    @contextmanager
+    def _no_process_left(self) -> Iterator[None]:
+        """A block after which no process is left, however it ends."""
+        try:
+            yield
+        finally:
+            for running in self.running.values():
+                running.process.kill()
+                running.process.wait()
+            self.running.clear()
+
+
+def headline_of(results: dict[str, Any]) -> str:
+    """A cell's result in a few words."""
+    if "validation" in results:
+        by = results["best_by"]
+        return f"validation {by} {results['validation'].get(by)}"
+    name, tests = results["headline"], results["metrics"]
+    found = {"": tests["test"]} if "test" in tests else tests
+    return ", ".join(f"{f'{key} '.replace('_', ' ') if key else ''}{name} {metrics[name]}"
+                     for key, metrics in found.items())
+
+
+def _tail(path: Path, most: int = 4000) -> list[str]:
+    """The last lines of a file."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - most))
+            return file.read().decode("utf-8", errors="replace").splitlines()
+    except OSError:
+        return []

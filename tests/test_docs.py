@@ -67,7 +67,7 @@ def test_the_commands_of_a_page_have_options_that_there_are(page, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     script = ScriptRunner(monkeypatch, capsys)
     for name, options in commands(page.read_text(encoding="utf-8")):
-        outcome = script("train.py" if name == "compare.py" else name, *options, "--help")  # it passes options on
+        outcome = script(name, *options, "--help")
         assert outcome.code == 0, outcome.err
         for option in options:
             assert not option.startswith("--") or re.search(rf"{option}\b", outcome.out), f"{name} has no {option}"

@@ -91,7 +91,7 @@ def test_the_installed_command_trains_and_compares_in_any_folder(wheel, tmp_path
     wheel.extractall(tmp_path / "installed")
     (tmp_path / "elsewhere").mkdir()
     write_csv(tmp_path / "elsewhere" / "films.csv")
-    tiny = write_tiny_model(tmp_path / "tiny")
+    tiny = write_tiny_model(tmp_path / "tiny", n_positions=128)  # with room for virtual tokens
 
     def minipeft(*arguments):
         code = "import sys; from minipeft.commands.start import main; sys.exit(main())"
@@ -101,10 +101,11 @@ def test_the_installed_command_trains_and_compares_in_any_folder(wheel, tmp_path
     shown = minipeft()
     assert shown.returncode == 0 and all(f"\n  {name} " in shown.stdout for name in COMMANDS)
     assert (minipeft("trian").returncode, minipeft("trian").stderr.count("\n")) == (2, 1)
-    compared = minipeft("compare", "--methods", "bitfit", "--model", tiny, "--dataset", "films.csv", "--epochs", 1)
+    compared = minipeft("compare", "--methods", "bitfit", "--model", tiny, "--datasets", "films.csv", "--no-tuning")
     assert compared.returncode == 0, compared.stderr
     assert "| bitfit | " in compared.stdout
-    asked = minipeft("evaluate", "--adapter", "checkpoints/films_bitfit", "--dataset", "films.csv")
+    (adapter,) = (tmp_path / "elsewhere").glob("checkpoints/cells/films/bitfit_*")
+    asked = minipeft("evaluate", "--adapter", adapter, "--dataset", "films.csv")
     assert asked.returncode == 0 and "4 of 4 test examples" in asked.stdout, asked.stderr
 
 

@@ -9,7 +9,7 @@ comparison.json
         "sizes":       {"train", "validation", "test"}: examples
         "baselines":   {NAME: metrics}, without training; empty if none were run
         "methods":     {METHOD: ROW}
-        "tests":       every pair of methods, smallest p first: see `significance.tests`; empty where a task does not
+        "tests":       every pair of methods, smallest p first: see `significance.compared`; empty where a task does not
                        count example by example
         "best":        {METHOD: ROW}, trained without the budget; not in "tests", no ranks}}}
 
@@ -51,7 +51,7 @@ from minipeft.files import read_json_file, write_json_file
 from minipeft.runs.budget import ALL, NO_SIZE, SIZES
 from minipeft.runs.cells import score_of, unpacked, without_nan
 from minipeft.runs.results import METRICS, Metric, markdown_table
-from minipeft.runs.significance import interval, ranks, resampled, tests
+from minipeft.runs.significance import compared, interval, ranks, resampled
 from minipeft.tasks import TASKS
 
 COMPARISON_FILE, TUNING_FILE = "comparison.json", "comparison_tuning.json"
@@ -101,7 +101,7 @@ def _dataset(folder: Path, cells: Sequence[tuple[Path, dict[str, Any]]]) -> dict
         for method in each:
             rows[kind][method]["interval_95"] = interval(samples[method])
         if kind == "final":
-            pairs = tests({method: rows[kind][method]["mean"] for method in each}, samples)
+            pairs = compared({method: rows[kind][method]["mean"] for method in each}, samples)
             for method, place in ranks(list(each), pairs).items():
                 rows[kind][method] |= place
     return {"terms": terms, "task": some["task"], "headline": some["headline"], "sizes": terms["dataset"]["sizes"],

@@ -54,7 +54,7 @@ def interval(values: np.ndarray) -> list[float]:
     return [round(float(bound), 6) for bound in np.percentile(values, (50 * LEVEL, 100 - 50 * LEVEL))]
 
 
-def tests(means: Mapping[str, float], samples: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+def compared(means: Mapping[str, float], samples: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
     """Every pair of methods.
 
     Args:

@@ -125,7 +125,7 @@ class Queue:
             if len(self.running) < self.workers and cell not in self.running and not is_locked(self._jobs[cell].folder):
                 self.running[cell] = self._start(self._jobs[cell])
         self._show(bar)
-        return bool(left)
+        return bool(left or self.running)
 
     def _start(self, job: Job) -> Running:
         job.folder.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -577,47 +576,3 @@ def test_a_translation_is_the_same_twice_with_a_seed_and_by_beams_at_once(script
     sampled = [script("predict.py", "a dog", "--top-k", 9, "--seed", seed).out for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
     assert script("predict.py", "a dog", "a cat", "--num-beams", 2).code == 0
-
-
-# --- several methods --------------------------------------------------------------------------------------------------
-
-@pytest.mark.slow
-def test_compare_runs_what_has_no_results_yet_and_prints_the_table(script, tiny_model, folder):
-    shared = ("--dataset", "films.csv", "--model", tiny_model, "--epochs", 1, "--precision", "fp32")
-    first = script("compare.py", "--methods", "baseline,ia3", *shared)
-    assert first.code == 0
-    assert {path.name for path in (folder / "results").iterdir()} == {
-        "baseline_films_results.json", "fine_tuned_ia3_films_results.json"}
-    assert (folder / "checkpoints" / "films_ia3" / "adapter_model.safetensors").is_file()
-    before = (folder / "results" / "fine_tuned_ia3_films_results.json").stat().st_mtime_ns
-    second = script("compare.py", "--methods", "ia3,bitfit", *shared)
-    assert second.code == 0
-    assert (folder / "results" / "fine_tuned_ia3_films_results.json").stat().st_mtime_ns == before
-    assert f"ia3_films_results.json is there ({tiny_model}, 32 training examples)" in second.out
-    assert "| ia3 | " in second.out and "| bitfit | " in second.out and "baseline" not in second.out
-    other = script("compare.py", "--dataset", "films.csv", "--model", "mini", "--methods", "ia3")
-    assert other.code == 2 and "hold another run (another base model)" in other.err
-
-
-def test_compare_passes_a_failure_on_and_refuses_unknown_methods(script, tiny_model):
-    failed = script("compare.py", "--dataset", "films.csv", "--methods", "lora", "--model", tiny_model, "--r", -1)
-    assert failed.code == 2
-    unknown = script("compare.py", "--dataset", "films.csv", "--methods", "lora,lorra")
-    assert unknown.code == 2 and "unknown method 'lorra': use baseline, full" in unknown.err
-    singular = script("compare.py", "--dataset", "films.csv", "--method", "lora")
-    assert singular.code == 2 and "here it is --methods" in singular.err
-
-
-@pytest.mark.slow
-def test_ctrl_c_reaches_the_method_that_compare_is_training_which_saves_its_state(tiny_model, folder):
-    with subprocess.Popen(
-            [sys.executable, str(SCRIPTS / "compare.py"), "--dataset", "films.csv", "--methods", "lora", "--model",
-             str(tiny_model), "--epochs", "1000", "--precision", "fp32"], start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as running:
-        while not (folder / "checkpoints" / "films_lora" / "training_state").is_dir():
-            assert running.poll() is None
-            time.sleep(0.05)
-        os.killpg(running.pid, signal.SIGINT)  # as a terminal does
-        said = running.communicate(timeout=60)[0]
-    assert running.returncode == 130
-    assert "interrupted" in said and "--resume goes on from here" in said

@@ -1,0 +1,164 @@
+"""cells.py and costs.py: what one cell of a comparison runs, notes and leaves behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import files_below, read_json, write_csv, write_tiny_model
+
+from minipeft.errors import InUseError
+from minipeft.files import locked
+from minipeft.methods import METHODS
+from minipeft.runs import cells
+from minipeft.runs.budget import Budget, Cell
+from minipeft.runs.cells import Job, job_of, packed, run_cell, score_of, unpacked, without_nan
+from minipeft.runs.costs import language_loss
+from minipeft.runs.plan import Options
+from minipeft.runs.trained import load_finetuned
+from minipeft.tasks.task import Task
+from minipeft.training.stopping import Stopped
+
+BUDGET = Budget(epochs=2, tuning_epochs=1, tuning_size=16, batch_size=4)
+TERMS = {"dataset": {"name": "films"}}
+RATE = (("learning_rate", 1e-2),)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny", n_positions=128)
+
+
+@pytest.fixture
+def job(tiny, tmp_path, monkeypatch):
+    """job(method, kind, values): a cell of a second on forty rows."""
+    monkeypatch.delenv("MINIPEFT_DATA", raising=False)
+    write_csv(tmp_path / "films.csv")
+    shared = Options(model=str(tiny), dataset=str(tmp_path / "films.csv"), precision="fp32", max_length=48)
+
+    def make(method="lora", kind="final", values=RATE, seed=0):
+        return job_of(Cell("films", method, seed, kind, () if method == "baseline" else values), shared, BUDGET, TERMS,
+                      tmp_path / "results", tmp_path / "trained")
+
+    return make
+
+
+# --- run --------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_cell_of_every_method_holds_quality_costs_and_each_example(job, method):
+    work = job(method)
+    run_cell(work)
+    found = read_json(work.file)
+    assert found["cell"] == {"dataset": "films", "method": method, "seed": 0, "kind": "final",
+                             "values": [["learning_rate", 1e-2]]}
+    assert found["terms"] == TERMS and found["training_config"]["epochs"] == 2
+    assert unpacked(found["each"]).mean() == pytest.approx(found["metrics"]["test"]["accuracy"])
+    costs = found["costs"]
+    assert costs["trained_parameters"] == found["parameters"]["trainable"] and costs["training_examples"] == 64
+    assert costs["core_seconds_per_1000_examples"] > 0 and costs["adapter_bytes"] > 100
+    assert costs["training_memory_bytes"] <= costs["peak_memory_bytes"]
+    mergeable = {"full": "nothing to merge", "head": "nothing to merge", "bitfit": "nothing to merge",
+                 "adapter": "no", "prompt": "no", "ptuning": "no", "prefix": "no"}.get(method, "yes")
+    assert costs["inference"]["mergeable"] == mergeable
+    assert (costs["inference"]["merged_seconds"] is not None) == (mergeable == "yes")
+    assert (costs["inference"]["base_seconds"] is None) == (method == "full")
+    lost = costs["forgetting"]["after"] - costs["forgetting"]["before"]
+    assert lost == 0 if method == "head" else lost != 0
+    assert (work.folder / "minipeft.json").is_file() and not (work.folder / "training_state").exists()
+
+
+def test_forgetting_is_the_mean_loss_of_next_tokens_with_the_adapter_in_place(job, tiny):
+    work = job("prompt")
+    run_cell(work)
+    model, _ = load_finetuned(work.folder)
+    ids = [np.array([3, 5, 8, 13]), np.array([21, 2])]
+    losses = []
+    for row in ids:
+        hidden = model.transformer(torch.tensor(row)[None])[0]                                     # (T, C)
+        logits = hidden @ model.transformer.wte.weight.T                                           # (T, vocab)
+        losses += [-logits.log_softmax(dim=-1)[t, row[t + 1]].item() for t in range(len(row) - 1)]
+    found = language_loss(model, ids, torch.device("cpu"), torch.float32)
+    assert found == pytest.approx(sum(losses) / 4, abs=1e-5)
+
+
+def test_a_trial_never_reads_the_test_split_and_leaves_its_file_alone(job, tmp_path, monkeypatch):
+    for name in ("test", "test_each"):
+        monkeypatch.setattr(Task, name, lambda *a, **k: pytest.fail("the test split was read"))
+    work = job("lora", "tuning", (("learning_rate", 1e-2), ("r", 2), ("lora_alpha", 4)))
+    run_cell(work)
+    found = read_json(work.file)
+    assert work.file.name == "lora_0.01_2.json" and found["method_config"]["r"] == 2
+    assert found["sizes"]["train"] == 16 and found["training_config"]["epochs"] == 1
+    assert score_of(found) == -found["validation"]["loss"], "of few examples the loss decides"
+    assert {file.rpartition("/")[2] for file in files_below(tmp_path)} == {"films.csv", "lora_0.01_2.json"}
+
+
+def test_a_baseline_is_a_cell_too(job):
+    work = job("baseline")
+    run_cell(work)
+    assert {"most_frequent_label", "untrained_head", "zero_shot"} == read_json(work.file)["metrics"].keys()
+
+
+def test_what_is_there_is_not_run_again_and_what_another_process_is_at_is_left_to_it(job, monkeypatch):
+    work = job()
+    with locked(work.folder), pytest.raises(InUseError):
+        run_cell(work)
+    work.file.parent.mkdir(parents=True)
+    work.file.write_text("{}")
+    monkeypatch.setattr(cells, "choose", lambda *a, **k: pytest.fail("it was run again"))
+    run_cell(work)
+
+
+def test_a_stopped_cell_goes_on_where_it_stopped_to_the_same_numbers(job, tmp_path, monkeypatch):
+    whole, cut = job(seed=1), job(seed=1)
+    run_cell(whole)
+    expected = read_json(whole.file)
+    whole.file.unlink()
+
+    def stopping(run, train=cells.train):
+        history = train(run)
+        return dataclasses.replace(history, stopped_by=15)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cells, "train", stopping)
+        with pytest.raises(Stopped):
+            run_cell(cut)
+    assert not cut.file.exists() and (cut.folder / "training_state").is_dir()
+    run_cell(cut)
+    found = read_json(cut.file)
+    assert found["metrics"] == expected["metrics"] and found["each"] == expected["each"]
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+def test_another_budget_or_setting_has_another_folder(job):
+    folders = {job().folder, job(values=()).folder, job(seed=1).folder,
+               dataclasses.replace(job(), terms={}).folder}
+    assert len(folders) == 3  # the folder is chosen when the job is made
+
+
+def test_a_job_survives_the_command_line(job):
+    work = job(kind="tuning", values=(("learning_rate", 1e-2), ("r", 2)))
+    assert Job.from_json(work.as_json()) == work
+
+
+@pytest.mark.parametrize("counts", [[[1], [0], [1]], [[3, 0], [2, 255]], [[70000, 1], [0, 2]], [[0], [0]]])
+def test_counts_survive_a_file(counts):
+    content = json.loads(json.dumps(packed(np.array(counts))))
+    assert unpacked(content).tolist() == counts
+
+
+def test_25_000_right_or_wrong_reviews_take_few_bytes():
+    counts = (np.random.default_rng(0).random((25000, 1)) < 0.9).astype(np.int64)
+    assert len(json.dumps(packed(counts))) < 4500
+    assert np.array_equal(unpacked(packed(counts)), counts)
+
+
+def test_what_is_no_number_is_null_in_a_file():
+    assert without_nan({"a": [float("nan"), 1.5], "b": (float("inf"), "x", None, True)}) == {
+        "a": [None, 1.5], "b": [None, "x", None, True]}
+    assert score_of({"best_by": "loss", "validation": {"loss": None}}) is None

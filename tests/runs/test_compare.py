@@ -1,0 +1,151 @@
+"""compare.py: from a request to tables. What a cell's process would find is written by hand here."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from cell_files import baseline_content, final_content, trial_content
+from helpers import read_json, rows, write_csv, write_tiny_model
+
+from minipeft.errors import ConfigError, DataError, OutputError
+from minipeft.runs.compare import Request, compare
+from minipeft.runs.plan import Options
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny", n_positions=128)
+
+
+@pytest.fixture
+def comparing(tiny, tmp_path, monkeypatch):
+    """comparing(*methods, **changes): compare on forty rows; prompt tuning's processes fail.
+
+    Returns:
+        (how many failed, the cells that were run, what was said).
+    """
+    monkeypatch.delenv("MINIPEFT_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    write_csv("films.csv")
+
+    def run(*methods, **changes):
+        ran, said = [], []
+
+        def command(job):
+            ran.append(job.cell)
+            if job.cell.method == "prompt":
+                return [sys.executable, "-c", "print('error: this'); raise SystemExit(2)"]
+            rate = dict(job.cell.values).get("learning_rate", 1)
+            content = {"tuning": lambda: trial_content(job.cell, job.terms, 1 - abs(rate - 5e-3)),
+                       "baseline": lambda: baseline_content(job.cell, job.terms)}.get(
+                "baseline" if job.cell.method == "baseline" else job.cell.kind,
+                lambda: final_content(job.cell, job.terms, 0.9))()
+            Path("content").mkdir(exist_ok=True)
+            source = Path("content", f"{len(ran)}.json")
+            source.write_text(json.dumps(content))
+            return [sys.executable, "-c", "import os, sys; os.makedirs(os.path.dirname(sys.argv[2]), exist_ok=True);"
+                                          "os.replace(*sys.argv[1:])", str(source), str(job.file)]
+
+        request = Request(changes.pop("datasets", ["films.csv"]), list(methods), **{
+            "shared": Options(model=str(tiny), precision="fp32"), "results_dir": Path("results"), **changes})
+        return compare(request, command, said.append), ran, "\n".join(said)
+
+    return run
+
+
+def test_every_method_is_tuned_then_trained_and_the_table_shows_it(comparing):
+    failed, ran, said = comparing("baseline", "ia3", seeds=2)
+    assert failed == 0 and len(ran) == 1 + 5 + 2
+    assert [cell.kind for cell in ran if cell.method == "ia3"] == ["tuning"] * 5 + ["final"] * 2
+    assert "cells      8 or a few more" in said and "core hours" in said and ", 0 of them there; " in said
+    assert "| ia3 | learning_rate 0.005 |" in said and "| zero shot |" in said
+    assert read_json("results/comparison.json")["datasets"]["films"]["methods"]["ia3"]["seeds"] == [0, 1]
+    assert read_json("results/comparison_tuning.json")["datasets"]["films"]["methods"]["ia3"]["chosen"] == {
+        "learning_rate": 0.005}
+
+
+@pytest.mark.kind("7: compare matches results by content")
+def test_what_is_there_is_not_run_again_and_more_seeds_are_added(comparing):
+    comparing("ia3")
+    assert [(cell.kind, cell.seed) for cell in comparing("ia3", seeds=2)[1]] == [("final", 1)]
+    failed, ran, said = comparing("ia3", seeds=2)
+    assert (failed, ran) == (0, []) and "7 of them there" in said
+
+
+def test_a_method_whose_runs_fail_is_reported_and_the_others_are_compared(comparing):
+    failed, ran, said = comparing("prompt", "ia3", "bitfit", tuned=False)
+    assert failed == 1 and len(ran) == 3
+    assert "films/prompt_seed0 failed: error: this (--retry runs it again)" in said
+    assert "| ia3 | " in said and "| bitfit | " in said
+    assert comparing("prompt", "ia3", tuned=False)[1] == []
+    assert [cell.method for cell in comparing("prompt", "ia3", tuned=False, retry=True)[1]] == ["prompt"]
+
+
+CHANGES = {"a budget": {"changes": {"epochs": 1}}, "a size": {"train_sizes": {"films.csv": 8}},
+           "settings": {"tuned": True}}
+
+
+@pytest.mark.kind("7: compare matches results by content")
+@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
+def test_cells_of_another_request_are_refused_before_the_first_run(comparing, changes):
+    comparing("ia3", tuned=False)
+    with pytest.raises(OutputError, match=r"results/cells/films holds cells of another comparison .*differ"):
+        comparing("ia3", **{"tuned": False, **changes})
+    failed, ran, _ = comparing("ia3", **{"tuned": False, "replace": True, **changes})
+    assert failed == 0 and ran
+
+
+@pytest.mark.kind("7: compare matches results by content")
+def test_cells_on_another_file_of_the_same_name_are_never_mixed(comparing):
+    comparing("ia3", tuned=False)
+    Path("other").mkdir()
+    write_csv("other/films.csv", rows(30))
+    with pytest.raises(OutputError, match=r"another comparison \(dataset differ\)"):
+        comparing("bitfit", tuned=False, datasets=["other/films.csv"])
+    Path("moved").mkdir()
+    Path("films.csv").rename("moved/films.csv")
+    Path("films.csv").symlink_to("other/films.csv")
+    assert comparing("ia3", tuned=False, datasets=["moved/films.csv"])[1] == [], "the same content, elsewhere"
+
+
+@pytest.mark.kind("7: committed results are not overwritten by a trial")
+def test_beside_published_results_those_of_ones_own_go_to_results_mine(comparing):
+    comparing("ia3", tuned=False)
+    Path("results/README.md").write_text("published")
+    before = Path("results/comparison.json").stat().st_mtime_ns
+    failed, ran, said = comparing("ia3", tuned=False, results_dir=None, changes={"epochs": 1})
+    assert (failed, len(ran)) == (0, 1) and "results    results/mine" in said
+    assert Path("results/comparison.json").stat().st_mtime_ns == before
+    assert "results    results\n" in comparing("ia3", tuned=False, results_dir=None)[2] + "\n", "the published request"
+
+
+@pytest.mark.kind("7: compare refuses a file that is not there")
+def test_what_is_wrong_with_a_request_is_said_before_the_first_run(comparing):
+    for changes, error, message in (
+            ({"datasets": ["no.csv"]}, DataError, r"there is no file .*no\.csv"),
+            ({"datasets": ["films.csv", "./films.csv"]}, ConfigError, "--datasets names films twice"),
+            ({"seeds": 0}, ConfigError, "--seeds must be a positive integer, got 0"),
+            ({"changes": {"epochs": 0}}, ConfigError, "epochs must be a positive integer, got 0"),
+            ({"train_sizes": {"imdb": 9}}, ConfigError, "--train-size names imdb, which is not among --datasets"),
+            ({"shared": Options(model="mini", max_length=440)}, ConfigError, "max_length can be at most 432")):
+        with pytest.raises(error, match=message):
+            comparing("ia3", **changes)
+    with pytest.raises(ConfigError, match="unknown method 'lorra': use baseline, full"):
+        comparing("ia3", "lorra")
+    assert not Path("results").exists()
+
+
+def test_all_methods_are_compared_on_texts_of_one_length_beside_which_virtual_tokens_fit(comparing):
+    comparing("all", tuned=False)
+    terms = read_json("results/cells/films/lora_seed0.json")["terms"]
+    assert terms["budget"]["max_length"] == 128 - 80
+    assert len({json.dumps(read_json(path)["terms"]) for path in Path("results/cells/films").glob("*.json")}) == 1
+
+
+def test_the_estimate_of_what_is_left_follows_what_was_measured(comparing):
+    first, second = (float(comparing(*methods, seeds=3)[2].partition("estimate   ")[2].split()[0])
+                     for methods in (["ia3"], ["ia3", "bitfit"]))
+    assert first < 0.05 and second == pytest.approx((5 * 36 + 3 * 90) / 3600, abs=0.01)

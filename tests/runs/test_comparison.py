@@ -1,0 +1,98 @@
+"""comparison.py: what a report reads is made from the cells' files alone."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from cell_files import TERMS, baseline_content, final_content, trial_content
+
+from minipeft.errors import OutputError
+from minipeft.files import read_json_file, write_json_file
+from minipeft.runs.budget import NO_SIZE, Cell
+from minipeft.runs.comparison import comparison, table_of, tuning, write_comparison
+
+SCORES = {"lora": (0.90, 0.91, 0.92), "full": (0.89, 0.91, 0.93), "head": (0.7,)}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Cells of three methods, baselines, a run without the budget, and trials."""
+    def write(cell, content):
+        write_json_file(tmp_path / "cells" / "films" / f"{cell.name}.json", content)
+
+    for method, shares in SCORES.items():
+        for seed, share in enumerate(shares):
+            cell = Cell("films", method, seed, "final", (("learning_rate", 1e-3), ("r", 2)) * (method == "lora"))
+            write(cell, final_content(cell, TERMS, share, forgotten=0.1 * (1 + seed)))
+    for cell, content in ((Cell("films", "baseline", 0, "final"), baseline_content),
+                          (Cell("films", "lora", 0, "best", (("epochs", 9),)), None)):
+        write(cell, content(cell, TERMS) if content else final_content(cell, TERMS, 0.95))
+    for rate, score in ((1e-3, 0.8), (1e-4, 0.7), (1e-2, None)):
+        for method in ("lora", "ia3"):
+            cell = Cell("films", method, 0, "tuning", (("learning_rate", rate),))
+            write(cell, trial_content(cell, TERMS, score))
+    cell = Cell("films", "lora", 0, "tuning", (("learning_rate", 1e-3), ("r", 2), ("lora_alpha", 4)))
+    write(cell, trial_content(cell, TERMS, 0.9))
+    return tmp_path
+
+
+def test_rows_have_means_deviations_intervals_and_costs(folder):
+    films = comparison(folder)["datasets"]["films"]
+    assert list(films["methods"]) == ["full", "head", "lora"] and films["baselines"] == {"zero_shot": {"accuracy": 0.6}}
+    lora = films["methods"]["lora"]
+    assert (lora["mean"], lora["deviation"], lora["seeds"]) == (0.91, 0.01, [0, 1, 2])
+    low, high = lora["interval_95"]
+    assert low < 0.91 < high and high - low < 0.1
+    assert lora["settings"] == {"learning_rate": 1e-3, "r": 2} and lora["cells"][0] == "cells/films/lora_seed0.json"
+    assert lora["core_seconds_per_1000_examples"] == {"mean": 6.0, "deviation": 1.0}
+    assert lora["training_memory_bytes"] == {"mean": None, "deviation": None}
+    assert lora["inference"] == {"extra": 0.25, "extra_merged": 0.0, "measured": 0.25, "mergeable": "yes"}
+    assert lora["forgetting"]["nats"] == pytest.approx(0.2) and lora["forgetting"]["deviation"] == pytest.approx(0.1)
+    assert films["methods"]["head"]["deviation"] is None
+
+
+def test_only_what_is_significant_is_ranked(folder):
+    films = comparison(folder)["datasets"]["films"]
+    assert [test["significant"] for test in films["tests"]] == [True, True, False]
+    assert {test["b"] for test in films["tests"][:2]} | {test["a"] for test in films["tests"][:2]} == {
+        "full", "head", "lora"}
+    assert {method: row["rank"] for method, row in films["methods"].items()} == {
+        "full": [1, 2], "head": [3, 3], "lora": [1, 2]}
+
+
+def test_what_had_another_budget_is_in_no_test(folder):
+    films = comparison(folder)["datasets"]["films"]
+    assert films["best"]["lora"]["mean"] == 0.95 and "rank" not in films["best"]["lora"]
+    assert films["best"]["lora"]["interval_95"] and len(films["tests"]) == 3
+
+
+def test_the_grid_and_its_scores_are_kept(folder):
+    methods = tuning(folder)["datasets"]["films"]["methods"]
+    assert [(trial["learning_rate"], trial["size"], trial["score"]) for trial in methods["lora"]["trials"]] == [
+        (1e-4, None, 0.7), (1e-3, None, 0.8), (1e-2, None, None), (1e-3, 2, 0.9)]
+    assert methods["lora"]["chosen"] == {"learning_rate": 1e-3, "r": 2, "lora_alpha": 4}
+    assert (methods["lora"]["size"], methods["lora"]["default_size"]) == ("r", 8)
+    assert (methods["ia3"]["size"], methods["ia3"]["default_size"]) == (NO_SIZE, None)
+
+
+def test_both_files_are_strict_json_and_the_same_each_time(folder):
+    found = write_comparison(folder)
+    assert read_json_file(folder / "comparison.json") == found == json.loads(json.dumps(write_comparison(folder)))
+    text = (folder / "comparison_tuning.json").read_text()
+    assert "NaN" not in text and json.loads(text) == tuning(folder)
+
+
+def test_cells_of_different_terms_are_never_in_one_table(folder):
+    cell = Cell("films", "ia3", 0, "final")
+    write_json_file(folder / "cells" / "films" / "ia3_seed0.json", final_content(cell, {**TERMS, "budget": 1}, 0.5))
+    with pytest.raises(OutputError, match=r"ia3_seed0\.json and .* are of different data, base models or budgets"):
+        comparison(folder)
+
+
+def test_the_table_for_people_goes_from_worse_to_better(folder):
+    lines = table_of(comparison(folder), "films").splitlines()
+    assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == [
+        "zero shot", "head", "full", "lora", "lora, best without the budget"]
+    assert "| 91.00 % ± 1.00 % |" in lines[5] and "| 1 to 2 | 6.0 | +0.200 | +25 % |" in lines[5]
+    assert "| 3 |" in lines[3]

@@ -1,0 +1,161 @@
+"""workers.py: a queue whose jobs are small programs, which end well, fail, wait, and are stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+
+import pytest
+from helpers import read_json
+
+from minipeft.files import locked
+from minipeft.runs.budget import Cell
+from minipeft.runs.cells import Job
+from minipeft.runs.plan import Options
+from minipeft.runs.workers import IN_USE, Queue
+from minipeft.training.stopping import Stopped
+
+# What a job's process does, by its method; FILE and LOG are put in.
+WRITE = ("import json, pathlib, os\nfile = pathlib.Path('FILE')\nfile.parent.mkdir(parents=True, exist_ok=True)\n"
+         "assert not file.exists()\n"
+         "json.dump({'best_by': 'loss', 'validation': {'loss': 1}, 'threads': os.environ['OMP_NUM_THREADS']},"
+         " file.open('w'))\n")
+PROGRAMS = {
+    "well": WRITE,
+    "slowly": f"import time\nprint('step 3/12: train loss', flush=True)\ntime.sleep(0.7)\n{WRITE}",
+    "badly": "print('all went well until')\nraise ValueError('this')",
+    "silently": "import sys; sys.exit(3)",
+    "elsewhere": f"import sys; sys.exit({IN_USE})",
+    "for_ever": "import pathlib, signal, sys, time\n"
+                "def end(*_): pathlib.Path('FILE.saved').touch(); sys.exit(143)\n"
+                "signal.signal(signal.SIGTERM, end)\nprint('ready', flush=True)\ntime.sleep(100)"}
+
+
+@pytest.fixture
+def queue(tmp_path):
+    """queue(*methods, **options): a queue of a job each, what it started, and what it printed."""
+    (tmp_path / "cells").mkdir()
+
+    def make(*methods, wanted=None, workers=2, retry=False):
+        names = [Cell("films", method, 0, "final") for method in methods]
+
+        def command(job):
+            made.started.append(job.cell.method)
+            return [sys.executable, "-c", PROGRAMS[job.cell.method].replace("FILE", str(job.file))]
+
+        made = Queue(lambda cell: Job(cell, Options(output=str(tmp_path / cell.method)),
+                                      tmp_path / "cells" / f"{cell.method}.json", {}),
+                     wanted or (lambda: names), lambda cell: 1.0, lambda: 4.0, command, workers, 1, print, retry)
+        made.started = []
+        return made
+
+    return make
+
+
+def test_each_job_has_a_process_and_its_file_is_read(queue, capsys):
+    work = queue("well", "slowly")
+    work.run()
+    assert work.started == ["well", "slowly"] and not work.failed and not work.running
+    assert [found["threads"] for found in work.results.values()] == ["1", "1"]
+    assert "films/well_seed0: validation loss 1 (" in capsys.readouterr().out
+
+
+def test_no_more_processes_than_workers(queue):
+    most = []
+    work = queue("slowly", "well", workers=1)
+    show = work._show
+    work._show = lambda bar: (most.append(len(work.running)), show(bar))
+    work.run()
+    assert max(most) == 1 and len(work.results) == 2
+
+
+def test_what_is_there_is_not_run_again(queue):
+    queue("well").run()
+    work = queue("well", "slowly")
+    work.run()
+    assert work.started == ["slowly"] and len(work.results) == 2
+
+
+def test_a_failed_job_is_reported_once_and_stops_nothing_else(queue, tmp_path, capsys):
+    work = queue("badly", "silently", "well", workers=1)
+    work.run()
+    reasons = {cell.method: reason for cell, reason in work.failed.items()}
+    assert reasons == {"badly": "ValueError: this", "silently": "ended with exit code 3"}
+    assert (tmp_path / "cells" / "badly.error").read_text() == "ValueError: this\n"
+    assert "films/badly_seed0 failed: ValueError: this" in capsys.readouterr().out
+    assert [cell.method for cell in work.results] == ["well"]
+    again = queue("badly", "well")
+    again.run()
+    assert again.started == [] and list(again.failed.values()) == ["ValueError: this"]
+    retried = queue("badly", "well", retry=True)
+    retried.run()
+    assert retried.started == ["badly"] and list(retried.failed.values()) == ["ValueError: this"]
+
+
+def test_what_is_wanted_may_depend_on_what_has_ended(queue):
+    first, second = Cell("films", "well", 0, "final"), Cell("films", "slowly", 0, "final")
+    work = queue(wanted=lambda: [first, second] if work.ended(first) else [first])
+    work.run()
+    assert work.started == ["well", "slowly"]
+
+
+def test_a_job_that_another_process_is_at_is_waited_for(queue, tmp_path):
+    work = queue("well")
+    held = threading.Event()
+
+    def hold():
+        with locked(tmp_path / "well"):
+            held.set()
+            time.sleep(1)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    held.wait()
+    started = time.monotonic()
+    work.run()
+    other.join()
+    assert time.monotonic() - started > 0.7 and work.started == ["well"]
+
+
+def test_a_process_that_finds_another_one_at_its_job_has_not_failed(queue, tmp_path):
+    work = queue("elsewhere")
+    go_on = work._go_on
+
+    def until_it_is_there(bar):
+        if len(work.started) == 2:
+            (tmp_path / "cells" / "elsewhere.json").write_text('{"best_by": "loss", "validation": {"loss": 1}}')
+        return go_on(bar)
+
+    work._go_on = until_it_is_there
+    work.run()
+    assert not work.failed and len(work.results) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_asks_its_processes_and_waits_until_they_have_saved(queue, tmp_path, number):
+    work = queue("for_ever")
+
+    def stop_when_it_runs():
+        log = tmp_path / "for_ever" / "log.txt"
+        while not (log.is_file() and log.read_text()):
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=stop_when_it_runs).start()
+    with pytest.raises(Stopped) as stopped:
+        work.run()
+    assert stopped.value.number == number and (tmp_path / "cells" / "for_ever.json.saved").exists()
+    assert not work.failed and not (tmp_path / "cells" / "for_ever.error").exists()
+
+
+def test_how_far_a_job_is_follows_from_what_it_printed(queue):
+    work = queue("slowly")
+    shares = []
+    show = work._show
+    work._show = lambda bar: (shares.extend(running.share_done() for running in work.running.values()), show(bar))
+    work.run()
+    assert set(shares) == {0.0, 0.25}
+    assert read_json(work._jobs[Cell("films", "slowly", 0, "final")].file)["threads"] == "1"

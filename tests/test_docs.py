@@ -204,7 +204,7 @@ def test_what_moved_is_where_the_page_says():
 def ssf(tmp_path, monkeypatch):
     """The new method of the page, in a file, in METHODS and in DEFAULTS, by the lines that the page shows."""
     _, content, in_methods, in_defaults = code_blocks(STRUCTURE, "python")
-    assert len(content.splitlines()) < 60
+    assert len(content.splitlines()) < 70
     (tmp_path / "ssf.py").write_text(content, encoding="utf-8")
     spec = spec_from_file_location("ssf", tmp_path / "ssf.py")
     module = module_from_spec(spec)
@@ -280,3 +280,6 @@ def test_the_scripts_know_the_new_method(ssf, tmp_path, monkeypatch, capsys):
     assert results["method_config"] == {"target_modules": None, "initial_gain": 1.5}
     assert script("predict.py", "--adapter", "checkpoints/ssf_films_finetuned", "a good film").code == 0
     assert "ssf_gain" in script("anatomy.py", "--method", "ssf", "--model", tiny).out
+    traced = script("anatomy.py", "--method", "ssf", "--model", tiny, "--trace")
+    assert traced.code == 0 and "y = gain * (x W^T + bias) + shift" in traced.out, traced.err
+    assert script("anatomy.py", "--method", "ssf", "--model", tiny, "--trace-page", "ssf.html").code == 0

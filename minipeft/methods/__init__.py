@@ -14,12 +14,14 @@ from minipeft.errors import ConfigError, InjectionError
 from minipeft.methods import adapter, bitfit, dora, full, head, ia3, lora, prefix, prompt, ptuning, vera
 from minipeft.methods.config import MethodConfig
 from minipeft.methods.injection import Plan, active_injections, carry_out
+from minipeft.methods.symbols import Seen, Symbols
 from minipeft.methods.turn import check_is_free
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method: its configuration class, and the function that plans what it does to a model.
+    """A method: its configuration class, the function that plans what it does to a model, and the one that says what
+    the symbols of its equation stand for.
 
     Attributes:
         alone: cannot be combined with any other method.
@@ -28,6 +30,7 @@ class Method:
 
     config_class: type[MethodConfig]
     plan: Callable[[nn.Module, Any], Plan]
+    symbols: Callable[[Seen], Symbols]
     summary: str
     alone: bool = False
     virtual: bool = False
@@ -47,20 +50,28 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "full": Method(full.FullConfig, full.plan, "train every weight", alone=True),
-    "head": Method(head.HeadConfig, head.plan, "train the classification head alone", alone=True),
-    "bitfit": Method(bitfit.BitFitConfig, bitfit.plan, "train biases or LayerNorms (Ben Zaken et al. 2021)"),
-    "lora": Method(lora.LoraConfig, lora.plan, "low-rank updates beside frozen matrices (Hu et al. 2021)"),
-    "dora": Method(dora.DoraConfig, dora.plan, "LoRA with magnitudes apart from directions (Liu et al. 2024)"),
-    "vera": Method(vera.VeraConfig, vera.plan, "vectors between shared random matrices (Kopiczko et al. 2023)"),
-    "ia3": Method(ia3.IA3Config, ia3.plan, "rescaled activations (Liu et al. 2022)"),
-    "adapter": Method(adapter.BottleneckConfig, adapter.plan, "bottleneck networks (Houlsby et al. 2019)"),
-    "prompt": Method(prompt.PromptTuningConfig, prompt.plan, "vectors before the text (Lester et al. 2021)",
-                     virtual=True),
-    "ptuning": Method(ptuning.PromptEncoderConfig, ptuning.plan, "such vectors, made by a network (Liu et al. 2021)",
-                      virtual=True),
-    "prefix": Method(prefix.PrefixTuningConfig, prefix.plan, "keys and values before the text (Li and Liang 2021)",
-                     virtual=True),
+    "full": Method(full.FullConfig, full.plan, full.symbols,
+                   "train every weight", alone=True),
+    "head": Method(head.HeadConfig, head.plan, head.symbols,
+                   "train the classification head alone", alone=True),
+    "bitfit": Method(bitfit.BitFitConfig, bitfit.plan, bitfit.symbols,
+                     "train biases or LayerNorms (Ben Zaken et al. 2021)"),
+    "lora": Method(lora.LoraConfig, lora.plan, lora.symbols,
+                   "low-rank updates beside frozen matrices (Hu et al. 2021)"),
+    "dora": Method(dora.DoraConfig, dora.plan, dora.symbols,
+                   "LoRA with magnitudes apart from directions (Liu et al. 2024)"),
+    "vera": Method(vera.VeraConfig, vera.plan, vera.symbols,
+                   "vectors between shared random matrices (Kopiczko et al. 2023)"),
+    "ia3": Method(ia3.IA3Config, ia3.plan, ia3.symbols,
+                  "rescaled activations (Liu et al. 2022)"),
+    "adapter": Method(adapter.BottleneckConfig, adapter.plan, adapter.symbols,
+                      "bottleneck networks (Houlsby et al. 2019)"),
+    "prompt": Method(prompt.PromptTuningConfig, prompt.plan, prompt.symbols,
+                     "vectors before the text (Lester et al. 2021)", virtual=True),
+    "ptuning": Method(ptuning.PromptEncoderConfig, ptuning.plan, ptuning.symbols,
+                      "such vectors, made by a network (Liu et al. 2021)", virtual=True),
+    "prefix": Method(prefix.PrefixTuningConfig, prefix.plan, prefix.symbols,
+                     "keys and values before the text (Li and Liang 2021)", virtual=True),
 }
 
 

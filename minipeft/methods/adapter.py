@@ -114,6 +114,7 @@ from minipeft.errors import ConfigError
 from minipeft.methods.config import MethodConfig
 from minipeft.methods.injection import Plan, base_of
 from minipeft.methods.layers import AddedLayer, to_dtype_of
+from minipeft.methods.symbols import Seen, Symbols
 from minipeft.methods.targets import base_modules, chosen_blocks
 from minipeft.settings import FINITE, POSITIVE, POSITIVE_INTEGER, PROBABILITY, setting
 
@@ -201,3 +202,12 @@ def plan(model: nn.Module, config: BottleneckConfig) -> Plan:
             layers[f"{prefix}h.{number}.{place}.adapter"] = BottleneckAdapter(base.config.n_embd, size, config,
                                                                               like=base.wte.weight)
     return Plan(layers)
+
+
+def symbols(seen: Seen) -> Symbols:
+    """What the equation's symbols stand for at one adapter. h is what the sub-layer's last matrix puts out."""
+    layer, sublayer = seen.layer, seen.place.rpartition(".")[0]
+    return Symbols({"z": layer.layer_norm(seen.x), "h": seen.outputs[f"{sublayer}.c_proj"], "s": layer.scaling,
+                    "W_down": layer.down.weight, "b_down": layer.down.bias, "act": layer.activation,
+                    "W_up": layer.up.weight, "b_up": layer.up.bias, "dropout": layer.dropout,
+                    "y": seen.outputs[sublayer]})

@@ -82,6 +82,7 @@ import torch.nn as nn
 
 from minipeft.methods.config import MethodConfig
 from minipeft.methods.injection import Plan
+from minipeft.methods.symbols import Seen, Symbols
 from minipeft.methods.targets import base_modules, bias_names
 from minipeft.settings import setting
 
@@ -106,3 +107,13 @@ def plan(model: nn.Module, config: BitFitConfig) -> Plan:
         return Plan(trained=bias_names(model))
     layer_norms = [name for name, module in base_modules(model).items() if isinstance(module, nn.LayerNorm)]
     return Plan(trained=[f"{name}.{tensor}" for name in layer_norms for tensor in ("weight", "bias")])
+
+
+def symbols(seen: Seen) -> Symbols:
+    """What the equation's symbols stand for in one linear layer or LayerNorm."""
+    layer = seen.layer
+    found = {"x": seen.x, "b": layer.bias, "y": seen.y}
+    if isinstance(layer, nn.Linear):
+        return Symbols(found | {"W": layer.weight})
+    return Symbols(found | {"g": layer.weight, "eps": layer.eps, "mean": lambda x: x.mean(dim=-1, keepdim=True),
+                            "var": lambda x: x.var(dim=-1, keepdim=True, unbiased=False)})

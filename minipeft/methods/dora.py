@@ -94,6 +94,7 @@ from minipeft.methods import lora
 from minipeft.methods.injection import Plan
 from minipeft.methods.layers import ReplacementLayer, to_dtype_of
 from minipeft.methods.lora import LoraConfig, low_rank_pair
+from minipeft.methods.symbols import Seen, Symbols
 from minipeft.settings import setting
 
 
@@ -155,3 +156,12 @@ class DoRALinear(ReplacementLayer):
 def plan(model: nn.Module, config: LoraConfig) -> Plan:
     """Give every targeted linear layer a low-rank companion and a magnitude vector; raises as `lora.plan`."""
     return lora.plan(model, config, DoRALinear)
+
+
+def symbols(seen: Seen) -> Symbols:
+    """What the equation's symbols stand for at one target: LoRA's, and m and c."""
+    layer, found = seen.layer, lora.symbols(seen)
+    stretch = layer.stretch()                                                 # (out,)
+    found.values |= {"m": layer.lora_magnitude_vector, "c": stretch}
+    found.merging = {"c": stretch[:, None]}                                   # (out, 1): row by row
+    return found

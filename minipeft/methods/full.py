@@ -75,6 +75,7 @@ import torch.nn as nn
 
 from minipeft.methods.config import MethodConfig
 from minipeft.methods.injection import Plan
+from minipeft.methods.symbols import Seen, Symbols
 
 
 @dataclass
@@ -88,3 +89,15 @@ class FullConfig(MethodConfig):
 def plan(model: nn.Module, config: FullConfig) -> Plan:
     """Train every parameter; no layer is replaced, and no copy of the base is kept."""
     return Plan(trained=[name for name, _ in model.named_parameters()], keeps_base=False)
+
+
+def symbols(seen: Seen) -> Symbols:
+    """What the equation's symbols stand for in one linear layer, whose W is theta in a step of AdamW."""
+    layer = seen.layer
+    if not isinstance(layer, nn.Linear):
+        return Symbols({})
+    step = seen.step(layer.weight)
+    return Symbols({"x": seen.x, "W": layer.weight, "bias": layer.bias, "y": seen.y, "theta": step.before,
+                    "g": step.gradient, "mean": step.means[0], "square": step.means[1], "t": step.number,
+                    "rate": step.rate, "decay": step.decay, "eps": step.eps, "theta_next": step.after,
+                    "mean_next": step.next_means[0], "square_next": step.next_means[1]})

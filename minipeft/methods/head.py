@@ -72,6 +72,7 @@ import torch.nn as nn
 from minipeft.errors import InjectionError
 from minipeft.methods.config import MethodConfig
 from minipeft.methods.injection import Plan
+from minipeft.methods.symbols import Seen, Symbols
 
 
 @dataclass
@@ -91,3 +92,12 @@ def plan(model: nn.Module, config: HeadConfig) -> Plan:
     if not getattr(model, "has_new_head", False):
         raise InjectionError(f"{type(model).__name__} has no classification head to train")
     return Plan()
+
+
+def symbols(seen: Seen) -> Symbols:
+    """What the equation's symbols stand for: the first line's in text classification, the second's in tagging."""
+    head, what_it_reads = seen.layer, seen.x
+    if head.bias is None:
+        return Symbols({"h_last": what_it_reads, "W": head.weight, "logits": seen.y})
+    return Symbols({"h": what_it_reads, "dropout": nn.Identity(), "W": head.weight, "bias": head.bias,
+                    "logits": seen.y})

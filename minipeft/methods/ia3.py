@@ -81,6 +81,7 @@ from minipeft.errors import ConfigError
 from minipeft.methods.config import MethodConfig
 from minipeft.methods.injection import Plan
 from minipeft.methods.layers import AdapterLayer, ReplacementLayer
+from minipeft.methods.symbols import Seen, Symbols
 from minipeft.methods.targets import compiled, find_targets
 from minipeft.settings import setting
 
@@ -165,3 +166,10 @@ def _is_feedforward(name: str, feedforward: str | list[str]) -> bool:
     if isinstance(feedforward, str):
         return compiled(feedforward, "feedforward_modules").fullmatch(name) is not None
     return any(name.endswith(entry) for entry in feedforward)
+
+
+def symbols(seen: Seen) -> Symbols:
+    """What the equation's symbols stand for at one target, and which of its lines is meant."""
+    layer, base = seen.layer, seen.layer.base_layer
+    return Symbols({"x": seen.x, "W": base.weight, "bias": base.bias, "l": layer.ia3_l.flatten(), "y": seen.y},
+                   remark="mlp.c_proj" if layer.feedforward else "c_attn", merging={"l": layer.ia3_l})

@@ -89,6 +89,7 @@ from minipeft.errors import ConfigError
 from minipeft.methods.config import MethodConfig
 from minipeft.methods.injection import Plan
 from minipeft.methods.layers import AdapterLayer, ReplacementLayer, to_dtype_of
+from minipeft.methods.symbols import Seen, Symbols
 from minipeft.methods.targets import bias_names, find_targets, pattern_value, saved_targets
 from minipeft.settings import FINITE, POSITIVE_INTEGER, PROBABILITY, setting
 
@@ -242,3 +243,10 @@ def plan(model: nn.Module, config: LoraConfig, layer_class: type[ReplacementLaye
             replaced[f"{target}.weight"] = take_over_largest(layers[target])
     biases = [] if config.bias == "none" else bias_names(model, among=None if config.bias == "all" else layers)
     return Plan(layers, biases, replaced)
+
+
+def symbols(seen: Seen) -> Symbols:
+    """What the equation's symbols stand for at one target."""
+    layer, base = seen.layer, seen.layer.base_layer
+    return Symbols({"x": seen.x, "W": base.weight, "bias": base.bias, "A": layer.lora_A.weight,
+                    "B": layer.lora_B.weight, "s": layer.scaling, "dropout": layer.lora_dropout, "y": seen.y})

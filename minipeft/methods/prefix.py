@@ -118,6 +118,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from minipeft.methods.injection import Plan, base_of
+from minipeft.methods.symbols import Seen, Symbols
 from minipeft.methods.virtual_tokens import (
     Table,
     VirtualTokens,
@@ -209,3 +210,13 @@ def plan(model: nn.Module, config: PrefixTuningConfig) -> Plan:
         encoder = Table(start(shape, device=device))
     layer = Prefix(encoder, config.num_virtual_tokens, base.n_layer, base.n_head)
     return Plan({place_of(model, "prefix_tuning"): layer})
+
+
+def symbols(seen: Seen) -> Symbols:
+    """What the equation's symbols stand for in one block. The mask is 0 where a query sees, else -infinity."""
+    seq, V = seen.ids.shape[1], seen.layer.num_virtual_tokens
+    q, k, v, o = (tensor.unflatten(2, (seen.layer.n_head, -1)).transpose(1, 2) for tensor in (     # (1, H, seq, D)
+        *seen.outputs[f"{seen.block}.attn.c_attn"].chunk(3, dim=2), seen.inputs[f"{seen.block}.attn.c_proj"]))
+    P_k, P_v = seen.layer.keys_and_values(1, q.dtype)[int(seen.block.rpartition(".")[2])]          # (1, H, V, D)
+    mask = torch.full((1, 1, seq, V + seq), -torch.inf).triu(V + 1)
+    return Symbols({"q": q, "k": k, "v": v, "P_k": P_k, "P_v": P_v, "D": q.shape[3], "mask": mask, "o": o})

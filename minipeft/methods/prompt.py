@@ -103,6 +103,7 @@ from torch import Tensor
 from minipeft.errors import ConfigError
 from minipeft.methods.injection import Plan, base_of
 from minipeft.methods.layers import AdapterLayer
+from minipeft.methods.symbols import Seen, Symbols
 from minipeft.methods.virtual_tokens import Table, VirtualTokens, VirtualTokensConfig, check_room, place_of
 from minipeft.model.kv_cache import KVCache
 from minipeft.model.tokenizer import get_tokenizer
@@ -201,3 +202,12 @@ def _initial_rows(model: nn.Module, config: PromptTuningConfig) -> Tensor:
         raise ConfigError(f"the tokenizer gives ids up to {max(ids)}, the model has {len(wte)} words: name the model's "
                           "own tokenizer_name_or_path")
     return wte[(ids * V)[:V]].float().clone()  # the text V times over, of which the first V tokens are taken
+
+
+def symbols(seen: Seen) -> Symbols:
+    """What the equation's symbols stand for."""
+    layer, base = seen.layer, base_of(seen.model)
+    name, V = seen.place.rpartition(".")[0], layer.num_virtual_tokens
+    return Symbols({"P": layer.encoder(), "wte": base.wte.weight, "ids": seen.ids, "wpe": base.wpe.weight,
+                    "positions": torch.arange(V + seen.ids.shape[1])[None], "blocks": nn.Sequential(*base.h, base.ln_f),
+                    "V": V, "x": seen.inputs[f"{name}.h.0".lstrip(".")], "y": seen.outputs[name]})

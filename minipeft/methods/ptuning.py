@@ -122,8 +122,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from minipeft.methods import prompt
 from minipeft.methods.injection import Plan, base_of
 from minipeft.methods.prompt import Prompt
+from minipeft.methods.symbols import Seen, Symbols
 from minipeft.methods.virtual_tokens import VirtualTokensConfig, check_room, place_of
 from minipeft.settings import POSITIVE_INTEGER, PROBABILITY, setting
 
@@ -186,3 +188,14 @@ def plan(model: nn.Module, config: PromptEncoderConfig) -> Plan:
     hidden = config.encoder_hidden_size or wte.shape[1]
     encoder = PromptEncoder(wte.shape[1], hidden, config, wte.device)
     return Plan({place_of(model, "prompt_tuning"): Prompt(encoder, config.num_virtual_tokens)})
+
+
+def symbols(seen: Seen) -> Symbols:
+    """What the equation's symbols stand for: the prompt's and, where there still is an MLP, what makes P."""
+    found, encoder = prompt.symbols(seen), seen.layer.encoder
+    if isinstance(encoder, PromptEncoder) and encoder.lstm is None:
+        linears = [layer for layer in encoder.mlp_head if isinstance(layer, nn.Linear)]
+        found.values |= {"E": encoder.embedding.weight} | {
+            f"{key}_{number}": tensor for number, layer in enumerate(linears, start=1)
+            for key, tensor in (("W", layer.weight), ("b", layer.bias))}
+    return found

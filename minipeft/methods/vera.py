@@ -85,6 +85,7 @@ from torch import Tensor
 from minipeft.methods.config import MethodConfig
 from minipeft.methods.injection import Plan
 from minipeft.methods.layers import AdapterLayer, ReplacementLayer, to_dtype_of
+from minipeft.methods.symbols import Seen, Symbols
 from minipeft.methods.targets import bias_names, find_targets, saved_targets
 from minipeft.settings import FINITE, POSITIVE_INTEGER, PROBABILITY, SEED, setting
 
@@ -189,3 +190,10 @@ def plan(model: nn.Module, config: VeraConfig) -> Plan:
     layers = {target: VeRALinear(linear, projections, config) for target, linear in targets.items()}
     biases = [] if config.bias == "none" else bias_names(model, among=None if config.bias == "all" else layers)
     return Plan(layers, biases)
+
+
+def symbols(seen: Seen) -> Symbols:
+    """What the equation's symbols stand for at one target."""
+    layer, base, (A, B) = seen.layer, seen.layer.base_layer, seen.layer.matrices()
+    return Symbols({"x": seen.x, "W": base.weight, "bias": base.bias, "A": A, "B": B, "d": layer.vera_lambda_d,
+                    "b": layer.vera_lambda_b, "dropout": layer.vera_dropout, "y": seen.y})

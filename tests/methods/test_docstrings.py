@@ -26,6 +26,8 @@ from minipeft import (
     trainable_parameters,
 )
 from minipeft.errors import MinipeftError
+from minipeft.explain.equation import equation_of, heading_lines
+from minipeft.explain.equation import text_under as paragraph_under
 from minipeft.methods.dora import DoraConfig
 from minipeft.methods.injection import active_injections
 from minipeft.methods.saving import _stored
@@ -44,21 +46,17 @@ def docstring(method):
 
 def equation(method):
     """The lines of the first indented paragraph, without their remarks."""
-    paragraph = next(part for part in docstring(method).split("\n\n") if part.startswith("    "))
-    return [line.strip().split("   ")[0] for line in paragraph.split("\n")]
+    return [line.text for line in equation_of(docstring(method))]
 
 
 def lines_under(method, heading):
     """The lines under a heading, four spaces of indentation taken off."""
-    lines = docstring(method).split("\n")
-    below = lines[lines.index(heading) + 1:]
-    end = next(number for number, line in enumerate(below) if not line.startswith("    "))
-    return [line[4:] for line in below[:end]]
+    return heading_lines(docstring(method), heading)
 
 
 def text_under(method, heading):
     """The text under a heading, in one line."""
-    return " ".join(" ".join(lines_under(method, heading)).split())
+    return paragraph_under(docstring(method), heading)
 
 
 def on_meta():

@@ -24,7 +24,7 @@ from pathlib import Path
 from minipeft.commands.options import LENGTH_HELP, add_data_options, add_machine_options, new_parser, options_of
 from minipeft.errors import ConfigError, InUseError
 from minipeft.methods import METHODS
-from minipeft.runs.budget import COMPARED
+from minipeft.runs.budget import COMPARED, FEW_EXAMPLES
 from minipeft.runs.cells import Job, run_cell
 from minipeft.runs.compare import Request, compare
 from minipeft.runs.places import CHECKPOINTS
@@ -47,6 +47,9 @@ def parse(words: Sequence[str], program: str) -> argparse.Namespace:
     what.add_argument("--every-seed", action="store_true", help="also where the budget has fewer, for all methods")
     what.add_argument("--no-tuning", action="store_true", help="train the default settings, without trials before")
     what.add_argument("--best", action="store_true", help="also the best that lora and full reach without the budget")
+    what.add_argument("--few-examples", action="store_true",
+                      help=f"also train {', '.join(FEW_EXAMPLES.methods)} on {FEW_EXAMPLES.sizes[0]} to "
+                           f"{FEW_EXAMPLES.sizes[-1]} examples")
     what.add_argument("--model", help="as train's")
     what.add_argument("--dropout", type=float, help="in the base model; default: what its config.json says")
     budget = parser.add_argument_group("budget", "the same for every method; defaults are each dataset's own, in "
@@ -80,8 +83,8 @@ def main(words: Sequence[str], program: str) -> int:
     request = Request(
         _words(arguments.datasets), _words(arguments.methods), arguments.seeds, shared, changes,
         sizes_of(arguments.train_size, _words(arguments.datasets)), not arguments.no_tuning, arguments.best,
-        arguments.every_seed, arguments.retry, arguments.overwrite, arguments.workers, arguments.results_dir,
-        arguments.output)
+        arguments.few_examples, arguments.every_seed, arguments.retry, arguments.overwrite, arguments.workers,
+        arguments.results_dir, arguments.output)
     return 1 if compare(request, command, partial(print, flush=True)) else 0
 
 

@@ -54,7 +54,7 @@ class Budget:
 
 OWN_FILE = Budget()
 BUDGETS = {
-    "sample": Budget(epochs=3, tuning_epochs=2, tuning_size=640, core_seconds=7.0, test_core_seconds=2.0),
+    "sample": Budget(epochs=3, tuning_epochs=2, tuning_size=400, core_seconds=7.0, test_core_seconds=2.0),
     "imdb": Budget(epochs=2, tuning_epochs=1, tuning_size=4000, core_seconds=42.0, test_core_seconds=14.0),
     "sst2": Budget(epochs=3, tuning_epochs=2, tuning_size=3000, core_seconds=6.0, test_core_seconds=2.0),
     "wnut_17": Budget(epochs=3, tuning_epochs=3, tuning_size=1700, core_seconds=9.0, test_core_seconds=4.0),
@@ -83,11 +83,35 @@ BEST: dict[str, dict[str, dict[str, Any]]] = {
 
 
 @dataclass(frozen=True)
+class FewExamples:
+    """How a method is trained on less and less, with the settings that were chosen for all examples.
+
+    Few examples are seen more often, in smaller batches: a handful of steps would teach nothing. Each seed draws its
+    own examples. Of these many runs each is validated and tested on a part of the split.
+    """
+
+    sizes: tuple[int, ...] = (16, 64, 256, 1024, 4096)
+    methods: tuple[str, ...] = ("lora", "full", "head", "prompt")
+    validation_size: int = 500
+    test_size: int = 5000
+
+    def training(self, size: int, budget: Budget) -> dict[str, int]:
+        """Epochs and batch size for so many examples: at least the budget's epochs, at most 20, about 320 steps."""
+        batch_size = 4 if size < 256 else budget.batch_size
+        return {"epochs": max(budget.epochs, min(20, 320 * batch_size // size)), "batch_size": batch_size,
+                "evaluations_per_epoch": 1}
+
+
+FEW_EXAMPLES = FewExamples()
+
+
+@dataclass(frozen=True)
 class Cell:
     """One run of a comparison: a dataset, a method, a seed and a purpose.
 
     Attributes:
-        kind: "tuning", "final" or "best".
+        kind: "tuning", "final", "best" or "size", which is trained on so many examples.
+        size: of examples, of that kind.
         values: what replaces the method's defaults: fields of its configuration or of TrainingConfig.
     """
 
@@ -96,6 +120,7 @@ class Cell:
     seed: int
     kind: str
     values: tuple[tuple[str, Any], ...] = ()
+    size: int | None = None
 
     @property
     def name(self) -> str:
@@ -103,6 +128,8 @@ class Cell:
         if self.kind == "tuning":
             shown = "_".join(f"{value:.3g}" for key, value in self.values if key != "lora_alpha")
             return f"tuning/{self.method}_{shown}"
+        if self.kind == "size":
+            return f"size/{self.method}_{self.size}_seed{self.seed}"
         return f"{'best_' if self.kind == 'best' else ''}{self.method}_seed{self.seed}"
 
     def __str__(self) -> str:
@@ -111,13 +138,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Track:
-    """All that is run of one method on one dataset, in order: trials, then training with each seed.
+    """All that is run of one method on one dataset, in order: trials, training with each seed, on fewer examples.
 
     Attributes:
         rate: the learning rate in the middle of the grid.
         seeds: how many.
         tuned: whether settings are tried; else the defaults are trained.
         best: the trial of a run without the budget; None for none.
+        sizes: numbers of training examples besides the budget's.
     """
 
     dataset: str
@@ -126,6 +154,7 @@ class Track:
     seeds: int
     tuned: bool = True
     best: tuple[tuple[str, Any], ...] | None = None
+    sizes: tuple[int, ...] = ()
 
     @property
     def trials(self) -> int:
@@ -137,7 +166,7 @@ Score = Callable[[Cell], float | None]
 
 
 def tracks_of(dataset: str, task: str, methods: list[str], seeds: int, tuned: bool, best: bool,
-              budget: Budget) -> list[Track]:
+              budget: Budget, sizes: tuple[int, ...] = ()) -> list[Track]:
     """One dataset's tracks. A baseline has no settings, and one seed; language models have no head to train alone."""
     found = []
     for method in methods:
@@ -147,7 +176,8 @@ def tracks_of(dataset: str, task: str, methods: list[str], seeds: int, tuned: bo
         values = BEST.get(dataset, {}).get(method) if best else None
         found.append(Track(dataset, method, 0.0, 1, tuned=False) if method == "baseline" else
                      Track(dataset, method, defaults.table(method, task)["training"]["learning_rate"], own, tuned,
-                           None if values is None else tuple(values.items())))
+                           None if values is None else tuple(values.items()),
+                           sizes if method in FEW_EXAMPLES.methods else ()))
     return found
 
 
@@ -205,4 +235,6 @@ def _best(cells: dict[int, Cell], score: Score) -> int | None:
 
 
 def _finals(track: Track, values: tuple[tuple[str, Any], ...]) -> list[Cell]:
-    return [Cell(track.dataset, track.method, seed, "final", values) for seed in range(track.seeds)]
+    return [Cell(track.dataset, track.method, seed, "final", values) for seed in range(track.seeds)] + [
+        Cell(track.dataset, track.method, seed, "size", values, size)
+        for size in track.sizes for seed in range(track.seeds)]

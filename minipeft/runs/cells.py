@@ -2,6 +2,7 @@
 
     RESULTS/cells/DATASET/METHOD_seed0.json              what `results_of` says, "costs" and "each" (see comparison.py)
     RESULTS/cells/DATASET/METHOD_seed0.error             instead: the last line of a run that failed
+    RESULTS/cells/DATASET/size/METHOD_16_seed0.json      the same, of a training with 16 examples
     RESULTS/cells/DATASET/tuning/METHOD_RATE_SIZE.json   what `described_trial` says
     OUTPUT/cells/DATASET/METHOD_seed0-DIGEST/            the trained model, the log and, while it runs, state and lock
 
@@ -24,7 +25,7 @@ import numpy as np
 
 from minipeft.files import digest, locked, write_json_file
 from minipeft.runs.baseline import base_of, tested
-from minipeft.runs.budget import Budget, Cell
+from minipeft.runs.budget import FEW_EXAMPLES, Budget, Cell
 from minipeft.runs.costs import measured
 from minipeft.runs.finetune import Run, prepare, results_of, train
 from minipeft.runs.plan import Options, Say, choose, silent
@@ -91,6 +92,10 @@ def job_of(cell: Cell, shared: Options, budget: Budget, terms: dict[str, Any], r
     options = dataclasses.replace(
         shared, method=cell.method, full=True, resume=True, train_size=size, validation_size=budget.validation_size,
         test_size=budget.test_size, subset_seed=0, training_values=training)
+    if cell.size is not None:
+        options = dataclasses.replace(
+            options, train_size=cell.size, validation_size=FEW_EXAMPLES.validation_size, subset_seed=cell.seed,
+            test_size=FEW_EXAMPLES.test_size, training_values=training | FEW_EXAMPLES.training(cell.size, budget))
     if cell.method != "baseline":
         options = with_trial(options, dict(cell.values))
     place = Path("cells", terms["dataset"]["name"], cell.name)

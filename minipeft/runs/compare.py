@@ -23,6 +23,7 @@ from minipeft.methods.injection import fingerprint, trainable_parameters
 from minipeft.runs.budget import (
     ALL,
     BUDGETS,
+    FEW_EXAMPLES,
     OWN_FILE,
     SHARE_OF_TIME,
     VIRTUAL_TOKENS,
@@ -55,6 +56,7 @@ class Request:
         train_sizes: by dataset, a size that replaces its budget's.
         tuned: whether settings are tried first; else the defaults of runs/defaults.py are trained.
         best: also train lora and full without the budget.
+        few_examples: also train some methods on fewer and fewer examples: see `budget.FewExamples`.
         every_seed: all seeds for all methods, also where a budget has fewer.
         retry: run again what failed. replace: delete cells of other terms.
         workers: processes at a time; None: one for each core, one on a GPU.
@@ -68,6 +70,7 @@ class Request:
     train_sizes: dict[str, int] = field(default_factory=dict)
     tuned: bool = True
     best: bool = False
+    few_examples: bool = False
     every_seed: bool = False
     retry: bool = False
     replace: bool = False
@@ -189,7 +192,8 @@ def _subject(request: Request, dataset: str) -> Subject:
              "precision": dtype_name(plan.precision), "truncation": options.truncation,
              "max_new_tokens": options.max_new_tokens, "dropout": options.dropout}
     seeded = dataclasses.replace(budget, seeds=None) if request.every_seed else budget
-    tracks = tracks_of(plan.data.name, task, request.methods, request.seeds, request.tuned, request.best, seeded)
+    tracks = tracks_of(plan.data.name, task, request.methods, request.seeds, request.tuned, request.best, seeded,
+                       tuple(size for size in FEW_EXAMPLES.sizes if size < plan.sizes["train"]) * request.few_examples)
     return Subject(plan.data.name, options, budget, json.loads(json.dumps(terms)), tracks,
                    trainable_parameters(model).total / MINI_PARAMETERS)
 
@@ -251,12 +255,13 @@ class Estimate:
         counts, costs = {}, 0.0
         for cell in known:
             costs += self.cost(cell, results)
-            key = cell.dataset, cell.method, cell.kind
+            key = cell.dataset, cell.method, cell.kind, cell.size
             counts[key] = counts.get(key, 0) + 1
         for track in tracks:
-            for kind, number in (("tuning", track.trials), ("final", track.seeds)):
-                missing = number - counts.get((track.dataset, track.method, kind), 0)
-                costs += max(0, missing) * self.cost(Cell(track.dataset, track.method, 0, kind), results)
+            for kind, size, number in (("tuning", None, track.trials), ("final", None, track.seeds),
+                                       *(("size", size, track.seeds) for size in track.sizes)):
+                missing = number - counts.get((track.dataset, track.method, kind, size), 0)
+                costs += max(0, missing) * self.cost(Cell(track.dataset, track.method, 0, kind, size=size), results)
         return costs
 
     def beforehand(self, cell: Cell) -> float:
@@ -271,6 +276,10 @@ class Estimate:
             examples = min(train, (budget.tuning_size or sizes["train"]) / 1000)
             work = budget.tuning_epochs * (examples * budget.core_seconds * share + validation * reading)
             return STARTING + subject.weight * work
+        if cell.size is not None:
+            epochs = FEW_EXAMPLES.training(cell.size, budget)["epochs"]
+            train, test = cell.size / 1000, min(test, FEW_EXAMPLES.test_size / 1000)
+            validation = min(validation, FEW_EXAMPLES.validation_size / 1000) / budget.evaluations_per_epoch
         work = epochs * (train * budget.core_seconds * share
                          + budget.evaluations_per_epoch * validation * reading) * (cell.method != "baseline")
         return STARTING + MEASURING + subject.weight * (work + test * budget.test_core_seconds)
@@ -290,11 +299,12 @@ def _plan_in_words(queue: Queue, known: list[Cell], tracks: list[Track], folder:
                    estimate: Estimate) -> str:
     """What is about to happen, and what it takes."""
     there = sum(map(queue.ended, known))
-    cells = sum(track.trials + track.seeds + (track.best is not None) for track in tracks)
+    cells = sum(track.trials + track.seeds * (1 + len(track.sizes)) + (track.best is not None) for track in tracks)
+    tuned = any(track.trials for track in tracks)
     took = sum(estimate.cost(cell, queue.results) for cell in queue.results)
     left = max(0.0, estimate.total(tracks, known, queue.results) - took)
-    lines = [f"cells      {cells} or a few more where the best rate is at an end, {there} of them there; "
-             f"{workers} at a time",
+    lines = [f"cells      {cells}{', or a few more where a best rate is at an end' if tuned else ''}; {there} of them "
+             f"there; {workers} at a time",
              f"estimate   {left / 3600:.2f} core hours, about {left / 60 / workers:.0f} minutes",
              f"results    {folder}"]
     return "\n".join(lines)

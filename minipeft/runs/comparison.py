@@ -11,7 +11,9 @@ comparison.json
         "methods":     {METHOD: ROW}
         "tests":       every pair of methods, smallest p first: see `significance.compared`; empty where a task does not
                        count example by example
-        "best":        {METHOD: ROW}, trained without the budget; not in "tests", no ranks}}}
+        "best":        {METHOD: ROW}, trained without the budget; not in "tests", no ranks
+        "few_examples": {METHOD: [{"train_size", "test_size", "seeds", "scores", "mean", "deviation"}]}, smallest first,
+                       the last one with all examples of the budget; of the methods that were trained on fewer}}}
 
     ROW = {
         "settings":    {"learning_rate", and what else was chosen}, of the method's and the training's configuration
@@ -78,7 +80,11 @@ def comparison(folder: Path) -> dict[str, Any]:
     for place in _places(folder):
         cells = [(path, read_json_file(path)) for path in sorted(place.glob("*.json"))]
         if cells:
-            datasets[place.name] = _dataset(folder, cells)
+            sized = [(path, read_json_file(path)) for path in sorted((place / "size").glob("*.json"))]
+            _terms(cells + sized)
+            datasets[place.name] = {**_dataset(folder, cells), "few_examples": _few_examples(
+                [results for _, results in cells if results["cell"]["kind"] == "final"],
+                [results for _, results in sized])}
     return without_nan({"datasets": datasets})
 
 
@@ -120,8 +126,7 @@ def _row(folder: Path, cells: Sequence[tuple[Path, dict[str, Any]]], headline: s
     return {
         "settings": {"learning_rate": first["training_config"]["learning_rate"], **chosen},
         "seeds": [run["seed"] for run in runs], "cells": sorted(str(path.relative_to(folder)) for path, _ in cells),
-        "adapters": [run["adapter_folder"] for run in runs], "scores": scores, "mean": round(fmean(scores), 6),
-        "deviation": _deviation(scores), "interval_95": None,
+        "adapters": [run["adapter_folder"] for run in runs], **_scores(scores), "interval_95": None,
         "metrics": {key: round(fmean(metrics[key] for metrics in tested), 6) for key in numbers},
         "trained_parameters": first["parameters"]["trainable"],
         "trained_share": first["parameters"]["trainable"] / first["parameters"]["total"],
@@ -134,6 +139,23 @@ def _row(folder: Path, cells: Sequence[tuple[Path, dict[str, Any]]], headline: s
                        "nats": round(fmean(lost), 5), "deviation": _deviation(lost),
                        "tokens": costs[0]["forgetting"]["tokens"], "texts": costs[0]["forgetting"]["texts"]},
         "curves": [run["curve"] for run in runs]}
+
+
+def _few_examples(finals: Sequence[dict[str, Any]], sized: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The headline by how many examples a method was trained on."""
+    found: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    methods = {results["method"] for results in sized}
+    for results in (*sized, *(results for results in finals if results["method"] in methods)):
+        size = results["dataset"]["sizes"]["train"]
+        found.setdefault(results["method"], {}).setdefault(size, []).append(results)
+    return {method: [{"train_size": size, "test_size": runs[0]["dataset"]["sizes"]["test"],
+                      "seeds": [run["seed"] for run in runs],
+                      **_scores([run["metrics"]["test"][run["headline"]] for run in runs])}
+                     for size, runs in sorted(sizes.items())] for method, sizes in sorted(found.items())}
+
+
+def _scores(scores: Sequence[float]) -> dict[str, Any]:
+    return {"scores": list(scores), "mean": round(fmean(scores), 6), "deviation": _deviation(scores)}
 
 
 def _inference(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

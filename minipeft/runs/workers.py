@@ -75,6 +75,7 @@ class Queue:
         self.running: dict[Cell, Running] = {}
         self._jobs: dict[Cell, Job] = {}
         self._retried: set[Cell] | None = set() if retry else None
+        self._started_at, self._begun = time.monotonic(), 0.0
 
     def ended(self, cell: Cell) -> bool:
         """Whether a cell's file is there, or it has failed."""
@@ -104,10 +105,9 @@ class Queue:
             Stopped: a signal asked to; the processes have saved their states.
         """
         with stop_between_steps() as signal_that_came, self._no_process_left():
-            done = sum(map(self.cost, filter(self.ended, self.wanted())))
+            self._begun = sum(map(self.cost, filter(self.ended, self.wanted())))
             with progress_bar(1, "core s", "comparing") as bar:
-                bar.bar_format = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}"
-                bar.initial = done
+                bar.bar_format = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {postfix}"
                 while not signal_that_came() and self._go_on(bar):
                     time.sleep(PAUSE)
             if signal_that_came():
@@ -142,7 +142,9 @@ class Queue:
         running.process.stdin.close()
         if job.file.is_file():
             seconds = time.monotonic() - running.started
-            bar.write(f"{job.cell}: {headline_of(read_json_file(job.file))} ({seconds:.0f} s)", file=sys.stdout)
+            self.ended(job.cell)
+            bar.write(f"{job.cell}: {headline_of(read_json_file(job.file))} ({seconds:.0f} s; {self._time_left()})",
+                      file=sys.stdout)
             job.log_file.unlink(missing_ok=True)
             with suppress(OSError):
                 job.folder.rmdir()
@@ -152,14 +154,25 @@ class Queue:
             write_text_file(job.error_file, f"{reason}\n")
             bar.write(f"{job.cell} failed: {reason}", file=sys.stdout)
 
+    def _done(self) -> float:
+        """Core seconds' worth of work that is done, of `total`."""
+        ended = sum(self.cost(cell) for cell in (*self.results, *self.failed))
+        return ended + sum(running.share_done() * self.cost(cell) for cell, running in self.running.items())
+
+    def _time_left(self) -> str:
+        """In words, at the pace of this start."""
+        done = self._done()
+        if done <= self._begun:
+            return "time left not known yet"
+        minutes = (self.total() - done) / (done - self._begun) * (time.monotonic() - self._started_at) / 60
+        return f"{minutes / 60:.1f} h left" if minutes > 90 else f"{max(0.0, minutes):.0f} min left"
+
     def _show(self, bar: tqdm) -> None:
-        """The bar: core seconds' worth of work done, of all."""
-        shares = {cell: running.share_done() for cell, running in self.running.items()}
-        done = sum(self.cost(cell) for cell in (*self.results, *self.failed))
-        bar.total = max(self.total(), 1)
-        bar.n = min(bar.total, done + sum(share * self.cost(cell) for cell, share in shares.items()))
-        bar.set_postfix_str(", ".join(f"{cell} {share:.0%}" for cell, share in shares.items()), refresh=False)
-        bar.refresh()
+        """Move the bar, where there is one."""
+        if not bar.disable:
+            bar.total, bar.n = max(self.total(), 1), min(self._done(), self.total())
+            runs = ", ".join(f"{cell} {running.share_done():.0%}" for cell, running in self.running.items())
+            bar.set_postfix_str(f"{self._time_left()}: {runs}", refresh=True)
 
     def _stop(self) -> None:
         """Ask the processes to stop, and give them time to save."""

@@ -14,10 +14,10 @@ from minipeft.errors import InUseError
 from minipeft.files import locked
 from minipeft.methods import METHODS
 from minipeft.runs import cells
-from minipeft.runs.budget import Budget, Cell
+from minipeft.runs.budget import FEW_EXAMPLES, Budget, Cell
 from minipeft.runs.cells import Job, job_of, packed, run_cell, score_of, unpacked, without_nan
 from minipeft.runs.costs import language_loss
-from minipeft.runs.plan import Options
+from minipeft.runs.plan import Options, choose
 from minipeft.runs.trained import load_finetuned
 from minipeft.tasks.task import Task
 from minipeft.training.stopping import Stopped
@@ -54,7 +54,7 @@ def test_a_cell_of_every_method_holds_quality_costs_and_each_example(job, method
     run_cell(work)
     found = read_json(work.file)
     assert found["cell"] == {"dataset": "films", "method": method, "seed": 0, "kind": "final",
-                             "values": [["learning_rate", 1e-2]]}
+                             "values": [["learning_rate", 1e-2]], "size": None}
     assert found["terms"] == TERMS and found["training_config"]["epochs"] == 2
     assert unpacked(found["each"]).mean() == pytest.approx(found["metrics"]["test"]["accuracy"])
     costs = found["costs"]
@@ -95,6 +95,19 @@ def test_a_trial_never_reads_the_test_split_and_leaves_its_file_alone(job, tmp_p
     assert found["sizes"]["train"] == 16 and found["training_config"]["epochs"] == 1
     assert score_of(found) == -found["validation"]["loss"], "of few examples the loss decides"
     assert {file.rpartition("/")[2] for file in files_below(tmp_path)} == {"films.csv", "lora_0.01_2.json"}
+
+
+def test_of_few_examples_each_seed_draws_its_own_and_sees_them_often(job, tmp_path):
+    shared = job().options
+    first, second = (job_of(Cell("films", "lora", seed, "size", RATE, 16), shared, BUDGET, TERMS, tmp_path / "results",
+                            tmp_path / "trained") for seed in (0, 1))
+    assert first.options.training_values["epochs"] == 20 and first.options.training_values["batch_size"] == 4
+    assert FEW_EXAMPLES.training(1024, BUDGET)["epochs"] == 2 and FEW_EXAMPLES.training(10**6, BUDGET)["epochs"] == 2
+    taken = [set(choose(work.options).data.train.texts) for work in (first, second)]
+    assert taken[0] != taken[1] and len(taken[0]) == 16
+    run_cell(first)
+    found = read_json(tmp_path / "results/cells/films/size/lora_16_seed0.json")
+    assert found["dataset"]["sizes"]["train"] == 16 and found["curve"][-1]["step"] == 80
 
 
 def test_a_baseline_is_a_cell_too(job):

@@ -60,11 +60,23 @@ def test_every_method_is_tuned_then_trained_and_the_table_shows_it(comparing):
     failed, ran, said = comparing("baseline", "ia3", seeds=2)
     assert failed == 0 and len(ran) == 1 + 5 + 2
     assert [cell.kind for cell in ran if cell.method == "ia3"] == ["tuning"] * 5 + ["final"] * 2
-    assert "cells      8 or a few more" in said and "core hours" in said and ", 0 of them there; " in said
+    assert "cells      8, or a few more where a best rate is at an end; 0 of them there; " in said
+    assert "core hours" in said
     assert "| ia3 | learning_rate 0.005 |" in said and "| zero shot |" in said
     assert read_json("results/comparison.json")["datasets"]["films"]["methods"]["ia3"]["seeds"] == [0, 1]
     assert read_json("results/comparison_tuning.json")["datasets"]["films"]["methods"]["ia3"]["chosen"] == {
         "learning_rate": 0.005}
+
+
+def test_few_examples_are_trained_with_the_settings_that_were_chosen(comparing):
+    _, ran, said = comparing("lora", "ia3", few_examples=True, seeds=2, changes={"epochs": 3})
+    sized = [cell for cell in ran if cell.kind == "size"]
+    assert [(cell.method, cell.size, cell.seed) for cell in sized] == [("lora", 16, 0), ("lora", 16, 1)]
+    (chosen,) = {cell.values for cell in ran if (cell.kind, cell.method) == ("final", "lora")}
+    assert {cell.values for cell in sized} == {chosen} and "cells      18, or" in said
+    points = read_json("results/comparison.json")["datasets"]["films"]["few_examples"]
+    assert {method: [(point["train_size"], point["seeds"]) for point in found] for method, found in points.items()} == {
+        "lora": [(16, [0, 1]), (32, [0, 1])]}
 
 
 @pytest.mark.kind("7: compare matches results by content")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -60,7 +61,7 @@ def test_each_job_has_a_process_and_its_file_is_read(queue, capsys):
     work.run()
     assert work.started == ["well", "slowly"] and not work.failed and not work.running
     assert [found["threads"] for found in work.results.values()] == ["1", "1"]
-    assert "films/well_seed0: validation loss 1 (" in capsys.readouterr().out
+    assert re.search(r"films/well_seed0: validation loss 1 \(\d+ s; \d+ min left\)", capsys.readouterr().out)
 
 
 def test_no_more_processes_than_workers(queue):

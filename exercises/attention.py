@@ -67,9 +67,9 @@ class Attention(nn.Module):
     """Causal multi-head self-attention, with biases and without dropout."""
 
     def __init__(self, n_embd: int, n_head: int) -> None:
-        """To be set:
-        self.c_attn     nn.Linear from C to 3 C
-        self.c_proj     nn.Linear from C to C
+        """C and H. To be set:
+        self.c_attn     nn.Linear from C to 3 C, with nn.Linear's own start
+        self.c_proj     nn.Linear from C to C, the same
         and what forward needs besides
         """
         super().__init__()

@@ -41,7 +41,7 @@ class Prefix(nn.Module):
         raise NotImplementedError("Prefix.keys_and_values")
 
     def positions(self, T: int) -> Tensor:
-        """The position ids (T,) of a text of T tokens."""
+        """The position ids (T,) of a text of T tokens, whole numbers."""
         raise NotImplementedError("Prefix.positions")
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import textwrap
 import threading
@@ -37,7 +38,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("method", nargs="?", choices=EXERCISES, metavar="METHOD", help=", ".join(EXERCISES))
     parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="your copy of exercises/METHOD.py")
     parser.add_argument("--list", action="store_true", help="the exercises")
-    parser.add_argument("--seconds", type=float, default=60, help="end a file that runs longer (default 60)")
+    parser.add_argument("--seconds", type=_seconds, default=60, help="end a file that runs longer (default 60)")
     arguments = parser.parse_args(words)
     if arguments.list:
         print("\n".join(f"{name:10} {summary}" for name, summary in EXERCISES.items()))
@@ -45,6 +46,12 @@ def main(words: list[str]) -> int:
     if arguments.file is None:
         parser.error("METHOD and FILE are needed, or --list")
     return report(arguments.method, arguments.file, arguments.seconds)
+
+
+def _seconds(word: str) -> float:
+    if not 0 < float(word) < 1e6:
+        raise argparse.ArgumentTypeError(f"must be positive and below a million, got {word}")
+    return float(word)
 
 
 def report(method: str, path: Path, seconds: float) -> int:
@@ -84,7 +91,9 @@ def print_refused(refused: Exception) -> None:
 
 
 def _wrapped(start: str, text: str) -> str:
-    return textwrap.fill(text, WIDTH, initial_indent=start, subsequent_indent=" " * len(start), break_long_words=False)
+    whole_rows = re.sub(r"\[[^][]*\]", lambda row: row[0].replace(" ", "\0"), text)     # [1, 2, 3] stays in one line
+    return textwrap.fill(whole_rows, WIDTH, initial_indent=start, subsequent_indent=" " * len(start),
+                         break_long_words=False).replace("\0", " ")
 
 
 def _end_of_time(path: Path, seconds: float) -> Callable[[], None]:
@@ -103,7 +112,12 @@ def _end_of_time(path: Path, seconds: float) -> Callable[[], None]:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(sys.argv[1:]))
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        code = 130
+    except BrokenPipeError:  # the reader (head, less) has gone: what is left to print goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)

@@ -33,9 +33,9 @@ H, DOWN, B_DOWN = whole([3, -1]), whole([1, 2], [-1, -1]), torch.tensor([1.0, 1.
 UP, B_UP, S = whole([2, 1], [-3, 4]), torch.tensor([1.0, -2.0]), 3
 
 
-def make(answer: ModuleType, width: int, bottleneck: int, scaling: float = 1.0) -> tuple[Any, dict[str, Tensor]]:
+def make(answer: ModuleType, width: int, bottleneck: int, *scaling: float) -> tuple[Any, dict[str, Tensor]]:
     """The answer's adapter with its four tensors."""
-    adapter = answer.BottleneckAdapter(width, bottleneck, scaling)
+    adapter = answer.BottleneckAdapter(width, bottleneck, *scaling)
     return adapter, tensors_of(adapter, width, bottleneck)
 
 
@@ -77,27 +77,27 @@ def start(answer: ModuleType) -> None:
             if not torch.allclose(value, block(x))})
 
 
-def _wrong() -> dict[str, Tensor]:
+def _wrong(s: float) -> dict[str, Tensor]:
     """Misconception -> what it makes of H."""
     z = H @ DOWN.T + B_DOWN
     up = F.relu(z) @ UP.T + B_UP
-    return {"h itself is not added: the adapter gives what it adds alone": S * up,
-            "h is added twice": 2 * H + S * up,
-            "relu is left out": H + S * (z @ UP.T + B_UP),
-            "relu stands behind W_up: it belongs between the two layers": H + S * F.relu(z @ UP.T + B_UP),
-            "relu is applied to the sum, too": F.relu(H + S * up),
-            "relu is applied to h: it belongs between the two layers": H + S * (F.relu(H) @ DOWN.T + B_DOWN) @ UP.T
-                                                                       + S * B_UP,
-            "gelu instead of relu": H + S * (F.gelu(z) @ UP.T + B_UP),
-            "tanh instead of relu": H + S * (torch.tanh(z) @ UP.T + B_UP),
+    return {"h itself is not added: the adapter gives what it adds alone": s * up,
+            "h is added twice": 2 * H + s * up,
+            "relu is left out": H + s * (z @ UP.T + B_UP),
+            "relu stands behind W_up: it belongs between the two layers": H + s * F.relu(z @ UP.T + B_UP),
+            "relu is applied to the sum, too": F.relu(H + s * up),
+            "relu is applied to h: it belongs between the two layers": H + s * (F.relu(H) @ DOWN.T + B_DOWN) @ UP.T
+                                                                       + s * B_UP,
+            "gelu instead of relu": H + s * (F.gelu(z) @ UP.T + B_UP),
+            "tanh instead of relu": H + s * (torch.tanh(z) @ UP.T + B_UP),
             "the scale is left out": H + up,
-            "the scale falls on h, too: it belongs to what is added": S * (H + up),
-            "the scale falls on h instead of what is added": S * H + up,
-            "the scale stands before b_up: it belongs to all that is added": H + S * F.relu(z) @ UP.T + B_UP,
-            "b_down is left out": H + S * (F.relu(H @ DOWN.T) @ UP.T + B_UP),
-            "b_up is left out": H + S * F.relu(z) @ UP.T,
+            "the scale falls on h, too: it belongs to what is added": s * (H + up),
+            "the scale falls on h instead of what is added": s * H + up,
+            "the scale stands before b_up: it belongs to all that is added": H + s * F.relu(z) @ UP.T + B_UP,
+            "b_down is left out": H + s * (F.relu(H @ DOWN.T) @ UP.T + B_UP),
+            "b_up is left out": H + s * F.relu(z) @ UP.T,
             "W_up reads h, and W_down what comes out: first narrow, then widen":
-                H + S * (F.relu(H @ UP.T + B_UP) @ DOWN.T + B_DOWN)}
+                H + s * (F.relu(H @ UP.T + B_UP) @ DOWN.T + B_DOWN)}
 
 
 def _wrong_blocks(block: Any, first: Any, second: Any, x: Tensor) -> dict[str, Tensor]:
@@ -112,7 +112,7 @@ def _wrong_blocks(block: Any, first: Any, second: Any, x: Tensor) -> dict[str, T
     beside = x + attn + first(block.ln_1(x)) - block.ln_1(x)
     return {"the adapters stand behind the block's addition: they belong before it": second(behind + mlp(behind)),
             "the adapters stand before the sub-layers: they belong behind":
-            before + block.mlp(second(block.ln_2(before))),
+                before + block.mlp(second(block.ln_2(before))),
             "the adapters stand beside the sub-layers: they belong behind":
                 beside + mlp(beside) + second(block.ln_2(beside)) - block.ln_2(beside),
             "there is no adapter behind the feed-forward layer": right + mlp(right),
@@ -128,13 +128,19 @@ def _wrong_blocks(block: Any, first: Any, second: Any, x: Tensor) -> dict[str, T
 
 
 def formula(answer: ModuleType) -> None:
-    adapter, tensors = make(answer, 2, 2, S)
-    for name, values in {"down.weight": DOWN, "down.bias": B_DOWN, "up.weight": UP, "up.bias": B_UP}.items():
-        put(tensors[name], values)
-    expect("adapter(h)", adapter(H[None])[0], H + S * (F.relu(H @ DOWN.T + B_DOWN) @ UP.T + B_UP),
-           given(h=H, W_down=DOWN, b_down=B_DOWN, W_up=UP, b_up=B_UP, s=S), _wrong())
-    block = plain_block()
-    adapted, x = answer.AdaptedBlock(block, C, M, float(S)), torch.randn(1, 5, C)
+    for scaling in (S, 1):                                                    # 1 is the default
+        adapter, tensors = make(answer, 2, 2, *([scaling] if scaling != 1 else []))
+        for name, values in {"down.weight": DOWN, "down.bias": B_DOWN, "up.weight": UP, "up.bias": B_UP}.items():
+            put(tensors[name], values)
+        expect("adapter(h)", adapter(H[None])[0], H + scaling * (F.relu(H @ DOWN.T + B_DOWN) @ UP.T + B_UP),
+               given(h=H, W_down=DOWN, b_down=B_DOWN, W_up=UP, b_up=B_UP, s=scaling), _wrong(scaling))
+    _block(answer)
+
+
+def _block(answer: ModuleType) -> None:
+    """Both adapters in a block of this library."""
+    block = plain_block().double()
+    adapted, x = answer.AdaptedBlock(block, C, M, float(S)).double(), torch.randn(1, 5, C, dtype=torch.float64)
     adapters = [adapted.first, adapted.second]
     for number, each in enumerate(adapters):
         randomized(each, seed=number + 1)
@@ -190,4 +196,4 @@ def reference(answer: ModuleType) -> None:
         for name, tensor in tensors_of(getattr(adapted, place), 4, 2).items():
             put(tensor, case[f"{place}.{name}"])
     expect("AdaptedBlock(...)(x)", adapted(case["x"]), case["y"],
-           "this library's case adapter in minipeft/check/references.json")
+           "this library's case adapter in minipeft/check/references.json", tolerance=1e-4)

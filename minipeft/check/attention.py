@@ -84,6 +84,8 @@ def _wrong_attend() -> dict[str, Tensor]:
             "the mask is upside down: True is where a query may look": softmax_attention(Q, K, V, ~CAUSAL),
             "hidden scores are set to 0: exp(0) is 1, so they take a share; they are -infinity":
                 (scores * CAUSAL).softmax(-1) @ V,
+            "the mask itself is added, 1 and 0: where nothing is seen, -infinity is added, and else 0":
+                (scores + CAUSAL).softmax(-1) @ V,
             "the mask comes after the softmax: then the shares do not add up to 1": (scores.softmax(-1) * CAUSAL) @ V,
             "softmax is left out": (scores * CAUSAL) @ V,
             "the shares weigh the keys: they weigh the values": softmax_attention(Q, K, K, CAUSAL),
@@ -101,15 +103,19 @@ def formula(answer: ModuleType) -> None:
         "the channels of the heads are interleaved": heads(x).permute(0, 2, 3, 1).reshape(1, 2, C)})
     for T, S in ((3, 3), (3, 5)):
         ones = torch.ones(T, S, dtype=torch.bool)
-        wrong = {"a query does not see its own token": ones.tril(S - T - 1), "a query sees only later tokens":
-                 ones.triu(S - T), "there is no causal mask: a query sees later tokens": ones,
+        wrong = {"a query does not see its own token": ones.tril(S - T - 1),
+                 "a query sees only later tokens": ones.triu(S - T),
+                 "there is no causal mask: a query sees later tokens": ones,
                  "the mask is upside down: True is where a query may look": ~triangle(T, S)}
         if S > T:
             wrong["the triangle begins at the upper left corner: the queries are the last T of the S"] = ones.tril()
         expect(f"visible({T}, {S})", answer.visible(T, S, None), triangle(T, S), wrong=wrong)
     expect("attend(q, k, v, mask)", answer.attend(Q, K, V, CAUSAL), softmax_attention(Q, K, V, CAUSAL),
            given(q=Q[0], k=K[0], v=V[0]) + ", a causal mask", _wrong_attend())
-    module, x = randomized(answer.Attention(C, H)), torch.randn(1, 5, C)
+    q, k, v = torch.randn(3, 1, 1, 2, 9, dtype=torch.float64)
+    expect("attend(q, k, v, mask), D 9", answer.attend(q, k, v, CAUSAL), softmax_attention(q, k, v, CAUSAL),
+           "random q, k and v", {"divided by D / 2, not by sqrt(D)": softmax_attention(q, k, v, CAUSAL, 2 / 9)})
+    module, x = randomized(answer.Attention(C, H)).double(), torch.randn(1, 5, C, dtype=torch.float64)
     expect("Attention(8, 2)(x)", module(x), _forward(module, x, triangle(5, 5)), "random x (1, 5, 8)",
            _wrong_forward(module, x, triangle(5, 5)))
 
@@ -156,9 +162,9 @@ def count(answer: ModuleType) -> None:
 
 
 def padding(answer: ModuleType) -> None:
-    module, x = randomized(answer.Attention(C, H)), torch.randn(1, 3, C)
+    module = randomized(answer.Attention(C, H)).double()
+    x, pads = torch.randn(1, 3, C, dtype=torch.float64), 5 * torch.randn(1, 2, C, dtype=torch.float64)
     alone = module(x)
-    pads = 5 * torch.randn(1, 2, C)
     for side, mask in (("left", [0, 0, 1, 1, 1]), ("right", [1, 1, 1, 0, 0])):
         mask = torch.tensor([mask])
         batch = torch.cat((pads, x) if side == "left" else (x, pads), dim=1)
@@ -180,7 +186,7 @@ def padding(answer: ModuleType) -> None:
 
 
 def causal(answer: ModuleType) -> None:
-    module, x = randomized(answer.Attention(C, H)), torch.randn(1, 5, C)
+    module, x = randomized(answer.Attention(C, H)).double(), torch.randn(1, 5, C, dtype=torch.float64)
     y, changed = module(x), x.clone()
     changed[:, 3] += 1
     expect("Attention(...)(x)[:, :3], before and after token 3 changes", module(changed)[:, :3], y[:, :3], "random x")
@@ -210,4 +216,4 @@ def reference(answer: ModuleType) -> None:
     for name in ("c_attn", "c_proj"):
         put(getattr(module, name).weight, case[f"{name}.weight"]), put(getattr(module, name).bias, case[f"{name}.bias"])
     expect("Attention(4, 2)(x)", module(case["x"]), case["y"],
-           "transformers' case attention in minipeft/check/references.json")
+           "transformers' case attention in minipeft/check/references.json", tolerance=1e-4)

@@ -102,7 +102,7 @@ def _wrong_names(model: nn.Module) -> dict[str, set[str]]:
             "only attention's biases are trained": {name for name in right if ".attn." in name} | head,
             "the last LayerNorm, ln_f, is missing": right - {"transformer.ln_f.bias"},
             "the embeddings are trained, too":
-            right | {name for name in everything if ".wte." in name or ".wpe." in name},
+                right | {name for name in everything if ".wte." in name or ".wpe." in name},
             "all is trained": everything,
             "nothing is trained": set()}
 
@@ -124,9 +124,8 @@ def trained(answer: ModuleType) -> None:
 
 def _difference(more: set[str], fewer: set[str]) -> str:
     """Two sets of names in a few words."""
-    parts = [f"{len(names)} too {word}, such as {min(names)}" for names, word in ((more, "many"), (fewer,
-                                                                                                   "few")) if names]
-    return "; ".join(parts)
+    both = ((more, "many"), (fewer, "few"))
+    return "; ".join(f"{len(names)} too {word}, such as {min(names)}" for names, word in both if names)
 
 
 def count(answer: ModuleType) -> None:

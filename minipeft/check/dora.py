@@ -85,8 +85,8 @@ def _wrong_matrices() -> dict[str, Tensor]:
     m = M[:, None]
     return {"not divided by the row's length: c = m / ||W + s B A||, not m": m * V,
             "the length is that of W alone, not of W + s B A": m / W.norm(dim=1, keepdim=True) * V,
-            "the length is taken over the columns (dim=0): it is one per row, per output": (M / V.norm(dim=0))[:,
-            None] * V,
+            "the length is taken over the columns (dim=0): it is one per row, per output":
+                (M / V.norm(dim=0))[:, None] * V,
             "one length for the whole matrix: there is one per row": m / V.norm() * V,
             "divided by the squared length: the root is missing": m / norm**2 * V,
             "divided by the sum of absolute values, not by the Euclidean length": m / V.abs().sum(1, keepdim=True) * V,

@@ -15,7 +15,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError, gradcheck
 
-MOST_SHOWN = 16                # numbers of a tensor that are printed whole; of larger ones the first difference is
+MOST_SHOWN = 8                 # numbers of a tensor that are printed whole; of larger ones the first difference is
 
 
 class Refused(Exception):

@@ -36,7 +36,7 @@ A, B, ALPHA = whole([1, 0], [2, 1]), whole([1, 3], [0, 2]), 6
 
 def make(answer: ModuleType, base: nn.Linear, r: int, alpha: float, dropout: float = 0.0) -> tuple[Any, Tensor, Tensor]:
     """The answer's layer with its A and B."""
-    layer = answer.LoRALinear(base, r, alpha, dropout)
+    layer = answer.LoRALinear(base, r, alpha, *([dropout] if dropout else []))   # by default there is none
     return (layer, parameter(layer, "lora_A", r, base.in_features), parameter(layer, "lora_B", base.out_features, r))
 
 

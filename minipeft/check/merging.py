@@ -88,8 +88,8 @@ def _wrong_dora(V: Tensor, m: Tensor, up: Tensor) -> dict[str, Tensor]:
 
 def formula(answer: ModuleType) -> None:
     expect("merged_lora(W, A, B, lora_alpha, r)", answer.merged_lora(W, A, B, ALPHA, 2), W + S * B @ A,
-           given(W=W, A=A, B=B, lora_alpha=ALPHA, r=2), {f"LoRA: {name}": value for name,
-                                                         value in _wrong_lora().items()})
+           given(W=W, A=A, B=B, lora_alpha=ALPHA, r=2),
+           {f"LoRA: {name}": value for name, value in _wrong_lora().items()})
     V = W + S * B @ A
     expect("merged_dora(W, A, B, m, lora_alpha, r)", answer.merged_dora(W, A, B, M, ALPHA, 2),
            torch.tensor([[2.0], [3.0]]) * V, given(W=W, A=A, B=B, m=M, lora_alpha=ALPHA, r=2),

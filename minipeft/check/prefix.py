@@ -38,8 +38,8 @@ def make(answer: ModuleType, table: Tensor | None = None) -> tuple[Any, Tensor]:
     """The answer's prefix with its table, of small whole numbers unless another is given."""
     prefix = answer.Prefix(V, L, H, C)
     own = parameter(prefix, "table", V, 2 * L * C, wrong={
-        (V, L * C): "keys or values are missing: each block has both", (V, 2 * C):
-        "each block has its own keys and values",
+        (V, L * C): "keys or values are missing: each block has both",
+        (V, 2 * C): "each block has its own keys and values",
         (V, C): "that is a prompt: each block has its own keys and values"})
     put(own, torch.arange(V * 2 * L * C).view(V, -1) % 5 - 1.0 if table is None else table)
     return prefix, own
@@ -91,6 +91,8 @@ def _wrong_attend(p_k: Tensor, p_v: Tensor) -> dict[str, Tensor]:
     return {"the triangle begins at the upper left corner, as is_causal's does: it hides prefix and text":
                 softmax_attention(Q, k, v, torch.ones(2, V + 2, dtype=torch.bool).tril()),
             "the prefix has no effect: it is not put in, or hidden by the mask": alone,
+            "the mask itself is added, 1 and 0: where nothing is seen, -infinity is added, and else 0":
+                (Q @ k.transpose(-1, -2) / 2 + SEEN).softmax(-1) @ v,
             "there is no causal mask within the text": softmax_attention(Q, k, v, torch.ones_like(SEEN)),
             "the prefix stands behind the text, with the mask of before":
                 softmax_attention(Q, torch.cat((K, p_k), 2), torch.cat((VALUES, p_v), 2), SEEN),
@@ -148,7 +150,8 @@ def count(answer: ModuleType) -> None:
 
 def padding(answer: ModuleType) -> None:
     prefix, table = make(answer)
-    text, pads = torch.randn(3, 1, H, 3, D), 5 * torch.randn(3, 1, H, 2, D)
+    prefix, table = prefix.double(), table.detach().double()
+    text, pads = torch.randn(3, 1, H, 3, D).double(), 5 * torch.randn(3, 1, H, 2, D).double()
     alone = prefix.attend(1, *text, None)
     key, value = layout(table, 1)
     for side, mask in (("left", [0, 0, 1, 1, 1]), ("right", [1, 1, 1, 0, 0])):
@@ -163,8 +166,10 @@ def padding(answer: ModuleType) -> None:
             return softmax_attention(q, keys, values, seen & torch.cat(mask, 1).bool())[0, :, real]
 
         ones = torch.ones(1, V, dtype=torch.long)
+        added = (q @ keys.transpose(-1, -2) / 2 + (seen & torch.cat((ones, mask), 1).bool())).softmax(-1) @ values
         wrong = {"attention_mask has no effect: real tokens see pads": by(ones, torch.ones_like(mask)),
                  "the mask's V ones stand on its right: the prefix is on the left": by(mask, ones),
+                 "the mask itself is added, 1 and 0: where nothing is seen, -infinity is added": added[0, :, real],
                  "the mask hides the prefix, too: it gets ones for it, not zeros": by(1 - ones, mask)}
         expect("attend(...) at real tokens, and the text alone", prefix.attend(1, q, k, v, mask)[0, :, real], alone[0],
                f"{given(attention_mask=mask)}, random q, k and v",
@@ -172,8 +177,8 @@ def padding(answer: ModuleType) -> None:
 
 
 def causal(answer: ModuleType) -> None:
-    prefix, _ = make(answer)
-    q, k, v = torch.randn(3, 1, H, 5, D)
+    prefix = make(answer)[0].double()
+    q, k, v = torch.randn(3, 1, H, 5, D).double()
     before, changed = prefix.attend(0, q, k, v, None), v.clone()
     changed[:, :, 3] += 1
     expect("attend(...)[:, :, :3], before and after v of token 3 changes",
@@ -189,4 +194,4 @@ def reference(answer: ModuleType) -> None:
             expect(f"{name} of keys_and_values({layer}, 1)", got, case[f"{name}.{layer}"],
                    "peft's case prefix in minipeft/check/references.json")
     expect("attend(1, q, k, v)", prefix.attend(1, case["q"], case["k"], case["v"], None), case["o"],
-           "peft's prefix in transformers' attention, case prefix")
+           "peft's prefix in transformers' attention, case prefix", tolerance=1e-4)

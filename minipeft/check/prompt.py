@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -38,7 +39,7 @@ def embedding(rows: Tensor) -> nn.Embedding:
     return nn.Embedding.from_pretrained(rows.clone(), freeze=True)
 
 
-def make(answer: ModuleType, virtual: int = V, ids: tuple[int, ...] = (1, 3)) -> tuple[Any, Tensor]:
+def make(answer: ModuleType, virtual: int = V, ids: Sequence[int] = (1, 3)) -> tuple[Any, Tensor]:
     """The answer's prompt with its table."""
     prompt = answer.Prompt(virtual, embedding(WORDS), list(ids))
     return prompt, parameter(prompt, "prompt", virtual, C, wrong={
@@ -61,21 +62,7 @@ def shapes(answer: ModuleType) -> None:
 
 
 def formula(answer: ModuleType) -> None:
-    for virtual, ids in ((5, (2, 3)), (2, (3, 0, 1))):
-        rows = WORDS[torch.tensor((list(ids) * virtual)[:virtual])]
-        count = torch.arange(virtual)
-        expect("self.prompt at the start", make(answer, virtual, ids)[1].detach(), rows,
-               f"{given(V=virtual, ids=list(ids), wte=WORDS)}", {
-                   "P is the first rows of wte: it is those of the ids": WORDS[count % len(WORDS)],
-                   "each word is repeated by itself: the whole text is, 7 8 7 8 7": WORDS[torch.tensor(
-                       [ids[min(i // -(-virtual // len(ids)), len(ids) - 1)] for i in range(virtual)])],
-                   "P is the mean of the words in every row": WORDS[torch.tensor(ids)].mean(0).expand(virtual, C),
-                   "P is filled up with its last word: the whole text is repeated": WORDS[torch.tensor(
-                       [ids[min(i, len(ids) - 1)] for i in range(virtual)])],
-                   "P is filled up with zeros: the whole text is repeated": torch.cat(
-                       (WORDS[torch.tensor(ids)], torch.zeros(virtual, C)))[:virtual],
-                   "P starts at zero": torch.zeros(virtual, C)} if virtual > len(ids) else {
-                   "the text's end is taken: it is cut behind the first V": WORDS[torch.tensor(ids[-virtual:])]})
+    _start(answer)
     prompt, table = make(answer)
     put(table, P)
     wte, wpe = embedding(WORDS), embedding(PLACES)
@@ -94,6 +81,23 @@ def formula(answer: ModuleType) -> None:
                "the text has wpe added twice": torch.cat((P + PLACES[:2], words + 2 * PLACES[2:4])),
                "P is added to the text's embeddings: it stands before them": words + P + PLACES[:2]})
     _outputs(prompt)
+
+
+def _start(answer: ModuleType) -> None:
+    """P as it starts, from a text that is shorter than V, and from one that is longer."""
+    ids, virtual = [2, 3], 5
+    expect("self.prompt at the start", make(answer, virtual, ids)[1].detach(), WORDS[[2, 3, 2, 3, 2]],
+           given(V=virtual, ids=ids, wte=WORDS), {
+               "P is the first rows of wte: it is those of the ids": WORDS[[0, 1, 2, 3, 0]],
+               "each word is repeated by itself: the whole text is, 7 8 7 8 7": WORDS[[2, 2, 2, 3, 3]],
+               "P is filled up with its last word: the whole text is repeated": WORDS[[2, 3, 3, 3, 3]],
+               "P is filled up with zeros: the whole text is repeated": torch.cat((WORDS[ids], torch.zeros(3, C))),
+               "P is the mean of the words in every row": WORDS[ids].mean(0).expand(virtual, C),
+               "P starts at zero": torch.zeros(virtual, C)})
+    ids, virtual = [3, 0, 1], 2
+    expect("self.prompt at the start", make(answer, virtual, ids)[1].detach(), WORDS[[3, 0]],
+           given(V=virtual, ids=ids, wte=WORDS),
+           {"the text's end is taken: it is cut behind the first V": WORDS[[0, 1]]})
 
 
 def _outputs(prompt: Any) -> None:

@@ -123,6 +123,20 @@ def test_the_list_and_a_wrong_word_need_no_torch(tmp_path):
     assert run("lora", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}").returncode == 2
 
 
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "soon"])
+def test_a_time_limit_that_is_none_is_refused(seconds, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["lora", "mine.py", "--seconds", seconds])
+    assert ended.value.code == 2 and "--seconds" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_gone_leaves_no_traceback():
+    command = f"{sys.executable} -m minipeft.check --list | true"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, shell=True, capture_output=True, text=True, env=environment)
+    assert ended.stderr == ""
+
+
 def test_the_command_grades_an_answer():
     ended = run("lora", answers.HERE / "otherwise" / "lora.py")
     assert (ended.returncode, ended.stderr) == (0, "") and ended.stdout.endswith("all 8 properties hold\n")

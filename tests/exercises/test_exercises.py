@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,22 +66,28 @@ def test_every_name_of_the_template_is_called(method):
 
 # --- wrong ones -------------------------------------------------------------------------------------------------------
 
+@functools.cache
+def outcomes_of(method, mistake):
+    """Each property that was looked at, and why it does not hold."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "answer.py"
+        path.write_text(mistake.source, encoding="utf-8")
+        return list(grade(method, path))
+
+
 @each_mistake
-def test_a_mistake_is_refused_with_its_own_message(method, mistake, tmp_path):
-    path = tmp_path / "answer.py"
-    path.write_text(mistake.source, encoding="utf-8")
-    (*held, (_, refused)) = grade(method, path)
+def test_a_mistake_is_refused_with_its_own_message(method, mistake):
+    (*held, (title, refused)) = outcomes_of(method, mistake)
     assert all(outcome is None for _, outcome in held)
     assert refused is not None, "it passes"
-    assert mistake.says and mistake.says in refused.because, answers.verdict(method, path)
+    assert mistake.says and mistake.says in refused.because, (title, refused.because, refused.got, refused.expected)
 
 
 @each_exercise
-def test_no_two_mistakes_of_an_exercise_get_the_same_message(method, tmp_path):
-    found, path = {}, tmp_path / "answer.py"
+def test_no_two_mistakes_of_an_exercise_get_the_same_message(method):
+    found = {}
     for mistake in answers.mistakes(method):
-        path.write_text(mistake.source, encoding="utf-8")
-        found.setdefault(answers.verdict(method, path).partition(": ")[2], []).append(mistake.title)
+        found.setdefault(outcomes_of(method, mistake)[-1][1].because, []).append(mistake.title)
     assert not {says: titles for says, titles in found.items() if len(titles) > 1}
     assert len(found) >= FEWEST_MISTAKES
 

@@ -13,6 +13,7 @@ MISTAKES = [
     ("no mask", "    scores = " + FILL + "\n", "", "the mask is not used"),
     ("mask upside down", "~mask", "mask", "the mask is upside down"),
     ("zero instead of -infinity", FILL, "scores.masked_fill(~mask, 0.0)", "hidden scores are set to 0"),
+    ("mask added", FILL, "scores + mask", "the mask itself is added, 1 and 0"),
     ("mask behind the softmax", {FILL: "scores", "scores.softmax(dim=-1) @": "(scores.softmax(dim=-1) * mask) @"}, None,
      "the mask comes after the softmax"),
     ("no transposition of heads", "x.view(B, T, n_head, C // n_head).transpose(1, 2)",

@@ -2,8 +2,8 @@
 
 MISTAKES = [
     ("l starts at zero", "torch.ones(", "torch.zeros(", "l starts at zero"),
-    ("1 + l", {"torch.ones(": "torch.zeros(", "self.base_layer(self.ia3_l * x)":
-     "self.base_layer((1 + self.ia3_l) * x)",
+    ("1 + l", {"torch.ones(": "torch.zeros(",
+               "self.base_layer(self.ia3_l * x)": "self.base_layer((1 + self.ia3_l) * x)",
                "self.ia3_l * self.base_layer(x)": "(1 + self.ia3_l) * self.base_layer(x)"}, None,
      "the layer multiplies by 1 + l"),
     ("bias not rescaled", "self.ia3_l * self.base_layer(x)",
@@ -33,20 +33,17 @@ MISTAKES = [
     ("columns of an ordinary layer", "weight * self.ia3_l[:, None], bias", "weight * self.ia3_l, bias",
      "in merging the columns are scaled"),
     ("rows of a feed-forward layer", "return weight * self.ia3_l, bias\n",
-     "return weight * self.ia3_l[:, None], bias\n",
-     "in merging the rows are scaled"),
+     "return weight * self.ia3_l[:, None], bias\n", "in merging the rows are scaled"),
     ("merged bias forgotten", "bias * self.ia3_l\n", "bias\n", "in merging the bias is not scaled"),
     ("merged bias scaled behind", "return weight * self.ia3_l, bias\n",
-     "return weight * self.ia3_l, bias * self.ia3_l\n",
-     "in merging the bias is scaled"),
+     "return weight * self.ia3_l, bias * self.ia3_l\n", "in merging the bias is scaled"),
     ("merging in place", "return weight * self.ia3_l[:, None], bias * self.ia3_l",
      "return weight.mul_(self.ia3_l.data[:, None]), bias.mul_(self.ia3_l.data)",
      "merged changes the layer"),
     ("both c_proj", 'name.endswith(("attn.c_attn", "mlp.c_proj"))', 'name.endswith(("c_attn", "c_proj"))',
      "attn.c_proj gets a vector, too"),
-    ("c_fc", {'name.endswith("mlp.c_proj") for': 'False for', '("attn.c_attn", "mlp.c_proj")':
-     '("attn.c_attn", "mlp.c_fc")'},
-     None, "mlp.c_fc is rescaled"),
+    ("c_fc", {'name.endswith("mlp.c_proj") for': "False for",
+              '("attn.c_attn", "mlp.c_proj")': '("attn.c_attn", "mlp.c_fc")'}, None, "mlp.c_fc is rescaled"),
     ("feed-forward not marked", 'name.endswith("mlp.c_proj") for', "False for",
      "mlp.c_proj is not said to be a feed-forward one"),
 ]

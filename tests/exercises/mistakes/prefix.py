@@ -8,6 +8,7 @@ STACKED = ("        key = torch.cat((prefix_key, key), dim=2)\n"
 MISTAKES = [
     ("triangle at the upper left, as is_causal's", "tril(self.V)", "tril()",
      "the triangle begins at the upper left corner"),
+    ("mask added", "scores.masked_fill(~mask, -torch.inf)", "(scores + mask)", "the mask itself is added, 1 and 0"),
     ("no causal mask", ".tril(self.V)", "", "there is no causal mask within the text"),
     ("prefix behind the text", STACKED, STACKED.replace("(prefix_key, key)", "(key, prefix_key)")
      .replace("(prefix_value, value)", "(value, prefix_value)"), "the prefix stands behind the text"),

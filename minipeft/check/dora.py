@@ -23,6 +23,7 @@ from minipeft.check.judging import (
     put,
     randomized,
     trained_count,
+    unchanged,
     whole,
 )
 from minipeft.check.references import reference_case
@@ -153,13 +154,10 @@ def count(answer: ModuleType) -> None:
 
 def merged(answer: ModuleType) -> None:
     layer, stretch = small(answer), torch.tensor([[2.0], [3.0]])
-    before = layer(X[None])
-    expect("layer.merged_weight()", layer.merged_weight(), stretch * (W + ALPHA / 2 * B @ A),
-           given(W=W, A=A, B=B, m=M, r=2, lora_alpha=ALPHA),
-           {f"in merging: {name}": matrix for name, matrix in _wrong_matrices().items()})
-    if not torch.equal(layer(X[None]), before):
-        raise Refused("layer(x) after layer.merged_weight()", "another output", "the same as before",
-                      because="merged_weight changes the layer: from then on forward adds the update twice")
+    with unchanged(layer, X[None], "layer.merged_weight()"):
+        expect("layer.merged_weight()", layer.merged_weight(), stretch * (W + ALPHA / 2 * B @ A),
+               given(W=W, A=A, B=B, m=M, r=2, lora_alpha=ALPHA),
+               {f"in merging: {name}": matrix for name, matrix in _wrong_matrices().items()})
     wide, x = randomized(make(answer, nn.Linear(IN, OUT), R, ALPHA)[0]), torch.randn(2, 4, IN)
     expect("F.linear(x, layer.merged_weight(), bias)", F.linear(x, wide.merged_weight(), wide.base_layer.bias),
            wide(x), "a 5 x 3 matrix")

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minipeft.check.judging import (
-    Refused,
     check_gradients,
     check_trained,
     expect,
@@ -24,6 +23,7 @@ from minipeft.check.judging import (
     put,
     randomized,
     trained_count,
+    unchanged,
     whole,
 )
 from minipeft.check.references import reference_case
@@ -141,18 +141,15 @@ def merged(answer: ModuleType) -> None:
         layer, scale = make(answer, linear(W, BIAS), feedforward)
         put(scale, L)
         rows, columns, text = L[:, None] * W, W * L, f"{given(W=W, bias=BIAS, l=L)}, {kind}"
-        before = layer(X[None])
-        weight, bias = pair("layer.merged()", layer.merged())
-        expect("the weight of layer.merged()", weight, columns if feedforward else rows, text,
-               {"in merging the columns are scaled: an output is a row of W": columns,
-                "in merging the rows are scaled: an input is a column of W": rows,
-                "the merged weight is W as it was": W})
-        expect("the bias of layer.merged()", bias, BIAS if feedforward else L * BIAS, text,
-               {"in merging the bias is not scaled: l multiplies the whole output of an ordinary layer": BIAS,
-                "in merging the bias is scaled: a feed-forward layer adds it after l": L * BIAS})
-        if not torch.equal(layer(X[None]), before):
-            raise Refused("layer(x) after layer.merged()", "another output", "the same as before", kind,
-                          "merged changes the layer: from then on forward rescales twice")
+        with unchanged(layer, X[None], "layer.merged()", kind):
+            weight, bias = pair("layer.merged()", layer.merged())
+            expect("the weight of layer.merged()", weight, columns if feedforward else rows, text,
+                   {"in merging the columns are scaled: an output is a row of W": columns,
+                    "in merging the rows are scaled: an input is a column of W": rows,
+                    "the merged weight is W as it was": W})
+            expect("the bias of layer.merged()", bias, BIAS if feedforward else L * BIAS, text,
+                   {"in merging the bias is not scaled: l multiplies the whole output of an ordinary layer": BIAS,
+                    "in merging the bias is scaled: a feed-forward layer adds it after l": L * BIAS})
         wide, x = randomized(make(answer, nn.Linear(IN, OUT), feedforward)[0]), torch.randn(2, 4, IN)
         expect("F.linear(x, *layer.merged())", F.linear(x, *wide.merged()), wide(x), f"a 5 x 3 matrix, {kind}")
 

@@ -7,7 +7,8 @@ answer computes exactly what the mistake would.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -189,6 +190,20 @@ def with_bias(module: nn.Module, name: str, out: int, into: int) -> dict[str, nn
 def put(target: Tensor, values: Tensor) -> None:
     """Give a parameter these values."""
     target.copy_(values)
+
+
+@contextmanager
+def unchanged(layer: nn.Module, x: Tensor, call: str, given: str = "") -> Iterator[None]:
+    """What is called inside leaves the layer as it was.
+
+    Raises:
+        Refused: the layer has another output afterwards.
+    """
+    before = layer(x)
+    yield
+    if not torch.equal(layer(x), before):
+        raise Refused(f"layer(x) after {call}", "another output", "the same as before", given,
+                      f"{call} changes the layer: from then on the method acts twice in forward")
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------

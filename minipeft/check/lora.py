@@ -24,6 +24,7 @@ from minipeft.check.judging import (
     put,
     randomized,
     trained_count,
+    unchanged,
     whole,
 )
 from minipeft.check.references import reference_case
@@ -148,20 +149,17 @@ def count(answer: ModuleType) -> None:
 def merged(answer: ModuleType) -> None:
     layer, lora_A, lora_B = make(answer, linear(W, BIAS), 2, ALPHA)
     put(lora_A, A), put(lora_B, B)
-    before = layer(X[None])
     BA, s = B @ A, ALPHA / 2
-    expect("layer.merged_weight()", layer.merged_weight(), W + s * BA,
-           given(W=W, A=A, B=B, r=2, lora_alpha=ALPHA),
-           {"the update alone is returned: W has to be added": s * BA,
-            "the update is not scaled in merging": W + BA,
-            "in merging scaled by lora_alpha, not by lora_alpha / r": W + ALPHA * BA,
-            "A B instead of B A": W + s * A @ B,
-            "the update is transposed in merging: W is (out, in), and so is B A": W + s * BA.T,
-            "A^T B^T instead of B A": W.T + s * BA.T,
-            "W as it was: the update is not added": W})
-    if not torch.equal(layer(X[None]), before):
-        raise Refused("layer(x) after layer.merged_weight()", "another output", "the same as before",
-                      because="merged_weight changes the layer: from then on forward adds the update twice")
+    with unchanged(layer, X[None], "layer.merged_weight()"):
+        expect("layer.merged_weight()", layer.merged_weight(), W + s * BA,
+               given(W=W, A=A, B=B, r=2, lora_alpha=ALPHA),
+               {"the update alone is returned: W has to be added": s * BA,
+                "the update is not scaled in merging": W + BA,
+                "in merging scaled by lora_alpha, not by lora_alpha / r": W + ALPHA * BA,
+                "A B instead of B A": W + s * A @ B,
+                "the update is transposed in merging: W is (out, in), and so is B A": W + s * BA.T,
+                "A^T B^T instead of B A": W.T + s * BA.T,
+                "W as it was: the update is not added": W})
     wide, _, _ = make(answer, nn.Linear(IN, OUT), R, ALPHA)
     randomized(wide)
     x = torch.randn(2, 4, IN)

@@ -69,7 +69,8 @@ def print_table(methods: list[str]) -> None:
         for method in methods:
             for mistake in mistakes(method):
                 path.write_text(mistake.source, encoding="utf-8")
-                print(f"| {method} | {mistake.title} | {verdict(method, path)} |")
+                says = verdict(method, path).replace("|", "\\|")                  # ||W|| is no cell
+                print(f"| {method} | {mistake.title} | {says} |")
 
 
 if __name__ == "__main__":

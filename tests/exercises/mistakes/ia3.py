@@ -39,7 +39,7 @@ MISTAKES = [
      "return weight * self.ia3_l, bias * self.ia3_l\n", "in merging the bias is scaled"),
     ("merging in place", "return weight * self.ia3_l[:, None], bias * self.ia3_l",
      "return weight.mul_(self.ia3_l.data[:, None]), bias.mul_(self.ia3_l.data)",
-     "merged changes the layer"),
+     "layer.merged() changes the layer"),
     ("both c_proj", 'name.endswith(("attn.c_attn", "mlp.c_proj"))', 'name.endswith(("c_attn", "c_proj"))',
      "attn.c_proj gets a vector, too"),
     ("c_fc", {'name.endswith("mlp.c_proj") for': "False for",

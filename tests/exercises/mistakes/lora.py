@@ -49,5 +49,5 @@ MISTAKES = [
     ("A B in merging", "self.lora_B @ self.lora_A", "self.lora_A @ self.lora_B", "A B instead of B A"),
     ("merging in place", "return self.base_layer.weight + self.scaling * self.lora_B @ self.lora_A",
      "self.base_layer.weight += self.scaling * self.lora_B.data @ self.lora_A.data\n"
-     "        return self.base_layer.weight", "merged_weight changes the layer"),
+     "        return self.base_layer.weight", "layer.merged_weight() changes the layer"),
 ]

@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from minipeft.runs.budget import COMPARED, FEW_EXAMPLES
 from minipeft.runs.cells import Job, run_cell
 from minipeft.runs.compare import Request, compare
 from minipeft.runs.places import CHECKPOINTS
-from minipeft.runs.workers import IN_USE
+from minipeft.runs.workers import AGAIN, IN_USE
 
 # What replaces every budget's own, by its option.
 CHANGES = {"epochs": "passes over the training examples", "tuning_epochs": "the same, of a trial",
@@ -108,7 +109,9 @@ def _end_with_parent() -> None:
     """Wait until nobody holds the other end of standard input, then be asked to stop, as by a cluster."""
     while os.read(sys.stdin.fileno(), 1):
         pass
-    os.kill(os.getpid(), signal.SIGTERM)
+    while True:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(AGAIN)
 
 
 def _words(given: Sequence[str]) -> list[str]:

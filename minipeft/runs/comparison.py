@@ -29,7 +29,7 @@ comparison.json
         "forgetting":  {"before", "after", "nats" (after - before; above 0 is forgotten), "deviation" of it, "tokens",
                         "texts"}
         "curves":      for each seed its validations: step, train_loss, validation_loss, seconds, ...
-        "better_than", "worse_than", "rank": see `significance.ranks`; in "methods" alone}
+        "better_than", "worse_than", "rank": see `significance.ranks`; in "methods", if there are several}
 
 comparison_tuning.json
 
@@ -106,7 +106,7 @@ def _dataset(folder: Path, cells: Sequence[tuple[Path, dict[str, Any]]]) -> dict
         samples = resampled(each, TASKS[some["task"]].headline_of)
         for method in each:
             rows[kind][method]["interval_95"] = interval(samples[method])
-        if kind == "final":
+        if kind == "final" and len(each) > 1:
             pairs = compared({method: rows[kind][method]["mean"] for method in each}, samples)
             for method, place in ranks(list(each), pairs).items():
                 rows[kind][method] |= place

@@ -26,8 +26,10 @@ from minipeft.runs.plan import Say
 from minipeft.training.progress import progress_bar
 from minipeft.training.stopping import Stopped, stop_between_steps
 
-IN_USE = 75                # a process's exit code: another one is at its job
-PAUSE, PATIENCE = 0.2, 60  # seconds between looks; seconds in which a process that was asked to stop saves its state
+IN_USE = 75   # a process's exit code: another one is at its job
+PAUSE = 0.2   # seconds between looks
+AGAIN = 20    # seconds after which a process that was asked to stop is asked again: a library in C may lose a signal
+ASKED = 15    # so many times, then it is killed
 
 
 @dataclass
@@ -176,12 +178,14 @@ class Queue:
 
     def _stop(self) -> None:
         """Ask the processes to stop, and give them time to save."""
-        for running in self.running.values():
-            running.process.terminate()
-        until = time.monotonic() + PATIENCE
-        for running in self.running.values():
-            with suppress(subprocess.TimeoutExpired):
-                running.process.wait(max(0.0, until - time.monotonic()))
+        for _ in range(ASKED):
+            left = [running.process for running in self.running.values() if running.process.poll() is None]
+            for process in left:
+                process.terminate()
+            until = time.monotonic() + AGAIN
+            for process in left:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0.0, until - time.monotonic()))
 
     @contextmanager
     def _no_process_left(self) -> Iterator[None]:

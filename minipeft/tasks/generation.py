@@ -290,6 +290,7 @@ class Translation(Generation):
         from sacrebleu.metrics import BLEU
 
         def bleu(row: np.ndarray) -> float:
+            row = np.rint(row).astype(int)
             lengths, right, runs = row[:2].tolist(), row[2:6].tolist(), row[6:].tolist()
             return BLEU.compute_bleu(right, runs, *lengths, smooth_method="exp").score
 

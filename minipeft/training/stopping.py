@@ -53,6 +53,8 @@ def stop_at_once(number: int, frame: FrameType | None) -> NoReturn:
 def stop_between_steps() -> Iterator[Callable[[], int]]:
     """Within the block the first signal only raises a flag, so that a step is never cut in half; a second one acts.
 
+    But not a second SIGTERM: whoever sends it may repeat it, in case the first one got lost, and ends with SIGKILL.
+
     Yields:
         A function that gives the number of the signal that came, or 0.
     """
@@ -60,7 +62,7 @@ def stop_between_steps() -> Iterator[Callable[[], int]]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal came
-        if came:
+        if came and number != signal.SIGTERM:
             stop_at_once(number, frame)
         came = number
 

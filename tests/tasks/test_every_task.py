@@ -252,5 +252,5 @@ def test_the_headline_of_several_selections_is_found_at_once():
     assert rouge.tolist() == [[66667], [0]] and TASKS["summarization"].headline_of(rouge.sum(axis=0), 2) == 33.3335
     counts = TASKS["translation"](get_tokenizer("mini"), []).counts(["ein Hund läuft schnell"], [["ein Hund läuft so"]])
     assert counts.tolist() == [[4, 4, 3, 2, 1, 0, 4, 3, 2, 1]]
-    both = TASKS["translation"].headline_of(np.stack((counts[0], 3 * counts[0])), 1)
+    both = TASKS["translation"].headline_of(np.stack((counts[0], 3.0 * counts[0])), 1)
     assert both[0] == pytest.approx(59.46, abs=0.01) and both.shape == (2,)

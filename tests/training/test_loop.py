@@ -473,6 +473,17 @@ def test_a_second_ctrl_c_is_obeyed_at_once(toy):
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+def test_a_second_sigterm_says_no_more_than_the_first(toy, tmp_path):
+    """It may be sent again in case it got lost: the step ends, and the state is saved."""
+    def twice(logits, batch):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return loss_sum(logits, batch)
+
+    assert run(toy(), loss_sum=twice, state_folder=tmp_path).stopped_by == signal.SIGTERM
+    assert (tmp_path / "training_state.safetensors").is_file()
+
+
 def test_training_runs_in_a_thread_where_signals_cannot_be_caught(toy):
     task, found = toy(epochs=1), []
     thread = threading.Thread(target=lambda: found.append(run(task)))

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv/bin
 
-.PHONY: train test lint clean
+.PHONY: train test lint notebooks clean
 
 train: .venv/run
 	$(VENV)/python scripts/train.py --method lora
@@ -13,6 +13,9 @@ test: .venv/dev
 
 lint: .venv/dev
 	$(VENV)/python -m ruff check .
+
+notebooks: .venv/dev
+	$(VENV)/python scripts/notebooks.py
 
 # A folder counts as made only once its marker file is written: an interrupted set-up starts over.
 .venv/run: pyproject.toml constraints.txt

@@ -1,0 +1,107 @@
+"""The notebooks run from top to bottom, are stored with what they print and draw, and say nothing that can change."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from documents import ROOT, links
+
+from minipeft import GPT2ForSequenceClassification, load_adapter
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def cells(path, kind):
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    assert notebook["nbformat"] == 4 and notebook["metadata"]["kernelspec"]["name"] == "python3"
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == kind]
+
+
+def text_of(cell):
+    return "".join(cell["source"])
+
+
+def kinds_of(outputs):
+    """What a cell showed: streams, and the richest form of each thing that was displayed."""
+    return [output.get("name") or sorted(output.get("data", {"error": 0}))[0] for output in outputs]
+
+
+def test_these_are_the_notebooks():
+    assert [path.stem for path in NOTEBOOKS] == ["baseline_results", "comparing_results", "finetuning_lora"]
+
+
+@each_notebook
+def test_a_notebook_is_stored_with_its_outputs_which_are_small_and_of_no_one_machine(path):
+    code = cells(path, "code")
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1)), "run anew, from top to bottom"
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert {output["output_type"] for output in outputs} <= {"stream", "execute_result", "display_data"}
+    assert not [output for output in outputs if output.get("name") == "stderr"]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert path.stat().st_size < 250_000
+    assert not re.search(r"/(root|home|tmp|work)/", path.read_text(encoding="utf-8"))
+
+
+@each_notebook
+def test_texts_and_cells_are_short_and_links_lead_somewhere(path):
+    for cell in cells(path, "code"):
+        assert text_of(cell).count("\n") < 40
+    for cell in cells(path, "markdown"):
+        assert len(text_of(cell)) < 1200
+        assert not [target for target in links(text_of(cell)) if not (path.parent / target).exists()]
+
+
+def test_the_comparison_s_text_names_no_result():
+    (path,) = [path for path in NOTEBOOKS if path.stem == "comparing_results"]
+    numbers = {number for cell in cells(path, "markdown") for number in re.findall(r"\d[\d.,]*\d|\d", text_of(cell))}
+    assert numbers <= {"95", "100", "4"}  # of intervals, of all parameters, of bytes
+
+
+def test_the_comparison_takes_a_comparison_s_file_where_there_is_one(tmp_path):
+    def row(score, trained):
+        return {"mean": score, "interval_95": [score - 0.01, score + 0.01], "seeds": [0, 1, 2], "trained_share": 0.1,
+                "trained_parameters": trained, "curves": [[{"step": 5, "validation_loss": 0.4}]] * 3}
+
+    methods = {"lora": row(0.93, 100), "full": row(0.92, 1000), "head": row(0.8, 10)}
+    (tmp_path / "comparison.json").write_text(json.dumps({"datasets": {
+        "own": {"task": "classification", "headline": "accuracy", "methods": methods}}}))
+    (path,) = [path for path in NOTEBOOKS if path.stem == "comparing_results"]
+    here, names = 'Path(minipeft.__file__).parents[1] / "results"', {}
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    code = "\n".join(text_of(cell) for cell in cells(path, "code"))
+    assert here in code
+    exec(code.replace(here, f"Path({str(tmp_path)!r})"), names)
+    assert names["order"] == ["head", "full", "lora"] and names["beside"] == ["full"] and names["below"] == ["head"]
+
+
+@pytest.mark.slow
+@each_notebook
+def test_a_notebook_runs_from_top_to_bottom_and_shows_what_is_stored(path, tmp_path):
+    run = runpy.run_path(str(ROOT / "scripts/notebooks.py"))["run"]
+    again = [cell for cell in run(path, tmp_path).cells if cell.cell_type == "code"]
+    for cell, stored in zip(again, cells(path, "code")):
+        assert kinds_of(cell.outputs) == kinds_of(stored["outputs"]), cell.source
+    if path.stem == "finetuning_lora":
+        model = load_adapter(GPT2ForSequenceClassification.from_pretrained("mini"),
+                             tmp_path / "checkpoints/notebook_lora")
+        assert model(torch.tensor([[1, 2, 3]])).shape == (1, 2)
+    assert "validation accuracy" in path.read_text(encoding="utf-8") or path.stem != "finetuning_lora"
+
+
+def test_the_script_leaves_a_notebook_that_fails_as_it_was(tmp_path, monkeypatch):
+    nbformat = pytest.importorskip("nbformat")
+    path = tmp_path / "bad.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")]), path)
+    before = path.read_bytes()
+    monkeypatch.setattr(sys, "argv", ["notebooks.py", str(path)])
+    with pytest.raises(Exception, match="ZeroDivisionError"):
+        runpy.run_path(str(ROOT / "scripts/notebooks.py"), run_name="__main__")
+    assert path.read_bytes() == before and [file.name for file in Path(tmp_path).iterdir()] == ["bad.ipynb"]

@@ -62,6 +62,12 @@ def read_batches(job: Job) -> tuple[list[np.ndarray], list[int], list[list[int]]
     return ids, labels, job["batches"]
 
 
+def dropouts(job: Job) -> dict[str, float]:
+    """Fields of a base's configuration by which its three dropouts are the job's; none where the base's own count."""
+    names = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+    return {} if job["dropout"] is None else dict.fromkeys(names, job["dropout"])
+
+
 def batch_length(rows: list[np.ndarray], job: Job) -> int:
     """How long a batch of these texts is: as the longest, or rounded up as this library's training does."""
     longest = max(map(len, rows))

@@ -28,6 +28,7 @@ SHAPES = {"gpt2": {}, "tiny": {"n_layer": 2, "n_embd": 64, "n_head": 2}}
 BEST = {"precision": "bf16", "compile": True, "rounded": True}
 TRAINING_ROWS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "matched": (1, {}, {}), "default": (2, {"precision": "auto", "rounded": True}, {}), "best": (2, BEST, BEST)}
+ROUNDS_OF_LONG = 3  # turns that count, at most, where a turn takes most of a minute
 METHOD_VALUES: dict[str, dict[str, Any]] = {
     "full": {}, "lora": {"r": 8, "lora_alpha": 16}, "prefix": {"num_virtual_tokens": 20},
     "prompt": {"num_virtual_tokens": 20}, "adapter": {"reduction_factor": 16}, "ia3": {}, "head": {}}
@@ -65,9 +66,9 @@ class Benchmark:
         data = load_dataset(options.dataset, Classification, options.data_dir)
         self.dataset = data.name
         examples = data.train.subset(min(2048, len(data.train)), seed=0)
-        ids = get_tokenizer("gpt2" if options.dataset == "imdb" else "mini").encode_batch(examples.texts)
+        self.reviews, self.labels = examples.texts, examples.labels
+        ids = get_tokenizer("gpt2" if options.dataset == "imdb" else "mini").encode_batch(self.reviews)
         self.ids = [np.asarray(row[:1024], dtype=np.int64) for row in ids]
-        self.labels = examples.labels
         self.texts = self.write_texts("texts", self.ids)
 
     def write_texts(self, name: str, ids: list[np.ndarray]) -> str:
@@ -85,7 +86,8 @@ class Benchmark:
         """What a side is told: these defaults, and `values`."""
         return {"side": side, "device": self.device.type, "base": str(self.folder / "base"),
                 "texts": self.texts, "batch_size": self.batch_size, "learning_rate": 1e-4,
-                "precision": "fp32", "compile": False, "batches": [], "length": self.lengths[0], **values}
+                "precision": "fp32", "compile": False, "batches": [], "length": self.lengths[0], "dropout": None,
+                "language_model": False, "micro_batch_size": None, "cast_base": False, "profiled": False, **values}
 
     def batches(self, count: int, steps: int, length: int, grouped: bool, full: bool = False) -> list[list[int]]:
         """Numbers of the texts of `count` batches; the texts of every `steps` batches, a turn, are always the same.
@@ -106,6 +108,10 @@ class Benchmark:
             batches += [[turn[i] for i in rows] for rows in order]
         return batches
 
+    def rounds_at(self, length: int) -> int:
+        """How many turns count with texts of so many tokens: of the longer ones fewer, to save time."""
+        return min(self.rounds, ROUNDS_OF_LONG) if length > self.lengths[0] else self.rounds
+
     # --- the parts ----------------------------------------------------------------------------------------------------
 
     def training(self) -> dict[str, Any]:
@@ -119,12 +125,12 @@ class Benchmark:
 
     def training_row(self, length: int, steps: int, ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
         """Both sides, each with its own settings, on the same texts."""
-        sides = {}
+        sides, rounds = {}, self.rounds_at(length)
         for name, side, values in (("ours", "train_ours", ours), ("peft", "train_peft", theirs)):
-            batches = self.batches(steps * (self.rounds + 1), steps, length, values.get("rounded", False))
+            batches = self.batches(steps * (rounds + 1), steps, length, values.get("rounded", False))
             sides[name] = Side(**self.job(side, adapter=str(self.folder / "adapter"), length=length, steps=steps,
                                           batches=batches, **values))
-        found = take_turns(sides, self.rounds, last=True)
+        found = take_turns(sides, rounds, last=True)
         for side in found.values():
             side["samples_per_second"] = round(steps * self.batch_size / side["seconds"], 3)
         return found | against(found["ours"], found["peft"])
@@ -224,7 +230,7 @@ class Benchmark:
                                         reviews=count, folder=str(self.folder / f"trained_{count}")))
                  for count in counts}
         rows = {}
-        for count, found in take_turns(sides, self.rounds).items():
+        for count, found in take_turns(sides, min(self.rounds, ROUNDS_OF_LONG)).items():
             aside = {key: round(found[key], 4) for key in ("tokenising", "bucketing", "saving")}
             rows[str(count)] = {
                 **aside, **{key: found[key] for key in ("seconds", "seconds_low", "seconds_high", "peak_memory_bytes")},

@@ -19,6 +19,7 @@ from collections.abc import Callable
 import torch
 from inference_sides import classify_ours, classify_transformers, generate_ours, generate_transformers, matrix_products
 from job import Job, Turn
+from profiled import ProfiledTurn
 from training_sides import head_on_features, start_up, train_on_more, train_ours, train_peft
 
 SIDES: dict[str, Callable[[Job, Turn], None]] = {
@@ -31,7 +32,7 @@ def main() -> None:
     job = json.loads(sys.argv[1])
     logging.disable(logging.WARNING)
     torch.manual_seed(0)
-    turn = Turn(torch.device(job["device"]))
+    turn = (ProfiledTurn if job["profiled"] else Turn)(torch.device(job["device"]))
     with contextlib.suppress(BrokenPipeError):
         SIDES[job["side"]](job, turn)
 

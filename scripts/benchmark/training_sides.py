@@ -9,14 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn as nn
-from job import PAD, Job, Turn, batch_length, padded, read_batches
+from job import PAD, Job, Turn, batch_length, dropouts, padded, read_batches
 from torch import Tensor
 
 if TYPE_CHECKING:
     from minipeft.data.batches import Batch, BucketedBatches
 
+IGNORED_LABEL = -100  # both libraries' word for a token that has no label
 NOTHING_MEASURED = {"accuracy": 0.0, "loss": 0.0}  # what a validation finds that only marks a moment
 
 
@@ -28,6 +30,8 @@ class TakingTurns:
     def __init__(self, job: Job, turn: Turn) -> None:
         self.job, self.turn = job, turn
         self.ids, self.labels, self.plan = read_batches(job)
+        if job["language_model"]:
+            self.labels = [np.append(row[1:], IGNORED_LABEL) for row in self.ids]  # of token t, the token after it
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -52,14 +56,16 @@ class TakingTurns:
 
 def train_ours(job: Job, turn: Turn) -> None:
     """minipeft's own loop on the job's batches, a turn being `steps` optimizer steps."""
-    from minipeft import GPT2ForSequenceClassification, inject, load_adapter
+    from minipeft import inject, load_adapter
     from minipeft.methods import METHODS
     from minipeft.methods.injection import trainable_parameters
-    from minipeft.tasks.task import Task
+    from minipeft.tasks.classification import Classification
+    from minipeft.tasks.generation import Generation
     from minipeft.training.hardware import cast_frozen, choose_precision, tokens_per_micro_batch
     from minipeft.training.loop import TrainingConfig, train
 
-    model = GPT2ForSequenceClassification.from_pretrained(job["base"])
+    task = Generation if job["language_model"] else Classification
+    model = task.model_class.from_pretrained(job["base"], num_labels=2, **dropouts(job))
     if "adapter" in job:
         load_adapter(model, job["adapter"])
     else:
@@ -71,8 +77,10 @@ def train_ours(job: Job, turn: Turn) -> None:
     batches = TakingTurns(job, turn)
     config = TrainingConfig(epochs=1, batch_size=job["batch_size"], learning_rate=job["learning_rate"],
                             warmup_ratio=0.0, evaluations_per_epoch=1)
-    history = train(model, batches, Task.loss_sum, batches.end, config, precision, job["compile"],
-                    tokens_per_micro_batch=tokens_per_micro_batch(turn.device, model.config.n_embd))
+    tokens = (job["micro_batch_size"] * job["length"] if job["micro_batch_size"]
+              else tokens_per_micro_batch(turn.device, model.config.n_embd))
+    history = train(model, batches, task.loss_sum, batches.end, config, precision, job["compile"],
+                    tokens_per_micro_batch=tokens)
     turn.wait()
     turn.report(mean_loss=history.curve[-1]["train_loss"], trained_parameters=trained,
                 optimiser_state_bytes=_adamw_bytes(trained), saved_bytes=_saved_bytes(model, job))
@@ -124,13 +132,19 @@ def head_on_features(job: Job, turn: Turn) -> None:
 # --- theirs -----------------------------------------------------------------------------------------------------------
 
 def train_peft(job: Job, turn: Turn) -> None:
-    """transformers' Trainer with peft on the same batches, from the same base and the same adapter."""
+    """transformers' Trainer with peft on the same batches, from the same base and the same adapter.
+
+    With `micro_batch_size` it is told to compute them in micro-batches of so many texts and to add up their gradients,
+    with `cast_base` the base's frozen weights are cast before training instead of at each use.
+    """
     import transformers
     from peft import PeftModel
-    from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer, TrainerCallback, TrainingArguments
     transformers.logging.set_verbosity_error()
 
     ids, labels, plan = read_batches(job)
+    size = job["micro_batch_size"] or job["batch_size"]
+    plan = [rows[start:start + size] for rows in plan for start in range(0, len(rows), size)]
     texts = [{"input_ids": row, "labels": label} for row, label in zip(ids, labels)]
 
     class SameBatches(Trainer):
@@ -148,23 +162,47 @@ def train_peft(job: Job, turn: Turn) -> None:
             if state.global_step % job["steps"] == 0:
                 turn.report(step=state.global_step)
 
-    base = AutoModelForSequenceClassification.from_pretrained(job["base"], num_labels=2, pad_token_id=PAD)
-    model = PeftModel.from_pretrained(base, job["adapter"], is_trainable=True)
+    model = PeftModel.from_pretrained(_base_for_peft(job), job["adapter"], is_trainable=True)
     arguments = TrainingArguments(
         output_dir=str(Path(job["texts"]).parent / "trainer"), num_train_epochs=1, learning_rate=job["learning_rate"],
-        weight_decay=0.01, lr_scheduler_type="cosine", per_device_train_batch_size=job["batch_size"],
+        weight_decay=0.01, lr_scheduler_type="cosine", per_device_train_batch_size=size,
+        gradient_accumulation_steps=job["batch_size"] // size,
         bf16=job["precision"] == "bf16", torch_compile=job["compile"], use_cpu=turn.device.type == "cpu",
         save_strategy="no", report_to="none", disable_tqdm=True, remove_unused_columns=False)
-    found = SameBatches(model=model, args=arguments, train_dataset=texts, callbacks=[InTurns()]).train()
+    trainer = SameBatches(model=model, args=arguments, train_dataset=texts, callbacks=[InTurns()])
+    # A classifier gives the mean loss of each micro-batch, and the Trainer, which takes it for a share of the batch's,
+    # would add up these means and train with the sum.
+    trainer.model_accepts_loss_kwargs = job["language_model"]
+    found = trainer.train()
     turn.wait()
     turn.report(mean_loss=found.training_loss,
                 trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad))
 
 
+def _base_for_peft(job: Job) -> nn.Module:
+    """transformers' model; with `cast_base` the weights and biases of its linear layers, all frozen, in bfloat16."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers.pytorch_utils import Conv1D
+    if job["language_model"]:
+        model = AutoModelForCausalLM.from_pretrained(job["base"], **dropouts(job))
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained(job["base"], num_labels=2, pad_token_id=PAD,
+                                                                   **dropouts(job))
+    if job["cast_base"]:
+        for layer in [module for module in model.modules() if isinstance(module, Conv1D)]:
+            layer.to(torch.bfloat16)
+    return model
+
+
 def _collate(features: list[dict[str, Any]], job: Job) -> dict[str, Tensor]:
-    """A batch for the Trainer: ids and mask (B, T), labels (B,)."""
-    rows, labels = ([feature[key] for feature in features] for key in ("input_ids", "labels"))
-    return {**padded(rows, batch_length(rows, job)), "labels": torch.tensor(labels)}
+    """A batch for the Trainer: ids and mask (B, T), labels (B,) or, of a language model, (B, T)."""
+    rows = [feature["input_ids"] for feature in features]
+    batch = padded(rows, batch_length(rows, job))
+    if not job["language_model"]:
+        return {**batch, "labels": torch.tensor([feature["labels"] for feature in features])}
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED_LABEL)
+    labels[:, 0] = IGNORED_LABEL  # nothing predicts it, but the Trainer would count it in the mean
+    return {**batch, "labels": labels}
 
 
 # --- a user's run -----------------------------------------------------------------------------------------------------

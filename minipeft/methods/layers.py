@@ -69,6 +69,11 @@ class ReplacementLayer(AdapterLayer):
         super().__init__()
         self.base_layer = base_layer
 
+    @property
+    def out_features(self) -> int:
+        """How wide its output is, where the layer in whose place it stands says so."""
+        return self.base_layer.out_features
+
     def attach(self, model: nn.Module, name: str) -> None:
         self.train(self.base_layer.training)
         model.set_submodule(name, self)

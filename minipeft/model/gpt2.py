@@ -159,8 +159,8 @@ def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
     disabled = torch._disable_dynamo(function)  # imports it when it is called
 
     @functools.wraps(function)
-    def call(*arguments: Any) -> Any:
-        return (disabled if torch.compiler.is_compiling() else function)(*arguments)
+    def call(*arguments: Any, **named: Any) -> Any:
+        return (disabled if torch.compiler.is_compiling() else function)(*arguments, **named)
 
     return call
 
@@ -292,14 +292,16 @@ class GPT2LMHeadModel(PretrainedModel):
         return {"lm_head.weight": "transformer.wte.weight"} if self.config.tie_word_embeddings else {}
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
-                position_ids: Tensor | None = None, cache: KVCache | None = None,
-                inputs_embeds: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+                position_ids: Tensor | None = None, cache: KVCache | None = None, inputs_embeds: Tensor | None = None,
+                positions: Tensor | None = None, read_out: Callable[[nn.Module, Tensor], Any] | None = None) -> Any:
         """Next-token logits (B, T, vocab_size) or, with `positions` (N,), (N, vocab_size) at those only.
 
-        `positions` are tokens' numbers in the batch, row after row: b T + t. Others as `GPT2Model.forward`.
+        `positions` are tokens' numbers in the batch, row after row: b T + t. With `read_out` it
+        returns what that makes of the head and the head's input, in the logits' place. Others as `GPT2Model.forward`.
         """
         x = self.transformer(input_ids, attention_mask, position_ids, cache, inputs_embeds)           # (B, T, C)
-        return self.lm_head(x if positions is None else x.flatten(0, 1).index_select(0, positions))   # (N, vocab)
+        x = x if positions is None else x.flatten(0, 1).index_select(0, positions)                    # (N, C)
+        return self.lm_head(x) if read_out is None else read_out(self.lm_head, x)                     # (N, vocab)
 
 
 class GPT2ForSequenceClassification(PretrainedModel):

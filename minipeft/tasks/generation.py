@@ -17,12 +17,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from minipeft.data.batches import IGNORED_LABEL, Batch
@@ -31,9 +31,10 @@ from minipeft.errors import ConfigError, DataError
 from minipeft.model.gpt2 import GPT2LMHeadModel
 from minipeft.settings import POSITIVE_INTEGER, Range, setting
 from minipeft.tasks.decoding import generate, stream
-from minipeft.tasks.evaluation import EVALUATION_BATCH_SIZE, bootstrap_interval, predictions
+from minipeft.tasks.evaluation import bootstrap_interval, predictions
 from minipeft.tasks.task import Encoded, Task
 from minipeft.training.hardware import computing_in
+from minipeft.training.vocabulary_loss import losses_and_hits
 
 logger = logging.getLogger(__name__)
 
@@ -110,17 +111,14 @@ class Generation(Task):
     def evaluate(self, model: nn.Module, encoded: Encoded, device: torch.device, precision: torch.dtype,
                  progress: str | None = None) -> dict[str, Any]:
         """Loss and accuracy per target token, each given the true ones before it: quick, and no measure of quality."""
-        batch_size = EVALUATION_BATCH_SIZE["cpu"]  # on a GPU, too: the logits of each target token take much memory
-
         def sums(batch: Batch) -> list[Tensor]:
             """For each row (3,): its loss, its hits, its tokens."""
-            logits = model(**batch.arguments()).float()                                                # (N, vocab)
-            losses = F.cross_entropy(logits, batch.targets, reduction="none")                          # (N,)
-            hits = (logits.argmax(dim=1) == batch.targets).float()                                     # (N,)
+            read_out = partial(losses_and_hits, targets=batch.targets)
+            losses, hits = model(**batch.arguments(), read_out=read_out)                               # (N,) both
             by_token = torch.stack((losses, hits, torch.ones_like(hits)), dim=1).cpu()                 # (N, 3)
             return [tokens.sum(dim=0) for tokens in by_token.split(batch.targets_of_rows)]             # (3,) each
 
-        found = predictions(model, sums, encoded.ids, encoded.labels, device, precision, batch_size, progress)
+        found = predictions(model, sums, encoded.ids, encoded.labels, device, precision, progress=progress)
         loss, hits, tokens = torch.stack(found).double().sum(dim=0).tolist()
         return {"loss": round(loss / tokens, 6), "accuracy": round(hits / tokens, 6)}
 

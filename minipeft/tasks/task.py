@@ -20,7 +20,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from minipeft.data.batches import Batch
 from minipeft.data.examples import Examples
 from minipeft.errors import ConfigError
 from minipeft.model.tokenizer import Tokenizer
@@ -111,13 +110,15 @@ class Task(Settings, ABC):
         """Token ids and labels of examples."""
 
     @staticmethod
-    def loss_sum(logits: Tensor, batch: Batch, weights: Tensor | None = None) -> Tensor:
-        """Cross-entropy in nats, summed over what is labeled: logits (N, K), batch.targets (N,).
+    def loss_sum(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Cross-entropy in nats, summed over what is labeled: logits (N, K), targets (N,).
+
+        Where K is a vocabulary it is called for some of a batch's tokens at a time.
 
         Args:
             weights: (K,), by which an example's loss is multiplied, by its label; None: 1. In training alone.
         """
-        return F.cross_entropy(logits.float(), batch.targets, weights, reduction="sum")
+        return F.cross_entropy(logits.float(), targets, weights, reduction="sum")
 
     @abstractmethod
     def evaluate(self, model: nn.Module, encoded: Encoded, device: torch.device, precision: torch.dtype,

@@ -6,11 +6,13 @@ the loss comes in as a function.
 
 from __future__ import annotations
 
+import inspect
 import math
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,9 +27,9 @@ from minipeft.training.hardware import computing_in, out_of_memory, ran_out_of_m
 from minipeft.training.optimizer import adamw, warmup_cosine
 from minipeft.training.progress import History, Progress, progress_bar
 from minipeft.training.stopping import stop_between_steps
+from minipeft.training.vocabulary_loss import LossSum, loss_and_hits, reading_logits
 
 STEPS_BETWEEN_QUESTIONS = 10  # of several processes: whether one was asked to stop, or its state is to be saved
-LossSum = Callable[[Tensor, Batch], Tensor]
 
 
 @dataclass
@@ -105,7 +107,8 @@ class Learner:
     """A model and all that an optimizer step needs to change it.
 
     Attributes:
-        forward: the model as it is called: compiled if asked, and under torchrun averaging gradients.
+        synchronized: the model, under torchrun averaging gradients.
+        forward: how it is called: compiled if asked, and with a `read_out`, as `GPT2LMHeadModel` is.
         trained: the parameters that require a gradient.
         scaler: keeps small gradients above zero in float16; otherwise it does nothing.
     """
@@ -120,8 +123,10 @@ class Learner:
         self.optimizer = adamw(trained, model, config.learning_rate, config.weight_decay,
                                loraplus_lr_ratio=config.loraplus_lr_ratio)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
-        forward = parallel.synchronized(model)
-        self.forward = torch.compile(forward, dynamic=True) if compile_model else forward
+        self.synchronized = parallel.synchronized(model)
+        forward = torch.compile(self.synchronized, dynamic=True) if compile_model else self.synchronized
+        has_wide_head = "read_out" in inspect.signature(type(model).forward).parameters
+        self.forward = forward if has_wide_head else reading_logits(forward)
 
     def micro_batches(self, batches: list[Batch]) -> list[Batch]:
         """This process's share of the batches, in parts that are computed one after the other."""
@@ -159,18 +164,17 @@ def optimizer_step(learner: Learner, batches: list[Batch], rate: float) -> list[
     for group in optimizer.param_groups:
         group["lr"] = rate * group["rate_factor"]
     targets = sum(len(batch.targets) for batch in batches)
+    # Gradients are averaged over processes, and the loss is to be a sum over all of them.
+    factor = scaler.scale(torch.full((), parallel.world_size() / targets, device=learner.device))
     micro_batches = learner.micro_batches(batches)
-    for number, batch in enumerate(micro_batches, start=1):
-        batch = batch.to(learner.device)
-        with parallel.without_sending(learner.forward, more_to_come=number < len(micro_batches)):
+    for number, batch in enumerate((part.to(learner.device) for part in micro_batches), start=1):
+        read_out = partial(loss_and_hits, targets=batch.targets, loss_sum=learner.loss_sum, factor=factor)
+        with parallel.without_sending(learner.synchronized, more_to_come=number < len(micro_batches)):
             with computing_in(learner.precision, learner.device):
-                logits = learner.forward(**batch.arguments())                    # (N, K)
-            loss = learner.loss_sum(logits, batch)
-            # Gradients are averaged over processes, and the loss is to be a sum over all of them.
-            scaler.scale(loss / targets * parallel.world_size()).backward()
-        hits = (logits.detach().argmax(dim=-1) == batch.targets).sum()
+                loss, hits = learner.forward(**batch.arguments(), read_out=read_out)
+            loss.backward(factor)
         sums.append(torch.stack((loss.detach(), hits)))                          # (2,)
-        del logits, loss
+        del loss, hits  # and the graph with it
     scaler.unscale_(optimizer)
     nn.utils.clip_grad_norm_(learner.trained, learner.max_grad_norm)
     scaler.step(optimizer)
@@ -191,7 +195,7 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: LossSum, validat
     Args:
         model: on its device; parameters that are trained in float32. Under torchrun each process has one.
         batches: the training data.
-        loss_sum: (logits, batch) -> loss summed over the batch.
+        loss_sum: (logits, targets) -> loss summed over them; of a language model, for some tokens at a time.
         validate: metrics of the model as it stands, "loss" and "accuracy" among them.
         precision: of the forward pass; parameters and optimizer stay float32.
         compile_model: run the forward and backward pass through torch.compile.

@@ -31,6 +31,7 @@ from minipeft.settings import NOT_NEGATIVE, POSITIVE, POSITIVE_INTEGER, SEED, SH
 from minipeft.training.hardware import computing_in
 from minipeft.training.optimizer import adamw
 from minipeft.training.state import load_training_state, save_training_state
+from minipeft.training.vocabulary_loss import loss_and_hits, losses_and_hits
 
 
 @dataclass
@@ -142,59 +143,10 @@ class PackedWindows:
         return torch.from_numpy(np.stack([flat[s:s + self.window + 1] for s in starts]).astype(np.int64))
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of a tied output head, without ever holding all the logits.
-
-    For 8,192 tokens and 8,192 entries the logits alone are 256 MB in float32, written and read several times. Here a
-    few rows at a time are scored, and their gradients formed at once while they are still in the cache:
-
-        d loss / d logits = (softmax(logits) - onehot(target)) / N
-    """
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, embedding: Tensor, targets: Tensor, rows: int) -> Tensor:
-        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        hidden_grad = torch.empty_like(hidden)                                   # (N, C)
-        embedding_grad = torch.zeros_like(embedding)                             # (vocab, C)
-        weight = embedding.to(hidden.dtype)
-        for start in range(0, len(hidden), rows):
-            part = hidden[start:start + rows]                                    # (n, C)
-            logits = F.linear(part, weight)                                      # (n, vocab)
-            error, part_loss = _softmax(logits, targets[start:start + rows])
-            loss += part_loss
-            error[torch.arange(len(error), device=error.device), targets[start:start + rows]] -= 1
-            hidden_grad[start:start + rows] = error @ weight                     # (n, C)
-            embedding_grad += error.t() @ part                                   # (vocab, C)
-        ctx.save_for_backward(hidden_grad, embedding_grad)
-        return loss / len(hidden)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        hidden_grad, embedding_grad = ctx.saved_tensors
-        grad = grad / len(hidden_grad)
-        return hidden_grad * grad.to(hidden_grad.dtype), embedding_grad * grad, None, None
-
-
 @torch.compile(dynamic=False)
-def _softmax(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax(logits) (n, vocab) in the logits' dtype, and the sum of the rows' losses in float32."""
-    logits_f32 = logits.float()
-    log_sum = torch.logsumexp(logits_f32, dim=1, keepdim=True)                   # (n, 1)
-    loss = (log_sum[:, 0] - logits_f32.gather(1, targets[:, None])[:, 0]).sum()
-    return torch.exp(logits_f32 - log_sum).to(logits.dtype), loss
-
-
-def next_token_loss(hidden: Tensor, embedding: Tensor, targets: Tensor, rows: int = 1024) -> Tensor:
-    """Mean next-token cross-entropy in nats.
-
-    Args:
-        hidden: (B, T, C), the base model's output.
-        embedding: (vocab, C), the tied head.
-        targets: (B, T) the token that follows each position.
-        rows: positions scored at a time.
-    """
-    hidden = hidden.flatten(0, 1)                                                # (B T, C)
-    return _ChunkedCrossEntropy.apply(hidden, embedding, targets.flatten(), rows)
+def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
+    """Next-token cross-entropy in nats, summed: logits (n, vocab), targets (n,). Compiled, it reads the logits once."""
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
 @torch.no_grad()
@@ -210,9 +162,10 @@ def validation_loss(model: GPT2LMHeadModel, texts: Sequence[np.ndarray], eos_tok
     total = 0.0
     for start in range(0, count, batch_size):
         batch, target = inputs[start:start + batch_size].to(device), targets[start:start + batch_size].to(device)
+        read_out = partial(losses_and_hits, targets=target.flatten())
         with computing_in(precision, device):
-            logits = model(batch)                                                # (B, T, vocab)
-        total += F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="sum").item()
+            losses, _ = model(batch, positions=torch.arange(target.numel(), device=device), read_out=read_out)
+        total += losses.sum().item()
     model.train()
     return total / (count * window)
 
@@ -276,13 +229,13 @@ def train_step(model: GPT2LMHeadModel, body: Callable[[Tensor], Tensor], optimiz
         batch: (B, T + 1) token ids, computed in micro-batches.
     """
     total, device = 0.0, model.lm_head.weight.device
+    targets = batch[:, 1:].numel()
     for tokens in batch.to(device).split(config.micro_batch):
         with computing_in(precision, device):
-            hidden = body(tokens[:, :-1])                                        # (micro-batch, T, C)
-        loss = next_token_loss(hidden.to(precision), model.lm_head.weight, tokens[:, 1:])
-        loss = loss * (len(tokens) / len(batch))
-        loss.backward()
-        total += loss.item()
+            hidden = body(tokens[:, :-1]).flatten(0, 1)                          # (micro-batch * T, C)
+            loss, _ = loss_and_hits(model.lm_head, hidden, tokens[:, 1:].flatten(), loss_sum)
+        (loss / targets).backward()
+        total += loss.item() / targets
     nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -131,11 +131,11 @@ def test_a_model_trained_on_one_dataset_can_be_tested_on_another(train, script):
 def test_ctrl_c_ends_with_code_130_says_how_to_go_on_and_resume_does(train, script, tiny_model, monkeypatch):
     original, calls = Task.loss_sum, []
 
-    def pressing(logits, batch):
+    def pressing(logits, targets):
         calls.append(1)
         if len(calls) == 3:
             os.kill(os.getpid(), signal.SIGINT)
-        return original(logits, batch)
+        return original(logits, targets)
 
     monkeypatch.setattr(Task, "loss_sum", staticmethod(pressing))
     outcome = script("train.py", "--model", tiny_model, "--dataset", "films.csv", *QUICK)

@@ -69,9 +69,9 @@ def prefix_on_the_cpu(prefix, *arguments):
     return [(key.cpu(), value.cpu()) for key, value in keys_and_values(prefix, *arguments)]
 
 
-def noise_from_the_cpus_generator(logits, batch):
+def noise_from_the_cpus_generator(logits, targets):
     generator = torch.Generator().manual_seed(0)
-    return loss_sum(logits + torch.randn(logits.shape, device=logits.device, generator=generator), batch)
+    return loss_sum(logits + torch.randn(logits.shape, device=logits.device, generator=generator), targets)
 
 
 def moments_left_where_they_were_read(parameter, value):
@@ -83,15 +83,15 @@ def moments_left_where_they_were_read(parameter, value):
 loss_sum = Task.loss_sum
 
 
-def loss_read_in_each_step(logits, batch):
-    loss = loss_sum(logits, batch)
+def loss_read_in_each_step(logits, targets):
+    loss = loss_sum(logits, targets)
     loss.item()
     return loss
 
 
-def targets_chosen_by_a_mask(logits, batch):
-    counts = batch.targets >= 0
-    return F.cross_entropy(logits[counts].float(), batch.targets[counts], reduction="sum")
+def targets_chosen_by_a_mask(logits, targets):
+    counts = targets >= 0
+    return F.cross_entropy(logits[counts].float(), targets[counts], reduction="sum")
 
 
 def batch_copied_while_the_host_waits(batch, device):
@@ -109,9 +109,9 @@ def index_made_on_the_cpu(x, attention_mask):
 
 # --- wrong without any wait -------------------------------------------------------------------------------------------
 
-def logits_read_before_they_have_come(logits, batch):
+def logits_read_before_they_have_come(logits, targets):
     logits.detach().to("cpu", non_blocking=True).max()
-    return loss_sum(logits, batch)
+    return loss_sum(logits, targets)
 
 
 def autocast_of_another_device(precision, device):

@@ -97,12 +97,12 @@ def ctrl_c(monkeypatch):
     original = Task.loss_sum
     state = {"left": None}
 
-    def loss_sum(logits, batch):
+    def loss_sum(logits, targets):
         if state["left"] is not None:
             state["left"] -= 1
             if state["left"] == 0:
                 os.kill(os.getpid(), signal.SIGINT)
-        return original(logits, batch)
+        return original(logits, targets)
 
     monkeypatch.setattr(Task, "loss_sum", staticmethod(loss_sum))
     return lambda number: state.update(left=number)

@@ -1,4 +1,4 @@
-"""scripts/pretraining: vocabulary, packing, the chunked loss against PyTorch's, the forward pass against the model's,
+"""scripts/pretraining: vocabulary, packing, the compiled loss against PyTorch's, the forward pass against the model's,
 Muon, resuming, and whole runs."""
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from recipe import (
     PretrainingConfig,
     bits_per_byte,
     learning_rate_factor,
-    next_token_loss,
+    loss_sum,
     pretrain,
     train_step,
     validation_loss,
@@ -32,6 +32,7 @@ from vocabulary import train_vocabulary
 from minipeft import GPT2ForSequenceClassification, GPT2LMHeadModel, get_tokenizer
 from minipeft.errors import ConfigError
 from minipeft.model.tokenizer import VOCABULARY_FILE
+from minipeft.training import vocabulary_loss
 
 EOS = 96
 
@@ -149,46 +150,19 @@ def test_too_few_tokens_for_a_batch_are_refused():
 
 # --- the loss ---------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("rows", [1, 7, 30, 1024])
-def test_the_chunked_loss_and_its_gradients_equal_cross_entropy(uncompiled, rows):
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(3, 10, 16, generator=generator, requires_grad=True)
-    embedding = torch.randn(50, 16, generator=generator, requires_grad=True)
-    targets = torch.randint(50, (3, 10), generator=generator)
-    expected = F.cross_entropy((hidden @ embedding.t()).flatten(0, 1), targets.flatten())
-    expected_grads = torch.autograd.grad(3 * expected, (hidden, embedding))
-    found = next_token_loss(hidden, embedding, targets, rows)
-    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
-    for grad, expected_grad in zip(torch.autograd.grad(3 * found, (hidden, embedding)), expected_grads):
-        torch.testing.assert_close(grad, expected_grad, atol=1e-5, rtol=1e-5)
-
-
-def test_the_chunked_loss_is_correct_for_scores_that_would_overflow_when_exponentiated(uncompiled):
-    hidden = torch.tensor([[[200.0, 0.0]]], requires_grad=True)
-    loss = next_token_loss(hidden, torch.eye(2), torch.tensor([[1]]))
-    loss.backward()
-    assert loss.item() == pytest.approx(200)
-    torch.testing.assert_close(hidden.grad, torch.tensor([[[1.0, -1.0]]]))
-
-
-def test_in_bfloat16_the_loss_is_summed_in_float32(uncompiled):
-    generator = torch.Generator().manual_seed(0)
-    hidden, embedding = torch.randn(4, 64, 16, generator=generator), torch.randn(50, 16, generator=generator)
-    targets = torch.randint(50, (4, 64), generator=generator)
-    exact = F.cross_entropy((hidden @ embedding.t()).flatten(0, 1), targets.flatten())
-    found = next_token_loss(hidden.bfloat16(), embedding, targets, rows=16)
-    assert found.dtype == torch.float32
-    assert found.item() == pytest.approx(exact.item(), rel=5e-3)
-
-
 @pytest.mark.slow
-def test_the_compiled_loss_equals_the_uncompiled_one(tmp_path, monkeypatch):
+def test_the_compiled_loss_in_pieces_is_cross_entropy(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    generator = torch.Generator().manual_seed(0)
-    hidden, embedding = torch.randn(2, 8, 16, generator=generator), torch.randn(50, 16, generator=generator)
-    targets = torch.randint(50, (2, 8), generator=generator)
-    expected = F.cross_entropy((hidden @ embedding.t()).flatten(0, 1), targets.flatten())
-    assert next_token_loss(hidden, embedding, targets).item() == pytest.approx(expected.item(), rel=1e-5)
+    monkeypatch.setattr(vocabulary_loss, "NUMBERS_PER_PIECE", {"cpu": 4 * 50})
+    torch.manual_seed(0)
+    head, hidden, targets = torch.nn.Linear(16, 50, bias=False), torch.randn(16, 16), torch.randint(50, (16,))
+    hidden.requires_grad_()
+    learned = (hidden, head.weight)
+    expected = F.cross_entropy(head(hidden), targets, reduction="sum")
+    found, _ = vocabulary_loss.loss_and_hits(head, hidden, targets, loss_sum)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    for ours, theirs in zip(torch.autograd.grad(found, learned), torch.autograd.grad(expected, learned)):
+        torch.testing.assert_close(ours, theirs, atol=3e-6, rtol=1e-5)
 
 
 def test_validation_loss_is_the_mean_over_windows_in_the_given_order(tiny_config, make_model):
@@ -305,7 +279,7 @@ def test_a_step_of_both_optimizers_is_each_ones_own_step(uncompiled, make_model)
     ids = torch.randint(96, (2, 9), generator=torch.Generator().manual_seed(0))
     for _ in range(3):
         train_step(ours, ours.transformer, optimizer, ids, recipe, torch.float32)
-        next_token_loss(theirs.transformer(ids[:, :-1]), theirs.lm_head.weight, ids[:, 1:]).backward()
+        F.cross_entropy(theirs(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
         torch.nn.utils.clip_grad_norm_(theirs.parameters(), recipe.max_grad_norm)
         for part in by_hand:
             part.step()

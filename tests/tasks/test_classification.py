@@ -14,7 +14,6 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
 from sklearn.utils.class_weight import compute_class_weight
 
 from minipeft import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
-from minipeft.data.batches import Batch
 from minipeft.data.examples import Examples
 from minipeft.errors import ConfigError, DataError
 from minipeft.tasks.classification import (
@@ -81,9 +80,9 @@ def test_an_impossible_cut_is_refused(tokenizer, max_length, how, message):
 
 def test_the_loss_is_the_sum_of_the_negative_log_probabilities():
     logits = torch.tensor([[0.0, 0.0], [math.log(3), 0.0]])
-    batch = Batch(torch.zeros(2, 1), torch.ones(2, 1), torch.tensor([0, 1]))
-    assert Classification.loss_sum(logits, batch).item() == pytest.approx(math.log(2) + math.log(4))
-    assert Classification.loss_sum(logits.bfloat16(), batch).dtype == torch.float32
+    targets = torch.tensor([0, 1])
+    assert Classification.loss_sum(logits, targets).item() == pytest.approx(math.log(2) + math.log(4))
+    assert Classification.loss_sum(logits.bfloat16(), targets).dtype == torch.float32
 
 
 def test_metrics_worked_by_hand():
@@ -207,11 +206,11 @@ def test_balanced_weights_are_scikit_learns_and_make_labels_count_the_same():
 
 def test_a_weighted_loss_is_the_weighted_sum_and_without_weights_the_same_bit_for_bit():
     logits, targets = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 2, 1, 0])
-    batch, weights = Batch(torch.zeros(6, 1), torch.ones(6, 1), targets), torch.tensor([4.0, 1.0, 0.5])
+    weights = torch.tensor([4.0, 1.0, 0.5])
     losses = -logits.log_softmax(dim=1)[torch.arange(6), targets]
-    weighted = Classification.loss_sum(logits, batch, weights).item()
+    weighted = Classification.loss_sum(logits, targets, weights).item()
     assert weighted == pytest.approx((weights[targets] * losses).sum().item())
-    assert torch.equal(Classification.loss_sum(logits, batch),
+    assert torch.equal(Classification.loss_sum(logits, targets),
                        torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
 
 

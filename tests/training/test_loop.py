@@ -341,9 +341,9 @@ def test_half_precision_learns_and_its_trained_parameters_stay_float32(toy, prec
     task = toy(method, epochs=4)
     kinds = []
 
-    def noting_loss(logits, batch):
+    def noting_loss(logits, targets):
         kinds.append(logits.dtype)
-        return loss_sum(logits, batch)
+        return loss_sum(logits, targets)
 
     history = run(task, precision=precision, loss_sum=noting_loss)
     assert set(kinds) == {precision}, "the forward pass did not run in the precision asked for"
@@ -363,9 +363,9 @@ def test_a_float16_overflow_skips_its_step_and_lowers_the_scale(toy, tmp_path):
     task = toy(epochs=1, evaluations_per_epoch=1)
     calls = []
 
-    def overflowing_once(logits, batch):
+    def overflowing_once(logits, targets):
         calls.append(1)
-        return loss_sum(logits, batch) * (1e36 if len(calls) == 3 else 1.0)
+        return loss_sum(logits, targets) * (1e36 if len(calls) == 3 else 1.0)
 
     run(task, precision=torch.float16, loss_sum=overflowing_once, state_folder=tmp_path)
     assert all(torch.isfinite(p).all() for p in task.model.parameters())
@@ -391,11 +391,11 @@ def pressing_ctrl_c(*at):
     """The loss, with Ctrl-C pressed during these of its calls, counted from 1."""
     calls = []
 
-    def loss(logits, batch):
+    def loss(logits, targets):
         calls.append(1)
         if len(calls) in at:
             os.kill(os.getpid(), signal.SIGINT)
-        return loss_sum(logits, batch)
+        return loss_sum(logits, targets)
 
     return loss
 
@@ -462,10 +462,10 @@ def test_ctrl_c_after_a_validation_leaves_the_best_model_so_far(toy, tmp_path):
 
 
 def test_a_second_ctrl_c_is_obeyed_at_once(toy):
-    def twice(logits, batch):
+    def twice(logits, targets):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
-        return loss_sum(logits, batch)
+        return loss_sum(logits, targets)
 
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
@@ -566,7 +566,7 @@ def test_an_optimizer_step_lowers_the_loss_and_returns_it_with_the_hits_of_each_
         sums = optimizer_step(learner, [batch], rate=1e-2)
         assert len(sums) == len(parts)
         for found, row, part in zip(sums, logits, parts):
-            loss, hits = loss_sum(row, part).item(), (row.argmax(dim=1) == part.labels).sum().item()
+            loss, hits = loss_sum(row, part.targets).item(), (row.argmax(dim=1) == part.labels).sum().item()
             assert found.tolist() == pytest.approx([loss, hits], abs=1e-4)
         losses.append(sum(found[0].item() for found in sums))
     assert losses[-1] < 0.9 * losses[0]

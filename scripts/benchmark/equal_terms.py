@@ -13,11 +13,9 @@ from parts import METHOD_VALUES, ROUNDS_OF_LONG, Benchmark, against, report
 from turns import Side, take_turns
 
 from minipeft import GPT2LMHeadModel, LoraConfig, inject, save_adapter
-from minipeft.data.batches import number_of_micro_batches
 from minipeft.model.tokenizer import get_tokenizer
 from minipeft.runs.defaults import table
 from minipeft.tasks.task import MAX_LENGTH
-from minipeft.training.hardware import tokens_per_micro_batch
 
 DROPOUT = 0.1  # GPT-2's own, three times: after the embeddings, on attention's shares, after each sub-layer
 PRECISIONS = ("fp32", "bf16")
@@ -38,17 +36,9 @@ def full_texts(benchmark: Benchmark, ids: list[np.ndarray], count: int, length: 
             "batches": [numbers[start:start + size] for start in range(0, len(numbers), size)]}
 
 
-def micro_batch_size(benchmark: Benchmark, length: int) -> int:
-    """How many texts this library computes at once; --quick takes half a batch, to have several."""
-    if benchmark.options.quick:
-        return benchmark.batch_size // 2
-    tokens = tokens_per_micro_batch(benchmark.device, benchmark.config.n_embd)
-    return -(-benchmark.batch_size // number_of_micro_batches(benchmark.batch_size, length, tokens))
-
-
 def equal_sides(benchmark: Benchmark, precision: str, length: int, rounds: int, **values: Any) -> dict[str, Any]:
     """Ours and peft's: one step on the same full texts a turn, in the same micro-batches, frozen weights cast once."""
-    job = {"precision": precision, "steps": 1, "micro_batch_size": micro_batch_size(benchmark, length),
+    job = {"precision": precision, "steps": 1, "micro_batch_size": benchmark.micro_batch_size(length),
            "cast_base": precision == "bf16", **full_texts(benchmark, benchmark.ids, rounds + 1, length), **values}
     found = take_turns({"ours": Side(**benchmark.job("train_ours", **job)),
                         "peft": Side(**benchmark.job("train_peft", **job))}, rounds, last=True)

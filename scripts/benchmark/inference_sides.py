@@ -96,8 +96,14 @@ def generate_transformers(job: Job, turn: Turn) -> None:
 
 # --- the limit --------------------------------------------------------------------------------------------------------
 
+def _onednn(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T by oneDNN: torch itself asks MKL for float32."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
 def matrix_products(job: Job, turn: Turn) -> None:
     """The frozen products of one training step and nothing else: x W^T forwards, and dy W backwards, in each block."""
+    product = {"torch": torch.nn.functional.linear, "onednn": _onednn}[job["by"]]
     C, tokens = job["n_embd"], job["tokens"]
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[job["precision"]]
     shapes = [(C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)]
@@ -107,8 +113,9 @@ def matrix_products(job: Job, turn: Turn) -> None:
     while True:
         turn.wait()
         with torch.inference_mode():
-            for block in weights:
+            for block in weights * job["micro_batches"]:
                 for weight in block:
-                    inputs[weight.shape[1]] @ weight.T                        # (tokens, in) -> (tokens, out)
-                    inputs[weight.shape[0]] @ weight                          # (tokens, out) -> (tokens, in)
-        turn.report(operations=sum(2 * 2 * tokens * into * out for into, out in shapes) * job["n_layer"])
+                    product(inputs[weight.shape[1]], weight)                  # (tokens, in) -> (tokens, out)
+                    product(inputs[weight.shape[0]], weight.T)                # (tokens, out) -> (tokens, in)
+        turn.report(operations=sum(2 * 2 * tokens * into * out for into, out in shapes)
+                    * job["n_layer"] * job["micro_batches"])

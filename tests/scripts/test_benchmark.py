@@ -14,7 +14,7 @@ from collections import defaultdict
 import pytest
 import torch
 from documents import results_changed
-from equal_terms import full_texts, micro_batch_size, rows_of_same_micro_batches
+from equal_terms import full_texts, rows_of_same_micro_batches
 from helpers import ROOT
 from job import Turn, read_batches
 from labels import equal_label
@@ -78,7 +78,7 @@ def test_texts_of_equal_terms_are_all_full_and_cut_into_the_same_micro_batches(m
     assert len(plan) == 3 and all(len(rows) == material.batch_size for rows in plan)
     material.options.quick, material.batch_size = False, 16
     material.config.n_embd = 768
-    assert [micro_batch_size(material, length) for length in (256, 512)] == [4, 2]
+    assert [material.micro_batch_size(length) for length in (256, 512)] == [4, 2]
 
 
 def test_without_dropout_only_the_shorter_texts_are_measured():
@@ -281,7 +281,8 @@ def test_a_quick_run_measures_and_writes(tmp_path):
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "benchmark_quick.json").read_text())
     assert 0 < results["mfu"] == results["cpu"]["limit"]["fp32"]["mfu"]
-    assert results["cpu"]["limit"]["fp32"]["lora"]["turns"] == 2
+    limit = results["cpu"]["limit"]["fp32"]
+    assert limit["lora"]["turns"] == 2 and limit["products_flops"] == max(limit["products_flops_by"].values())
     reviews = results["cpu"]["growth"]["reviews"]
     assert list(reviews) == ["16", "32", "64"] and all(0 < row["share_aside"] < 1 for row in reviews.values())
 

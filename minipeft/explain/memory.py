@@ -123,7 +123,7 @@ def training_memory(config: GPT2Config, method: str, batch_size: int, length: in
         model.transformer.gradient_checkpointing = gradient_checkpointing
         if device == "cuda":
             for block in model.transformer.h:
-                block.attn.longest_by_formula = 0  # a GPU takes the kernel for texts of any length
+                block.attn.longest_in_blocks = 0  # a GPU takes the kernel for texts of any length
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         optimizer = adamw(trained, model, learning_rate=1e-3)
         for tensor in (*model.parameters(), *model.buffers()):

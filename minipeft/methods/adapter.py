@@ -116,6 +116,8 @@ from minipeft.methods.injection import Plan, base_of
 from minipeft.methods.layers import AddedLayer, to_dtype_of
 from minipeft.methods.symbols import Seen, Symbols
 from minipeft.methods.targets import base_modules, chosen_blocks
+from minipeft.model.dropout import Dropout
+from minipeft.model.linear import Linear
 from minipeft.settings import FINITE, POSITIVE, POSITIVE_INTEGER, PROBABILITY, setting
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "swish": nn.SiLU, "tanh": nn.Tanh, "none": nn.Identity}
@@ -159,9 +161,9 @@ class BottleneckAdapter(AddedLayer):
         self.scaling = config.scaling
         self.activation = ACTIVATIONS[config.non_linearity]()
         self.layer_norm = nn.LayerNorm(width, device=like.device) if config.layer_norm else nn.Identity()
-        self.down = nn.Linear(width, bottleneck_size, device=like.device)
-        self.up = nn.Linear(bottleneck_size, width, device=like.device)
-        self.dropout = nn.Dropout(config.adapter_dropout)
+        self.down = Linear(width, bottleneck_size, device=like.device)
+        self.up = Linear(bottleneck_size, width, device=like.device)
+        self.dropout = Dropout(config.adapter_dropout)
         # U(-1 / sqrt(C), 1 / sqrt(C)). nn.Linear has drawn that already; all recorded results are of this second draw.
         nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
         for tensor in (self.down.bias, self.up.weight, self.up.bias):

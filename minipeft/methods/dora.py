@@ -95,6 +95,7 @@ from minipeft.methods.injection import Plan
 from minipeft.methods.layers import ReplacementLayer, to_dtype_of
 from minipeft.methods.lora import LoraConfig, low_rank_pair
 from minipeft.methods.symbols import Seen, Symbols
+from minipeft.model.dropout import Dropout
 from minipeft.settings import setting
 
 
@@ -117,7 +118,7 @@ class DoRALinear(ReplacementLayer):
 
     def __init__(self, base_layer: nn.Linear, r: int, lora_alpha: float, config: LoraConfig) -> None:
         super().__init__(base_layer)
-        self.lora_dropout = nn.Dropout(config.lora_dropout)
+        self.lora_dropout = Dropout(config.lora_dropout)
         self.scaling = config.scaling(r, lora_alpha)
         self.lora_A, self.lora_B = low_rank_pair(base_layer, r, config.init_lora_weights)
         self.lora_magnitude_vector = nn.Parameter(self.row_norms())           # (out,)

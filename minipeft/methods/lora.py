@@ -86,11 +86,14 @@ import torch.nn as nn
 from torch import Tensor
 
 from minipeft.errors import ConfigError
+from minipeft.methods import low_rank
 from minipeft.methods.config import MethodConfig
 from minipeft.methods.injection import Plan
 from minipeft.methods.layers import AdapterLayer, ReplacementLayer, to_dtype_of
 from minipeft.methods.symbols import Seen, Symbols
 from minipeft.methods.targets import bias_names, find_targets, pattern_value, saved_targets
+from minipeft.model.dropout import Dropout
+from minipeft.model.linear import Linear
 from minipeft.settings import FINITE, POSITIVE_INTEGER, PROBABILITY, setting
 
 
@@ -174,16 +177,17 @@ class LoRALinear(ReplacementLayer):
 
     def __init__(self, base_layer: nn.Linear, r: int, lora_alpha: float, config: LoraConfig) -> None:
         super().__init__(base_layer)
-        self.lora_dropout = nn.Dropout(config.lora_dropout)
+        self.lora_dropout = Dropout(config.lora_dropout)
         self.scaling = config.scaling(r, lora_alpha)
         self.lora_A, self.lora_B = low_rank_pair(base_layer, r, config.init_lora_weights)
 
     def forward(self, x: Tensor) -> Tensor:
+        if low_rank.applies(x, self):  # speed only: the same, with its gradients written out
+            return low_rank.low_rank(x, self)
         y = self.base_layer(x)                                         # (batch, seq, in) -> (batch, seq, out)
         x = self.lora_dropout(to_dtype_of(self.lora_A.weight, x))
         # Scaled while it is r wide: that is out / r times less work than scaling the result.
-        update = self.lora_B(self.lora_A(x) * self.scaling)            # -> (batch, seq, r) -> (batch, seq, out)
-        return (y + update).to(y.dtype)
+        return (y + self.lora_B(self.lora_A(x) * self.scaling)).to(y.dtype)    # (batch, seq, r) -> (batch, seq, out)
 
     def merged(self) -> dict[str, Tensor]:
         """W + s B A."""
@@ -193,10 +197,9 @@ class LoRALinear(ReplacementLayer):
 
 def low_rank_pair(base_layer: nn.Linear, r: int, init: bool | str) -> tuple[nn.Linear, nn.Linear]:
     """A (r, in) and B (out, r) as they start; for PiSSA see `take_over_largest`."""
-    device = base_layer.weight.device
     # nn.Linear's own start is U(-1/sqrt(in), 1/sqrt(in)): what peft gives A, and B when nothing is to be zero.
-    lora_A = nn.Linear(base_layer.in_features, r, bias=False, device=device)
-    lora_B = nn.Linear(r, base_layer.out_features, bias=False, device=device)
+    lora_A = Linear(base_layer.in_features, r, bias=False, device=base_layer.weight.device)
+    lora_B = Linear(r, base_layer.out_features, bias=False, device=base_layer.weight.device)
     if init == "gaussian":
         nn.init.normal_(lora_A.weight, std=1 / r)
     if init is not False:

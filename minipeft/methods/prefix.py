@@ -128,6 +128,7 @@ from minipeft.methods.virtual_tokens import (
     place_of,
 )
 from minipeft.model.kv_cache import KVCache
+from minipeft.model.linear import Linear
 from minipeft.settings import POSITIVE_INTEGER, setting
 
 
@@ -160,8 +161,8 @@ class PrefixProjection(nn.Module):
     def __init__(self, num_virtual_tokens: int, width: int, hidden: int, out: int, device: torch.device) -> None:
         super().__init__()
         self.embedding = nn.Embedding(num_virtual_tokens, width, device=device)
-        self.transform = nn.Sequential(nn.Linear(width, hidden, device=device), nn.Tanh(),
-                                       nn.Linear(hidden, out, device=device))
+        self.transform = nn.Sequential(Linear(width, hidden, device=device), nn.Tanh(),
+                                       Linear(hidden, out, device=device))
 
     def forward(self) -> Tensor:
         return self.transform(self.embedding.weight)                          # (V, C) -> (V, h) -> (V, 2 L C)

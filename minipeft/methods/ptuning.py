@@ -127,6 +127,7 @@ from minipeft.methods.injection import Plan, base_of
 from minipeft.methods.prompt import Prompt
 from minipeft.methods.symbols import Seen, Symbols
 from minipeft.methods.virtual_tokens import VirtualTokensConfig, check_room, place_of
+from minipeft.model.linear import Linear
 from minipeft.settings import POSITIVE_INTEGER, PROBABILITY, setting
 
 
@@ -166,7 +167,7 @@ class PromptEncoder(nn.Module):
             sizes = [2 * hidden, 2 * hidden, width]
         else:
             sizes = [width, hidden, hidden, width]
-        layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b, device=device), nn.ReLU())]
+        layers = [layer for a, b in pairwise(sizes) for layer in (Linear(a, b, device=device), nn.ReLU())]
         self.mlp_head = nn.Sequential(*layers[:-1])  # no relu after the last
 
     def forward(self) -> Tensor:

@@ -87,6 +87,7 @@ from minipeft.methods.injection import Plan
 from minipeft.methods.layers import AdapterLayer, ReplacementLayer, to_dtype_of
 from minipeft.methods.symbols import Seen, Symbols
 from minipeft.methods.targets import bias_names, find_targets, saved_targets
+from minipeft.model.dropout import Dropout
 from minipeft.settings import FINITE, POSITIVE_INTEGER, PROBABILITY, SEED, setting
 
 
@@ -147,7 +148,7 @@ class VeRALinear(ReplacementLayer):
         super().__init__(base_layer)
         device = base_layer.weight.device
         self.projections, self.save_projection = projections, config.save_projection
-        self.vera_dropout = nn.Dropout(config.vera_dropout)
+        self.vera_dropout = Dropout(config.vera_dropout)
         self.vera_lambda_d = nn.Parameter(torch.full((config.r,), float(config.d_initial), device=device))
         self.vera_lambda_b = nn.Parameter(torch.zeros(base_layer.out_features, device=device))
 

@@ -49,7 +49,7 @@ Paper: Radford, Wu, Child, Luan, Amodei, Sutskever (2019), "Language Models are 
 LayerNorm stands before each sub-layer, and gelu is the tanh approximation.
 
 Modules carry the names of the official weights (`wte`, `h.0.attn.c_attn`, ...). The official matrices are stored
-(in, out); `weights.py` transposes them once while loading, so every projection here is a plain `nn.Linear`.
+(in, out); `weights.py` transposes them once while loading, so every projection here is an `nn.Linear`.
 """
 
 from __future__ import annotations
@@ -65,8 +65,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from minipeft.errors import ConfigError
+from minipeft.model.attention import LONGEST_IN_BLOCKS, attend
 from minipeft.model.config import GPT2Config
+from minipeft.model.dropout import Dropout
 from minipeft.model.kv_cache import KVCache
+from minipeft.model.linear import Linear
 from minipeft.model.pretrained import PretrainedModel, initialize
 
 
@@ -78,12 +81,10 @@ class Attention(nn.Module):
         self.layer = layer
         self.n_head = config.n_head
         self.attn_pdrop = config.attn_pdrop
-        # Speed only: up to so many tokens `attend` may compute the formula itself instead of calling a fused kernel.
-        # Measured in bfloat16 on a CPU: with more, the kernel is about as fast and needs less memory.
-        self.longest_by_formula = 384
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k and v in one product
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
-        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+        self.longest_in_blocks = LONGEST_IN_BLOCKS  # speed only
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)  # q, k and v in one product
+        self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.resid_dropout = Dropout(config.resid_pdrop)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
@@ -93,35 +94,10 @@ class Attention(nn.Module):
         value = value.view(B, T, self.n_head, -1).transpose(1, 2)            # (B, H, T, D)
         if cache is not None:
             key, value = cache.update(self.layer, key, value)                # (B, H, S, D)
-        x = self.attend(query, key, value, mask)                             # (B, H, T, D)
+        dropout = self.attn_pdrop if self.training else 0.0
+        x = attend(query, key, value, mask, dropout, self.longest_in_blocks)                          # (B, H, T, D)
         x = x.transpose(1, 2).reshape(B, T, C)                               # (B, T, C)
         return self.resid_dropout(self.c_proj(x))
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """softmax(q k^T / sqrt(D)) v, each query looking where `mask` is True; without one, at itself and before.
-
-        PyTorch's fused kernels give the same and never store the T x S scores. Only when training on short texts in
-        bfloat16 on a CPU does the formula itself take less time, about half.
-
-        Args:
-            query: (B, H, T, D); key and value are (B, H, S, D).
-            mask: boolean, broadcastable to (B, H, T, S).
-
-        Returns:
-            (B, H, T, D).
-        """
-        T, S, D = query.shape[2], key.shape[2], query.shape[3]
-        dropout = self.attn_pdrop if self.training else 0.0
-        if (self.longest_by_formula < S or query.device.type != "cpu" or query.dtype != torch.bfloat16
-                or not query.requires_grad):
-            causal = mask is None
-            if T == 1:  # one token after cached ones may look at all of them
-                causal = False
-            return F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=causal)
-        mask = torch.ones(T, S, dtype=torch.bool).tril(S - T) if mask is None else mask      # (T, S) or (B, 1, T, S)
-        scores = (query * D**-0.5) @ key.transpose(2, 3)                     # (B, H, T, S)
-        scores += torch.zeros(mask.shape, dtype=scores.dtype).masked_fill(~mask, -torch.inf)
-        return F.dropout(scores.softmax(dim=3), dropout) @ value             # (B, H, T, D)
 
 
 class MLP(nn.Module):
@@ -129,9 +105,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, config.inner_size)
-        self.c_proj = nn.Linear(config.inner_size, config.n_embd)
-        self.dropout = nn.Dropout(config.resid_pdrop)
+        self.c_fc = Linear(config.n_embd, config.inner_size)
+        self.c_proj = Linear(config.inner_size, config.n_embd)
+        self.dropout = Dropout(config.resid_pdrop)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.gelu(self.c_fc(x), approximate="tanh")                         # (B, T, 4C)
@@ -213,7 +189,7 @@ class GPT2Model(PretrainedModel):
         self.gradient_checkpointing = False
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
-        self.drop = nn.Dropout(config.embd_pdrop)
+        self.drop = Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         initialize(self, config)
@@ -282,7 +258,7 @@ class GPT2LMHeadModel(PretrainedModel):
         super().__init__()
         self.config = config
         self.transformer = GPT2Model(config)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         initialize(self.lm_head, config)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
@@ -315,7 +291,7 @@ class GPT2ForSequenceClassification(PretrainedModel):
         super().__init__()
         self.config = config
         self.transformer = GPT2Model(config)
-        self.score = nn.Linear(config.n_embd, config.num_labels, bias=False)
+        self.score = Linear(config.n_embd, config.num_labels, bias=False)
         initialize(self.score, config)
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
@@ -340,8 +316,8 @@ class GPT2ForTokenClassification(PretrainedModel):
         super().__init__()
         self.config = config
         self.transformer = GPT2Model(config)
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.n_embd, config.num_labels)
+        self.dropout = Dropout(config.classifier_dropout)
+        self.classifier = Linear(config.n_embd, config.num_labels)
         initialize(self.classifier, config)
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,

@@ -196,26 +196,6 @@ def test_attention_is_its_formula(tiny_config):
     close(attention(x), attention_by_formula(attention, x))
 
 
-@pytest.mark.parametrize("mask", [None, torch.ones(9, 12, dtype=torch.bool).tril(3), torch.rand(2, 1, 9, 12) < 0.7],
-                         ids=["causal", "after a cache", "padded"])
-def test_in_training_in_bfloat16_attention_is_the_fused_kernels_too(tiny_config, mask):
-    """The formula is written out there; values and gradients are the kernel's, to bfloat16's two or three digits."""
-    torch.manual_seed(0)
-    S = 9 if mask is None else 12
-    if mask is not None and mask.dim() == 4:
-        mask = mask | torch.eye(9, 12, dtype=torch.bool)
-    attention = Attention(tiny_config, layer=0).eval()
-    inputs = [torch.randn(2, 4, length, 6).bfloat16().requires_grad_() for length in (9, S, S)]
-    results = []
-    for longest in (attention.longest_by_formula, 0):
-        attention.longest_by_formula = longest
-        output = attention.attend(*inputs, mask)
-        assert output.dtype == torch.bfloat16
-        results.append([output, *torch.autograd.grad(output.float().square().sum(), inputs)])
-    for by_formula, fused in zip(*results):
-        assert (by_formula - fused).abs().max() < 0.03 * fused.abs().max()
-
-
 def test_the_whole_model_is_its_formula(make_model, make_ids):
     model, ids = make_model(GPT2LMHeadModel), make_ids(2, 9)
     base = model.transformer

@@ -1,0 +1,131 @@
+"""softmax(q k^T / sqrt(D)) v: by torch's fused kernels or, where that is faster, in blocks of queries.
+
+A block of queries needs no keys after its own last position. So of 512 tokens, in blocks of 64, seven sixteenths of the
+scores are never computed, and a block's scores fit a processor's cache. With s the scores of a block, P their softmax,
+m the mask of a dropout with probability p, and y the block's output:
+
+    s = q k^T / sqrt(D) + mask                P = softmax(s)              y = (P m) v / (1 - p)
+    dv = (P m)^T dy / (1 - p)                 dP = (dy v^T) m / (1 - p)
+    ds = P (dP - sum over keys of P dP)       dq = ds k / sqrt(D)         dk = ds^T q / sqrt(D)
+
+P and m are kept for the backward pass, for all blocks: memory grows with the square of the length. The fused kernels
+keep neither, but on a CPU they know no dropout: with it, torch computes the formula on whole matrices of scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minipeft.model.dropout import draw_kept, scale
+from minipeft.model.linear import carried_out_here
+
+QUERIES_PER_BLOCK = 64
+# Without dropout, up to so many keys. With more, the fused kernel is about as fast and needs less memory.
+LONGEST_IN_BLOCKS = 384
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0.0,
+           longest_in_blocks: int = LONGEST_IN_BLOCKS) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v, each query looking where `mask` is True; without one, at itself and before.
+
+    Args:
+        query: (B, H, T, D); key and value are (B, H, S, D). The queries are the last T of S positions.
+        mask: boolean, broadcastable to (B, H, T, S); nothing after the causal triangle may be True.
+        dropout: share of the softmax's values that are set to 0; 0.0 when not training.
+        longest_in_blocks: speed only: see LONGEST_IN_BLOCKS.
+
+    Returns:
+        (B, H, T, D).
+    """
+    T, S = query.shape[2], key.shape[2]
+    trained = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    exact = query.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if (trained and (exact or query.dtype == torch.bfloat16) and (dropout > 0 or longest_in_blocks >= S)
+            and carried_out_here(query)):
+        return _InBlocks.apply(query, key, value, mask, dropout)
+    causal = mask is None
+    if T == 1:  # one token after cached ones may look at all of them
+        causal = False
+    return F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=causal)
+
+
+def hidden_keys(mask: Tensor | None, start: int, end: int, keys: int, like: Tensor) -> Tensor:
+    """What is added to the scores of queries start to end: 0 where they may look, else minus infinity.
+
+    Returns:
+        (end - start, keys) or, by `mask`, (B, 1, end - start, keys). `keys` is how many these queries can see at most.
+    """
+    if mask is None:
+        hidden = torch.ones(end - start, keys, dtype=torch.bool).triu(keys - (end - start) + 1)
+    else:
+        hidden = ~mask[..., start:end, :keys]
+    return torch.zeros(hidden.shape, dtype=like.dtype).masked_fill_(hidden, -torch.inf)
+
+
+def in_blocks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float,
+              kept: list[Tensor] | None = None) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
+    """The formula, a block of queries at a time.
+
+    Args:
+        kept: what dropout keeps, for each block; drawn if not given.
+
+    Yields:
+        Which queries these are, P (B, H, block, keys), y (B, H, block, D), and what dropout kept of P.
+    """
+    T, S, D = query.shape[2], key.shape[2], query.shape[3]
+    q, k, v = (query * D**-0.5).contiguous(), key.contiguous(), (value * scale(dropout)).contiguous()
+    for number, start in enumerate(range(0, T, QUERIES_PER_BLOCK)):
+        end = min(start + QUERIES_PER_BLOCK, T)
+        keys = S - T + end
+        scores = q[:, :, start:end] @ k[:, :, :keys].transpose(2, 3)                    # (B, H, block, keys)
+        shares = scores.add_(hidden_keys(mask, start, end, keys, scores)).softmax(dim=3)
+        drawn = kept[number] if kept else draw_kept(shares.shape, dropout) if dropout else None
+        yield slice(start, end), shares, thinned(shares, drawn) @ v[:, :, :keys], drawn
+
+
+def thinned(shares: Tensor, kept: Tensor | None) -> Tensor:
+    """P m."""
+    return shares if kept is None else shares * kept.to(shares.dtype)
+
+
+class _InBlocks(torch.autograd.Function):
+    """`in_blocks`, all blocks together, with the gradients written out above."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+        B, H, T, D = query.shape
+        y = query.new_empty(B, T, H, D).transpose(1, 2)  # heads side by side in memory, as c_proj wants them
+        shares_of_blocks, kept_of_blocks = [], []
+        with torch.autocast("cpu", enabled=False):
+            for block, shares, part, kept in in_blocks(query, key, value, mask, dropout):
+                y[:, :, block] = part
+                shares_of_blocks.append(shares)
+                kept_of_blocks.append(kept)
+        ctx.dropout, ctx.blocks = dropout, len(shares_of_blocks)
+        ctx.save_for_backward(query, key, value, mask, *shares_of_blocks, *kept_of_blocks)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, mask, *of_blocks = ctx.saved_tensors
+        shares_of_blocks, kept_of_blocks = of_blocks[:ctx.blocks], of_blocks[ctx.blocks:]
+        if torch.is_grad_enabled():  # these gradients are to be differentiated, too: let torch write them down
+            kept = kept_of_blocks if ctx.dropout else None
+            y = torch.cat([part for _, _, part, _ in in_blocks(query, key, value, mask, ctx.dropout, kept)], dim=2)
+            return *torch.autograd.grad(y, (query, key, value), dy, create_graph=True), None, None
+        T, D = query.shape[2:]
+        q, k, v, dy = query.contiguous(), key.contiguous(), value.contiguous(), (dy * scale(ctx.dropout)).contiguous()
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for start, shares, kept in zip(range(0, T, QUERIES_PER_BLOCK), shares_of_blocks, kept_of_blocks):
+            block, keys = slice(start, start + shares.shape[2]), slice(shares.shape[3])
+            dv[:, :, keys] += thinned(shares, kept).transpose(2, 3) @ dy[:, :, block]
+            dshares = thinned(dy[:, :, block] @ v[:, :, keys].transpose(2, 3), kept)
+            dscores = torch._softmax_backward_data(dshares, shares, 3, shares.dtype)    # (B, H, block, keys)
+            dq[:, :, block] = dscores @ k[:, :, keys]
+            dk[:, :, keys] += dscores.transpose(2, 3) @ q[:, :, block]
+        return dq.mul_(D**-0.5), dk.mul_(D**-0.5), dv, None, None

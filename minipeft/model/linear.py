@@ -1,0 +1,75 @@
+"""Linear layers, whose float32 products take oneDNN on a CPU.
+
+    y = x W^T + b          dx = dy W          dW = dy^T x          db = sum of dy's rows
+
+torch brings two libraries for products of matrices on a CPU: MKL, which it asks for float32, and oneDNN, which it asks
+for bfloat16. On processors not made by Intel, MKL leaves half of each vector unit idle, and oneDNN does not: how much
+faster it is on one machine is in results/benchmark.md. Both sum in float32; results differ in the last digits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+class Linear(nn.Linear):
+    """torch's linear layer: x W^T + b, (..., in) -> (..., out), with W (out, in) and b (out,)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """What `torch.nn.functional.linear` gives, (..., in) -> (..., out), by the faster library."""
+    if (not carried_out_here(x, weight) or torch.is_autocast_enabled("cpu") or x.dim() < 2 or not x.numel()
+            or x.dtype != torch.float32 or weight.dtype != torch.float32):
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled():
+        return _Product.apply(x, weight, bias)
+    return _product(x, weight, bias)
+
+
+def carried_out_here(*tensors: Tensor) -> bool:
+    """Whether operations on these tensors are carried out at once and on a CPU, as they are written.
+
+    They are not where they are recorded (compile, export, trace), vectorized (vmap) or differentiated forwards: there,
+    torch must see operations that it knows.
+    """
+    return (not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+            and all(tensor.device.type == "cpu" for tensor in tensors)
+            and not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b by oneDNN."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _Product(torch.autograd.Function):
+    """x W^T + b, and its gradients by the same library. x is kept only for a W that is trained."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x_counts, weight_counts, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if weight_counts else None, weight if x_counts else None)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        dx = dweight = dbias = None
+        if weight is not None:
+            dx = linear(dy, weight.T)                                         # (..., out) -> (..., in)
+        if x is not None:
+            dy_rows, x_rows = dy.flatten(0, -2).T, x.flatten(0, -2).T         # (out, N), (in, N)
+            # (out, in), the shorter side first: with LoRA's thin matrices that is up to ten times as fast.
+            dweight = linear(x_rows, dy_rows).T if len(x_rows) < len(dy_rows) else linear(dy_rows, x_rows)
+        if ctx.needs_input_grad[2]:
+            dbias = dy.flatten(0, -2).sum(dim=0)                              # (out,)
+        return dx, dweight, dbias

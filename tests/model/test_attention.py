@@ -1,0 +1,102 @@
+"""attention.py: blocks of queries give what torch's fused kernels give, and drop out what a mask says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minipeft.model import attention
+from minipeft.model.attention import attend
+from minipeft.model.dropout import scale
+
+MASKS = ["causal", "after a cache", "padded"]
+
+
+def inputs(T, S, dtype=torch.float32):
+    """q (2, 3, T, 8), k and v (2, 3, S, 8)."""
+    torch.manual_seed(0)
+    return [torch.randn(2, 3, length, 8).to(dtype).requires_grad_() for length in (T, S, S)]
+
+
+def mask_of(kind, T, S):
+    """None, (T, S) or (2, 1, T, S)."""
+    if kind == "causal":
+        return None
+    seen = torch.ones(T, S, dtype=torch.bool).tril(S - T)
+    return seen if kind == "after a cache" else seen & (torch.rand(2, 1, T, S) < 0.7) | torch.eye(T, S).bool()
+
+
+def results_of(q, k, v, *more):
+    y = attend(q, k, v, *more)
+    return [y, *torch.autograd.grad(y.float().square().sum(), (q, k, v))]
+
+
+@pytest.fixture(autouse=True)
+def short_blocks(monkeypatch):
+    """Blocks of 8, so that short texts have several, the last one shorter."""
+    monkeypatch.setattr(attention, "QUERIES_PER_BLOCK", 8)
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("T", [1, 8, 21])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_values_and_gradients_are_the_fused_kernels(kind, T, dtype, tolerance):
+    S = T if kind == "causal" else T + 3
+    q, k, v = inputs(T, S, dtype)
+    mask = mask_of(kind, T, S)
+    blocks, fused = results_of(q, k, v, mask, 0.0, 99), results_of(q, k, v, mask, 0.0, 0)
+    assert "InBlocks" in str(blocks[0].grad_fn) and "InBlocks" not in str(fused[0].grad_fn)
+    for ours, theirs in zip(blocks, fused):
+        assert ours.dtype == dtype
+        assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_dropout_thins_the_shares_and_gradients_follow(kind, monkeypatch):
+    """With the mask known, values and gradients are those of the formula written with it, by autograd."""
+    T, S = 21, 21 if kind == "causal" else 24
+    q, k, v = inputs(T, S)
+    mask = mask_of(kind, T, S)
+    kept = torch.rand(2, 3, T, S) < 0.6                                                     # (2, 3, T, S)
+    starts = iter(range(0, T, 8))
+
+    def draw(shape, p):
+        start = next(starts)
+        return kept[:, :, start:start + shape[2], :shape[3]].to(torch.int8)
+
+    monkeypatch.setattr(attention, "draw_kept", draw)
+    ours = results_of(q, k, v, mask, 0.4)
+    seen = torch.ones(T, S, dtype=torch.bool).tril(S - T) if mask is None else mask
+    shares = (q @ k.transpose(2, 3) / 8**0.5).masked_fill(~seen, -torch.inf).softmax(dim=3)
+    y = shares * kept * scale(0.4) @ v
+    for actual, expected in zip(ours, [y, *torch.autograd.grad(y.square().sum(), (q, k, v))]):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_mean_over_many_masks_is_the_value_without():
+    q, k, v = inputs(5, 5)
+    torch.manual_seed(3)
+    mean = sum(attend(q, k, v, None, 0.3).detach() for _ in range(4000)) / 4000
+    assert (mean - attend(q, k, v)).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_second_derivatives_are_those_of_the_formula(dropout, monkeypatch):
+    q, k, v = inputs(21, 21)
+    monkeypatch.setattr(attention, "draw_kept", lambda shape, p: (torch.arange(shape.numel()) % 3 > 0).view(shape))
+    y = attend(q, k, v, None, dropout, 99)
+    parts = attention.in_blocks(q, k, v, None, dropout)
+    second = []
+    for value in (y, torch.cat([part for _, _, part, _ in parts], dim=2)):
+        first = torch.autograd.grad(value.square().sum(), (q, k, v), create_graph=True)
+        second.append(torch.autograd.grad(sum(g.square().sum() for g in first), (q, k, v)))
+    for ours, theirs in zip(*second):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_without_gradients_the_fused_kernel_computes(monkeypatch):
+    q, k, v = inputs(21, 21)
+    monkeypatch.setattr(attention, "_InBlocks", None)  # using it would be an error
+    with torch.no_grad():
+        torch.testing.assert_close(attend(q, k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True))

@@ -1,0 +1,98 @@
+"""linear.py: torch's linear layer and its gradients, by oneDNN where operations are carried out at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from minipeft.model.linear import Linear, carried_out_here, linear
+
+SHAPES = [(1, 3, 5), (7, 8, 2), (2, 300, 40), (40, 4, 300)]  # rows, in, out
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("before", [(), (2,), (2, 3)], ids=["rows", "batch of rows", "two more dimensions"])
+def test_values_and_gradients_are_torchs(shape, biased, before):
+    rows, into, out = shape
+    torch.manual_seed(0)
+    layer = Linear(into, out, bias=biased)
+    x = torch.randn(*before, rows, into, requires_grad=True)
+    inputs = [x, *layer.parameters()]
+    results = []
+    for y in (layer(x), F.linear(x, layer.weight, layer.bias)):
+        results.append([y, *torch.autograd.grad(y.sin().sum(), inputs)])
+    for ours, theirs in zip(*results):
+        assert ours.shape == theirs.shape
+        close(ours, theirs)
+
+
+def test_second_derivatives_are_torchs():
+    torch.manual_seed(0)
+    layer, x = Linear(4, 3), torch.randn(5, 4, requires_grad=True)
+    inputs, results = [x, *layer.parameters()], []
+    for function in (layer, lambda x: F.linear(x, layer.weight, layer.bias)):
+        first = torch.autograd.grad(function(x).pow(3).sum(), inputs, create_graph=True)
+        results.append(torch.autograd.grad(sum(g.square().sum() for g in first), inputs))
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+def test_an_input_is_kept_only_for_a_weight_that_is_trained():
+    layer, x = Linear(4, 3), torch.randn(5, 4, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda t: t):
+        layer(x)
+        layer.requires_grad_(False)(x)
+    assert [tuple(shape) for shape in kept] == [(5, 4), (3, 4), (3, 4)]
+
+
+def test_it_is_a_torch_layer_with_torchs_start():
+    torch.manual_seed(0)
+    ours = Linear(4, 3)
+    torch.manual_seed(0)
+    theirs = nn.Linear(4, 3)
+    assert isinstance(ours, nn.Linear) and repr(ours) == repr(theirs)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters()))
+
+
+@pytest.mark.parametrize("x", [torch.randn(0, 4), torch.randn(4), torch.randn(2, 4).T.contiguous().T,
+                               torch.randn(2, 8)[:, ::2]], ids=["no rows", "one row", "transposed", "with gaps"])
+def test_odd_inputs(x):
+    layer = Linear(4, 3)
+    y = layer(x)
+    close(y, F.linear(x, layer.weight, layer.bias))
+    y.sum().backward()
+    assert layer.weight.grad.shape == (3, 4)
+
+
+def test_torch_sees_its_own_operations_where_it_records_or_changes_them():
+    layer, x = Linear(4, 3).requires_grad_(False), torch.randn(5, 4)
+    seen = {}
+
+    def look(name):
+        def forward(x):
+            seen[name] = carried_out_here(x, layer.weight)
+            return layer(x)
+        return forward
+
+    close(torch.func.vmap(look("vmap"))(x), layer(x))
+    torch.jit.trace(look("trace"), (x,), check_trace=False)
+    torch.func.jvp(look("jvp"), (x,), (x,))
+    with torch.autograd.forward_ad.dual_level():
+        look("dual")(torch.autograd.forward_ad.make_dual(x, x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    assert carried_out_here(x, layer.weight) and set(seen.values()) == {False} and len(seen) == 4
+    assert not carried_out_here(x.to("meta"))
+
+
+def test_double_precision_is_torchs():
+    layer, x = Linear(4, 3).double(), torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: linear(x, layer.weight, layer.bias), x)

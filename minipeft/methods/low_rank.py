@@ -23,7 +23,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from minipeft.model.dropout import draw_kept, scale
-from minipeft.model.linear import Linear, carried_out_here, linear
+from minipeft.model.linear import Linear, carried_out_here, linear, outer
 
 
 def applies(x: Tensor, layer: nn.Module) -> bool:
@@ -91,8 +91,8 @@ class _LowRank(torch.autograd.Function):
         z = _thinned(x, kept, ctx.factor).flatten(0, -2)                      # (N, in)
         dy, h = dy.flatten(0, -2), h.flatten(0, -2)                           # (N, out), (N, r)
         s_dh = linear(dy, lora_B.T).mul_(ctx.s)                               # (N, r)
-        dA = linear(s_dh.T, z.T)                                              # (r, in)
-        dB = linear(h.T, dy.T).T                                              # (r, out) -> (out, r)
+        dA = outer(s_dh.T, z.T)                                               # (r, in)
+        dB = outer(h.T, dy.T).T                                               # (r, out) -> (out, r)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = linear(dy, weight.T)                                         # (N, in)

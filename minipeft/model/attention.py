@@ -24,7 +24,7 @@ from torch import Tensor
 from minipeft.model.dropout import draw_kept, scale
 from minipeft.model.linear import carried_out_here
 
-QUERIES_PER_BLOCK = 64
+BYTES_PER_BLOCK = 256  # of a column of scores: 64 queries in float32, 128 in bfloat16
 # Without dropout, up to so many keys. With more, the fused kernel is about as fast and needs less memory.
 LONGEST_IN_BLOCKS = 384
 
@@ -54,6 +54,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     return F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=causal)
 
 
+def blocks_of(query: Tensor) -> list[tuple[int, int]]:
+    """Where each block of queries starts and ends."""
+    T, size = query.shape[2], BYTES_PER_BLOCK // query.element_size()
+    return [(start, min(start + size, T)) for start in range(0, T, size)]
+
+
 def hidden_keys(mask: Tensor | None, start: int, end: int, keys: int, like: Tensor) -> Tensor:
     """What is added to the scores of queries start to end: 0 where they may look, else minus infinity.
 
@@ -79,8 +85,7 @@ def in_blocks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dr
     """
     T, S, D = query.shape[2], key.shape[2], query.shape[3]
     q, k, v = (query * D**-0.5).contiguous(), key.contiguous(), (value * scale(dropout)).contiguous()
-    for number, start in enumerate(range(0, T, QUERIES_PER_BLOCK)):
-        end = min(start + QUERIES_PER_BLOCK, T)
+    for number, (start, end) in enumerate(blocks_of(query)):
         keys = S - T + end
         scores = q[:, :, start:end] @ k[:, :, :keys].transpose(2, 3)                    # (B, H, block, keys)
         shares = scores.add_(hidden_keys(mask, start, end, keys, scores)).softmax(dim=3)
@@ -118,11 +123,11 @@ class _InBlocks(torch.autograd.Function):
             kept = kept_of_blocks if ctx.dropout else None
             y = torch.cat([part for _, _, part, _ in in_blocks(query, key, value, mask, ctx.dropout, kept)], dim=2)
             return *torch.autograd.grad(y, (query, key, value), dy, create_graph=True), None, None
-        T, D = query.shape[2:]
+        D = query.shape[3]
         q, k, v, dy = query.contiguous(), key.contiguous(), value.contiguous(), (dy * scale(ctx.dropout)).contiguous()
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for start, shares, kept in zip(range(0, T, QUERIES_PER_BLOCK), shares_of_blocks, kept_of_blocks):
-            block, keys = slice(start, start + shares.shape[2]), slice(shares.shape[3])
+        for (start, end), shares, kept in zip(blocks_of(query), shares_of_blocks, kept_of_blocks):
+            block, keys = slice(start, end), slice(shares.shape[3])
             dv[:, :, keys] += thinned(shares, kept).transpose(2, 3) @ dy[:, :, block]
             dshares = thinned(dy[:, :, block] @ v[:, :, keys].transpose(2, 3), kept)
             dscores = torch._softmax_backward_data(dshares, shares, 3, shares.dtype)    # (B, H, block, keys)

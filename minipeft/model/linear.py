@@ -27,8 +27,12 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """What `torch.nn.functional.linear` gives, (..., in) -> (..., out), by the faster library."""
-    if (not carried_out_here(x, weight) or torch.is_autocast_enabled("cpu") or x.dim() < 2 or not x.numel()
-            or x.dtype != torch.float32 or weight.dtype != torch.float32):
+    if not carried_out_here(x, weight) or x.dim() < 2 or not x.numel():
+        return F.linear(x, weight, bias)
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.bfloat16):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled():
         return _Product.apply(x, weight, bias)
@@ -51,6 +55,11 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+def outer(a: Tensor, b: Tensor) -> Tensor:
+    """a b^T for a (m, N) and b (n, N), both transposed in memory."""
+    return a @ b.T if a.dtype == torch.bfloat16 else linear(a, b)
+
+
 class _Product(torch.autograd.Function):
     """x W^T + b, and its gradients by the same library. x is kept only for a W that is trained."""
 
@@ -69,7 +78,7 @@ class _Product(torch.autograd.Function):
         if x is not None:
             dy_rows, x_rows = dy.flatten(0, -2).T, x.flatten(0, -2).T         # (out, N), (in, N)
             # (out, in), the shorter side first: with LoRA's thin matrices that is up to ten times as fast.
-            dweight = linear(x_rows, dy_rows).T if len(x_rows) < len(dy_rows) else linear(dy_rows, x_rows)
+            dweight = outer(x_rows, dy_rows).T if len(x_rows) < len(dy_rows) else outer(dy_rows, x_rows)
         if ctx.needs_input_grad[2]:
             dbias = dy.flatten(0, -2).sum(dim=0)                              # (out,)
         return dx, dweight, dbias

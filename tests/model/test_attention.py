@@ -34,8 +34,8 @@ def results_of(q, k, v, *more):
 
 @pytest.fixture(autouse=True)
 def short_blocks(monkeypatch):
-    """Blocks of 8, so that short texts have several, the last one shorter."""
-    monkeypatch.setattr(attention, "QUERIES_PER_BLOCK", 8)
+    """Blocks of 8 queries, or 16, so that short texts have several, the last one shorter."""
+    monkeypatch.setattr(attention, "BYTES_PER_BLOCK", 32)
 
 
 @pytest.mark.parametrize("kind", MASKS)

@@ -94,8 +94,8 @@ class Attention(nn.Module):
         value = value.view(B, T, self.n_head, -1).transpose(1, 2)            # (B, H, T, D)
         if cache is not None:
             key, value = cache.update(self.layer, key, value)                # (B, H, S, D)
-        dropout = self.attn_pdrop if self.training else 0.0
-        x = attend(query, key, value, mask, dropout, self.longest_in_blocks)                          # (B, H, T, D)
+        dropout, in_blocks = (self.attn_pdrop, self.longest_in_blocks) if self.training else (0.0, 0)
+        x = attend(query, key, value, mask, dropout, in_blocks)              # (B, H, T, D)
         x = x.transpose(1, 2).reshape(B, T, C)                               # (B, T, C)
         return self.resid_dropout(self.c_proj(x))
 

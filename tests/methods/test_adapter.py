@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from minipeft import BottleneckConfig, GPT2Config, GPT2LMHeadModel, GPT2Model, inject, trainable_parameters
 from minipeft.errors import ConfigError
 from minipeft.methods import adapter as adapter_module
 from minipeft.methods.adapter import BottleneckAdapter
 from minipeft.methods.injection import active_injections
+from minipeft.model.dropout import dropout
 
 IDS = torch.tensor([[5, 17, 80, 3, 41, 9, 60], [70, 2, 2, 33, 8, 95, 1]])
 ACTIVATIONS = {  # written from their definitions
@@ -115,7 +115,7 @@ def test_dropout_acts_on_what_the_adapter_adds_and_in_training_only():
     torch.manual_seed(3)
     actual = adapter(h)
     torch.manual_seed(3)
-    torch.testing.assert_close(actual, 2.0 * F.dropout(written_out(adapter, h), 0.5), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(actual, 2.0 * dropout(written_out(adapter, h), 0.5), atol=1e-5, rtol=1e-5)
     assert 0.4 < (actual == 0).float().mean() < 0.6
     torch.testing.assert_close(adapter.eval()(h), written_out(adapter, h, scaling=2.0), atol=1e-5, rtol=1e-5)
 

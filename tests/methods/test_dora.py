@@ -19,6 +19,7 @@ from minipeft import (
 )
 from minipeft.methods.dora import DoRALinear
 from minipeft.methods.injection import active_injections
+from minipeft.model.dropout import dropout
 from minipeft.training.optimizer import adamw
 
 
@@ -170,7 +171,7 @@ def test_dropout_in_training_acts_on_everything_but_the_frozen_product(bias):
     torch.manual_seed(3)
     actual = adapted(x)
     torch.manual_seed(3)
-    dropped = F.dropout(x, 0.5)
+    dropped = dropout(x, 0.5)
     c = m / (W + 2.0 * B @ A).norm(dim=1)
     expected = adapted.base_layer(x) + (c - 1) * (dropped @ W.T) + c * 2.0 * (dropped @ A.T @ B.T)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)

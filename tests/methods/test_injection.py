@@ -24,6 +24,7 @@ from minipeft import (
 from minipeft.errors import ConfigError, InjectionError
 from minipeft.methods.injection import active_injections, base_parameters
 from minipeft.methods.targets import find_targets
+from minipeft.model.linear import Linear
 
 ALL_FOUR = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
 
@@ -95,7 +96,7 @@ def test_a_base_model_without_head_is_matched_the_same_way(tiny_config):
 def test_all_linear_leaves_out_the_head(tiny_config, model_class):
     model = inject(build(model_class, tiny_config), LoraConfig(r=2, target_modules="all-linear"))
     assert adapter_modules(model) == names(*[(layer, m) for layer in (0, 1) for m in ALL_FOUR])
-    assert type(getattr(model, model.head)) is nn.Linear
+    assert type(getattr(model, model.head)) is Linear
 
 
 # --- refuse -----------------------------------------------------------------------------------------------------------

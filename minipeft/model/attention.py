@@ -30,26 +30,25 @@ LONGEST_IN_BLOCKS = 384
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0.0,
-           longest_in_blocks: int = LONGEST_IN_BLOCKS) -> Tensor:
+           training: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(D)) v, each query looking where `mask` is True; without one, at itself and before.
 
     Args:
         query: (B, H, T, D); key and value are (B, H, S, D). The queries are the last T of S positions.
         mask: boolean, broadcastable to (B, H, T, S); nothing after the causal triangle may be True.
-        dropout: share of the softmax's values that are set to 0; 0.0 when not training.
-        longest_in_blocks: speed only: see LONGEST_IN_BLOCKS.
+        dropout: share of the softmax's values that are set to 0 in training.
+        training: whether the module that asks is in training mode.
 
     Returns:
         (B, H, T, D).
     """
-    T, S = query.shape[2], key.shape[2]
-    trained = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     exact = query.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if (trained and (exact or query.dtype == torch.bfloat16) and (dropout > 0 or longest_in_blocks >= S)
-            and carried_out_here(query)):
+    dropout = dropout if training else 0.0
+    if (training and torch.is_grad_enabled() and (exact or query.dtype == torch.bfloat16)
+            and (dropout > 0 or key.shape[2] <= LONGEST_IN_BLOCKS) and carried_out_here(query)):
         return _InBlocks.apply(query, key, value, mask, dropout)
     causal = mask is None
-    if T == 1:  # one token after cached ones may look at all of them
+    if query.shape[2] == 1:  # one token after cached ones may look at all of them
         causal = False
     return F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=causal)
 

@@ -65,7 +65,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from minipeft.errors import ConfigError
-from minipeft.model.attention import LONGEST_IN_BLOCKS, attend
+from minipeft.model.attention import attend
 from minipeft.model.config import GPT2Config
 from minipeft.model.dropout import Dropout
 from minipeft.model.kv_cache import KVCache
@@ -81,7 +81,6 @@ class Attention(nn.Module):
         self.layer = layer
         self.n_head = config.n_head
         self.attn_pdrop = config.attn_pdrop
-        self.longest_in_blocks = LONGEST_IN_BLOCKS  # speed only
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd)  # q, k and v in one product
         self.c_proj = Linear(config.n_embd, config.n_embd)
         self.resid_dropout = Dropout(config.resid_pdrop)
@@ -94,8 +93,7 @@ class Attention(nn.Module):
         value = value.view(B, T, self.n_head, -1).transpose(1, 2)            # (B, H, T, D)
         if cache is not None:
             key, value = cache.update(self.layer, key, value)                # (B, H, S, D)
-        dropout, in_blocks = (self.attn_pdrop, self.longest_in_blocks) if self.training else (0.0, 0)
-        x = attend(query, key, value, mask, dropout, in_blocks)              # (B, H, T, D)
+        x = attend(query, key, value, mask, self.attn_pdrop, self.training)  # (B, H, T, D)
         x = x.transpose(1, 2).reshape(B, T, C)                               # (B, T, C)
         return self.resid_dropout(self.c_proj(x))
 

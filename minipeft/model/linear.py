@@ -16,6 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
 class Linear(nn.Linear):
@@ -42,12 +43,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def carried_out_here(*tensors: Tensor) -> bool:
     """Whether operations on these tensors are carried out at once and on a CPU, as they are written.
 
-    They are not where they are recorded (compile, export, trace), vectorized (vmap) or differentiated forwards: there,
-    torch must see operations that it knows.
+    They are not where they are recorded (compile, export, trace), vectorized (vmap), differentiated forwards or watched
+    by a dispatch mode, unless that has an attribute `carried_out_here` which is True: there, torch must see operations
+    that it knows.
     """
-    return (not torch.compiler.is_compiling() and not torch.jit.is_tracing()
-            and all(tensor.device.type == "cpu" for tensor in tensors)
-            and not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not all(t.device.type == "cpu" for t in tensors):
+        return False
+    watcher = _get_current_dispatch_mode()
+    return (not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
+            and (watcher is None or getattr(watcher, "carried_out_here", False)))
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -45,7 +45,7 @@ def test_values_and_gradients_are_the_fused_kernels(kind, T, dtype, tolerance):
     S = T if kind == "causal" else T + 3
     q, k, v = inputs(T, S, dtype)
     mask = mask_of(kind, T, S)
-    blocks, fused = results_of(q, k, v, mask, 0.0, 99), results_of(q, k, v, mask, 0.0, 0)
+    blocks, fused = results_of(q, k, v, mask, 0.0, True), results_of(q, k, v, mask, 0.0, False)
     assert "InBlocks" in str(blocks[0].grad_fn) and "InBlocks" not in str(fused[0].grad_fn)
     for ours, theirs in zip(blocks, fused):
         assert ours.dtype == dtype
@@ -66,7 +66,7 @@ def test_dropout_thins_the_shares_and_gradients_follow(kind, monkeypatch):
         return kept[:, :, start:start + shape[2], :shape[3]].to(torch.int8)
 
     monkeypatch.setattr(attention, "draw_kept", draw)
-    ours = results_of(q, k, v, mask, 0.4)
+    ours = results_of(q, k, v, mask, 0.4, True)
     seen = torch.ones(T, S, dtype=torch.bool).tril(S - T) if mask is None else mask
     shares = (q @ k.transpose(2, 3) / 8**0.5).masked_fill(~seen, -torch.inf).softmax(dim=3)
     y = shares * kept * scale(0.4) @ v
@@ -77,7 +77,7 @@ def test_dropout_thins_the_shares_and_gradients_follow(kind, monkeypatch):
 def test_the_mean_over_many_masks_is_the_value_without():
     q, k, v = inputs(5, 5)
     torch.manual_seed(3)
-    mean = sum(attend(q, k, v, None, 0.3).detach() for _ in range(4000)) / 4000
+    mean = sum(attend(q, k, v, None, 0.3, True).detach() for _ in range(4000)) / 4000
     assert (mean - attend(q, k, v)).abs().max() < 0.1
 
 
@@ -85,7 +85,7 @@ def test_the_mean_over_many_masks_is_the_value_without():
 def test_second_derivatives_are_those_of_the_formula(dropout, monkeypatch):
     q, k, v = inputs(21, 21)
     monkeypatch.setattr(attention, "draw_kept", lambda shape, p: (torch.arange(shape.numel()) % 3 > 0).view(shape))
-    y = attend(q, k, v, None, dropout, 99)
+    y = attend(q, k, v, None, dropout, True)
     parts = attention.in_blocks(q, k, v, None, dropout)
     second = []
     for value in (y, torch.cat([part for _, _, part, _ in parts], dim=2)):
@@ -95,8 +95,12 @@ def test_second_derivatives_are_those_of_the_formula(dropout, monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
-def test_without_gradients_the_fused_kernel_computes(monkeypatch):
+def test_without_gradients_or_with_many_keys_the_fused_kernel_computes(monkeypatch):
     q, k, v = inputs(21, 21)
     monkeypatch.setattr(attention, "_InBlocks", None)  # using it would be an error
+    long = inputs(attention.LONGEST_IN_BLOCKS + 1, attention.LONGEST_IN_BLOCKS + 1)
+    attend(*long, None, 0.0, True)
     with torch.no_grad():
-        torch.testing.assert_close(attend(q, k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True))
+        attend(q, k, v, None, 0.0, True)
+        fused = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        torch.testing.assert_close(attend(q, k, v, None, 0.3, False), fused)

@@ -115,7 +115,7 @@ def step_both(ours, theirs, task):
     before = step(ours, our_loss, task), step(theirs, their_loss, task)
     assert before[0] == pytest.approx(before[1], abs=TOLERANCE)
     texts, _ = texts_and_labels(task)
-    torch.testing.assert_close(real_logits(ours, task, texts), real_logits(theirs, task, texts), rtol=0, atol=1e-4)
+    torch.testing.assert_close(real_logits(ours, task, texts), real_logits(theirs, task, texts), rtol=0, atol=2e-4)
 
 
 def assert_same_step(actual, expected, start):

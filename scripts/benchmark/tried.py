@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minipeft.commands.start import run
-from minipeft.files import write_text_file
+from minipeft.errors import ConfigError
+from minipeft.files import check_writable, write_text_file
 from minipeft.methods.lora import LoraConfig, LoRALinear
 from minipeft.model.attention import attend
 from minipeft.model.dropout import dropout
@@ -30,17 +31,16 @@ Way = Callable[[], object]
 INTRODUCTION = """# Speed: tried, and did not pay
 
 What was measured is in [benchmark.md](benchmark.md). Here is what was tried to make this library faster on a CPU,
-beside what is used now and what torch does by itself. Each figure is the median of {turns} turns, the ways taking turns.
-Written by `python scripts/benchmark/tried.py` on: {processor}, {cores} cores.
+beside what is used now and what torch does by itself. The ways of a comparison take turns; each figure is the median of
+{turns} of them. Written by `python scripts/benchmark/tried.py` on: {processor}, {cores} cores.
 """
 NOT_TIMED = """
 Not timed here, and left out:
 
 - Packing short texts into one row: batches hold texts of similar length, so that there is little padding to save.
 - Dropout's mask made again from its seed in the backward pass: it saves a byte per element and draws all numbers twice.
-- Freed memory that stays with the process (`GLIBC_TUNABLES=glibc.malloc.mmap_threshold=33554432:` with
-  `glibc.malloc.trim_threshold=17179869184`): it is faster, above all in bfloat16, but only the environment that a
-  process starts in can say so. Pretraining does.
+- Freed memory that stays with the process, by glibc's `mmap_threshold` and `trim_threshold`: only the environment that a
+  process starts in can ask for it. Pretraining does (scripts/pretraining/README.md).
 - W + s B A put together once per step, so that the forward pass needs no thin product: in bfloat16 small updates would
   be rounded away, and nothing merges inside a forward pass here.
 """
@@ -165,6 +165,9 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=15, help="of each way that count; default 15")
     parser.add_argument("--output", type=Path, default=Path("results/benchmark_notes.md"))
     options = parser.parse_args()
+    if options.turns < 1:
+        raise ConfigError(f"turns must be at least 1, got {options.turns}")
+    check_writable(options.output.parent)
     torch.manual_seed(0)
     rows = []
     for comparisons in (products, dropouts, attentions, lora_layers, gelus):

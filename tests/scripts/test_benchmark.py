@@ -270,8 +270,8 @@ def test_saving_is_what_lies_between_a_validation_and_the_next_batch(monkeypatch
     assert spent == {"bucketing": 2, "saving": 300}
 
 
-def run_benchmark(*options, timeout=300):
-    return subprocess.run([sys.executable, str(ROOT / "scripts/benchmark/benchmark.py"), *options], capture_output=True,
+def run_benchmark(*options, script="benchmark.py", timeout=300):
+    return subprocess.run([sys.executable, str(ROOT / "scripts/benchmark" / script), *options], capture_output=True,
                           text=True, timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
@@ -305,10 +305,24 @@ def test_a_quick_run_on_equal_terms_trains_as_peft_does_and_keeps_before_and_aft
     for row in column["language_model"]["after"]["rows"].values():
         assert row["ours"]["mean_loss"] == pytest.approx(row["peft"]["mean_loss"], abs=0.05)
     for row in column["profile"]["after"]["rows"].values():
-        assert row["copies"]["calls"] and "aten::mm" in {operator["name"] for operator in row["operators"]}
+        products = {"aten::mm", "mkldnn::_linear_pointwise"}
+        assert row["copies"]["calls"] and products & {operator["name"] for operator in row["operators"]}
     assert {"bf16", "fp32"} == set(results["mini_lora_speedup_vs_full"])
     assert {"speedup_vs_peft_same_microbatches", "speedup_vs_peft_same_microbatches_bf16", "lm_memory_vs_peft",
             "memory_vs_peft_same_microbatches"} < set(results)
+
+
+def test_what_was_tried_stands_beside_what_is_used(tmp_path):
+    page = tmp_path / "notes.md"
+    done = run_benchmark("--turns", "1", "--output", str(page), script="tried.py")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(" | ") for line in page.read_text().splitlines() if line.startswith("| ")][2:]
+    compared = {what for what, *_ in rows}
+    used = [what for what, way, *_ in rows if way.startswith("**")]
+    assert len(compared) == len(used) == len(set(used)) >= 10
+    assert all(float(milliseconds) > 0 for _, _, milliseconds, _ in rows)
+    done = run_benchmark("--turns", "0", "--output", str(page), script="tried.py")
+    assert done.returncode == 2 and done.stderr == "error: turns must be at least 1, got 0\n"
 
 
 @pytest.mark.parametrize(("options", "message"), [

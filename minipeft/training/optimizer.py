@@ -17,6 +17,18 @@ import torch
 import torch.nn as nn
 
 
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW without its compiler.
+
+    Three of its methods import all of torch's compiler, only to tell it not to look at them, which takes most of a second.
+    These are the same methods without that.
+    """
+
+    add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__
+    zero_grad = torch.optim.Optimizer.zero_grad.__wrapped__
+    step = torch.no_grad()(torch.optim.AdamW.step.__wrapped__)
+
+
 def warmup_cosine(step: int, total_steps: int, warmup_steps: int, final: float = 0.0) -> float:
     """The factor on the peak learning rate at `step` (counted from 0): linear up, then a cosine down to `final`."""
     if step < warmup_steps:
@@ -27,7 +39,7 @@ def warmup_cosine(step: int, total_steps: int, warmup_steps: int, final: float =
 
 def adamw(parameters: Iterable[tuple[str, nn.Parameter]], model: nn.Module, learning_rate: float,
           weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.999),
-          loraplus_lr_ratio: float = 1.0) -> torch.optim.AdamW:
+          loraplus_lr_ratio: float = 1.0) -> AdamW:
     """AdamW over the given named parameters, decaying the weight matrices of linear layers and nothing else.
 
     Biases, LayerNorms, embeddings, prompts and scaling vectors do not decay. Which is which is decided by the module
@@ -48,4 +60,4 @@ def adamw(parameters: Iterable[tuple[str, nn.Parameter]], model: nn.Module, lear
     groups = [{"params": members[key], "weight_decay": key[0], "rate_factor": key[1], "lr": learning_rate * key[1]}
               for key in sorted(members, reverse=True)]
     fused = all(parameter.device.type in ("cuda", "cpu") for group in groups for parameter in group["params"])
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+    return AdamW(groups, lr=learning_rate, betas=betas, fused=fused)

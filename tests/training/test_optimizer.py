@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from minipeft import (
     VeraConfig,
     inject,
 )
-from minipeft.training.optimizer import adamw, warmup_cosine
+from minipeft.training.optimizer import AdamW, adamw, warmup_cosine
 
 # --- the schedule -----------------------------------------------------------------------------------------------------
 
@@ -168,3 +170,40 @@ def test_the_groups_do_not_change_what_adamw_computes(tiny_config):
     expected = trained(lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0))
     for name, tensor in expected.items():
         torch.testing.assert_close(actual[name], tensor, atol=1e-6, rtol=0)
+
+
+# --- AdamW ------------------------------------------------------------------------------------------------------------
+
+def steps_of(optimizer_class):
+    """A parameter after three steps."""
+    torch.manual_seed(0)
+    weight, x = nn.Parameter(torch.randn(4, 3)), torch.randn(5, 3)
+    optimizer = optimizer_class([weight], lr=0.1, weight_decay=0.1, fused=True)
+    for _ in range(3):
+        (x @ weight.T).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        assert weight.grad is None
+    return weight.detach(), optimizer.state_dict()
+
+
+def test_our_adamw_is_torchs():
+    (ours, our_state), (theirs, their_state) = steps_of(AdamW), steps_of(torch.optim.AdamW)
+    assert torch.equal(ours, theirs) and not ours.requires_grad
+    assert our_state["param_groups"] == their_state["param_groups"]
+    assert all(torch.equal(our_state["state"][0][key], value) for key, value in their_state["state"][0].items())
+
+
+def test_training_does_not_import_the_compiler():
+    program = """if True:
+        import sys, torch
+        from minipeft.training.optimizer import AdamW
+        weight = torch.nn.Parameter(torch.ones(3))
+        optimizer = AdamW([weight], lr=0.1, fused=True)
+        weight.sum().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        print("torch._dynamo" in sys.modules)
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "False\n", done.stderr

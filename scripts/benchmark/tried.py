@@ -38,7 +38,7 @@ NOT_TIMED = """
 Not timed here, and left out:
 
 - Packing short texts into one row: batches hold texts of similar length, so that there is little padding to save.
-- Dropout's mask made again from its seed in the backward pass: it saves a byte per element and draws all numbers twice.
+- Dropout's mask made again from its seed in the backward pass: saves a byte per element and draws all numbers twice.
 - Freed memory that stays with the process, by glibc's `mmap_threshold` and `trim_threshold`: only the environment that
   a process starts in can ask for it. Pretraining does (scripts/pretraining/README.md).
 - W + s B A put together once per step, so that the forward pass needs no thin product: in bfloat16 small updates would

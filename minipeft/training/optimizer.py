@@ -20,8 +20,8 @@ import torch.nn as nn
 class AdamW(torch.optim.AdamW):
     """torch's AdamW without its compiler.
 
-    Three of its methods import all of torch's compiler, only to tell it not to look at them. That takes memory, and most
-    of a second. These are the same methods without it.
+    Three of its methods import all of torch's compiler, only to tell it not to look at them. That takes memory, and
+    most of a second. These are the same methods without it.
     """
 
     add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__

@@ -92,7 +92,7 @@ class _LowRank(torch.autograd.Function):
         dy, h = dy.flatten(0, -2), h.flatten(0, -2)                           # (N, out), (N, r)
         s_dh = linear(dy, lora_B.T).mul_(ctx.s)                               # (N, r)
         dA = outer(s_dh.T, z.T)                                               # (r, in)
-        dB = outer(h.T, dy.T).T                                               # (r, out) -> (out, r)
+        dB = outer(h.T, dy.T).T.contiguous()                                  # (r, out) -> (out, r)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = linear(dy, weight.T)                                         # (N, in)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from inspect import unwrap
 
 import torch
 import torch.nn as nn
@@ -24,9 +25,9 @@ class AdamW(torch.optim.AdamW):
     most of a second. These are the same methods without it.
     """
 
-    add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__
-    zero_grad = torch.optim.Optimizer.zero_grad.__wrapped__
-    step = torch.no_grad()(torch.optim.AdamW.step.__wrapped__)
+    add_param_group = unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = unwrap(torch.optim.Optimizer.zero_grad)
+    step = torch.no_grad()(unwrap(torch.optim.AdamW.step))
 
 
 def warmup_cosine(step: int, total_steps: int, warmup_steps: int, final: float = 0.0) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import runpy
@@ -29,8 +30,9 @@ def text_of(cell):
 
 
 def kinds_of(outputs):
-    """What a cell showed: streams, and the richest form of each thing that was displayed."""
-    return [output.get("name") or sorted(output.get("data", {"error": 0}))[0] for output in outputs]
+    """What a cell showed: streams, which may come in several parts, and the richest form of each thing displayed."""
+    kinds = [output.get("name") or sorted(output.get("data", {"error": 0}))[0] for output in outputs]
+    return [kind for kind, _ in itertools.groupby(kinds)]
 
 
 def test_these_are_the_notebooks():

@@ -39,10 +39,10 @@ def draw_benchmark(results: Cells, path: str | Path) -> None:
         speedups = {}
         for when in BOTH_TIMES:
             if rows := rows_of(column, "same_micro_batches", when):
-                heights = {" dropout=".join(name.rsplit(maxsplit=1)): cells["speedup"] for name, cells in rows.items()}
+                heights = {" p=".join(name.rsplit(maxsplit=1)): cells["speedup"] for name, cells in rows.items()}
                 speedups[when] = (f"{when} the work on speed", heights)
         names = sorted({name for _, heights in speedups.values() for name in heights})
-        _draw_bars(equal, f"times as fast as peft, same micro-batches, {device}", names, speedups, "%.2f")
+        _draw_bars(equal, f"times as fast as peft, same micro-batches, dropout p, {device}", names, speedups, "%.2f")
         equal.axhline(1, color="#555555", linewidth=0.8)
     figure.savefig(path, dpi=120)
 
@@ -63,5 +63,6 @@ def _draw_bars(axis: Axes, title: str, names: list[str], bars_of: dict[str, tupl
     axis.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names])
     axis.set_title(title)
     axis.spines[["top", "right"]].set_visible(False)
+    axis.margins(y=0.2)  # room for the legend
     if bars_of:
         axis.legend(frameon=False)

@@ -1,6 +1,6 @@
 """softmax(q k^T / sqrt(D)) v: by torch's fused kernels or, where that is faster, in blocks of queries.
 
-A block of queries needs no keys after its own last position. So of 512 tokens, in blocks of 64, seven sixteenths of the
+A block of queries needs no keys after its own last position. So of 256 tokens, in blocks of 32, seven sixteenths of the
 scores are never computed, and a block's scores fit a processor's cache. With s the scores of a block, P their softmax,
 m the mask of a dropout with probability p, and y the block's output:
 
@@ -8,8 +8,8 @@ m the mask of a dropout with probability p, and y the block's output:
     dv = (P m)^T dy / (1 - p)                 dP = (dy v^T) m / (1 - p)
     ds = P (dP - sum over keys of P dP)       dq = ds k / sqrt(D)         dk = ds^T q / sqrt(D)
 
-P and m are kept for the backward pass, for all blocks: memory grows with the square of the length. The fused kernels
-keep neither, but on a CPU they know no dropout: with it, torch computes the formula on whole matrices of scores.
+Of all this only m is kept for the backward pass, one byte per element; P is computed again there, as the fused kernels
+do. On a CPU they know no dropout: with it, torch computes the formula on whole matrices of scores and keeps them.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ from torch import Tensor
 from minipeft.model.dropout import draw_kept, scale
 from minipeft.model.linear import carried_out_here
 
-BYTES_PER_BLOCK = 256  # of a column of scores: 64 queries in float32, 128 in bfloat16
-# Without dropout, up to so many keys. With more, the fused kernel is about as fast and needs less memory.
-LONGEST_IN_BLOCKS = 384
+BYTES_PER_BLOCK = 128  # of a column of scores: 32 queries in float32, 64 in bfloat16
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0.0,
@@ -42,10 +40,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     Returns:
         (B, H, T, D).
     """
-    exact = query.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     dropout = dropout if training else 0.0
-    if (training and torch.is_grad_enabled() and (exact or query.dtype == torch.bfloat16)
-            and (dropout > 0 or key.shape[2] <= LONGEST_IN_BLOCKS) and carried_out_here(query)):
+    exact = query.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    in_blocks_is_faster = dropout > 0 if exact else query.dtype == torch.bfloat16
+    if training and torch.is_grad_enabled() and in_blocks_is_faster and carried_out_here(query):
         return _InBlocks.apply(query, key, value, mask, dropout)
     causal = mask is None
     if query.shape[2] == 1:  # one token after cached ones may look at all of them
@@ -72,24 +70,24 @@ def hidden_keys(mask: Tensor | None, start: int, end: int, keys: int, like: Tens
     return torch.zeros(hidden.shape, dtype=like.dtype).masked_fill_(hidden, -torch.inf)
 
 
-def in_blocks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float,
-              kept: list[Tensor] | None = None) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
-    """The formula, a block of queries at a time.
+def in_blocks(q: Tensor, k: Tensor, mask: Tensor | None, dropout: float,
+              kept: list[Tensor] | None = None) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """P, a block of queries at a time.
 
     Args:
+        q: (B, H, T, D), already divided by sqrt(D).
         kept: what dropout keeps, for each block; drawn if not given.
 
     Yields:
-        Which queries these are, P (B, H, block, keys), y (B, H, block, D), and what dropout kept of P.
+        Which queries these are, P (B, H, block, keys), and what dropout keeps of it.
     """
-    T, S, D = query.shape[2], key.shape[2], query.shape[3]
-    q, k, v = (query * D**-0.5).contiguous(), key.contiguous(), (value * scale(dropout)).contiguous()
-    for number, (start, end) in enumerate(blocks_of(query)):
+    T, S = q.shape[2], k.shape[2]
+    for number, (start, end) in enumerate(blocks_of(q)):
         keys = S - T + end
         scores = q[:, :, start:end] @ k[:, :, :keys].transpose(2, 3)                    # (B, H, block, keys)
         shares = scores.add_(hidden_keys(mask, start, end, keys, scores)).softmax(dim=3)
         drawn = kept[number] if kept else draw_kept(shares.shape, dropout) if dropout else None
-        yield slice(start, end), shares, thinned(shares, drawn) @ v[:, :, :keys], drawn
+        yield slice(start, end), shares, drawn
 
 
 def thinned(shares: Tensor, kept: Tensor | None) -> Tensor:
@@ -98,38 +96,38 @@ def thinned(shares: Tensor, kept: Tensor | None) -> Tensor:
 
 
 class _InBlocks(torch.autograd.Function):
-    """`in_blocks`, all blocks together, with the gradients written out above."""
+    """The formula in blocks, with the gradients written out above."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
         B, H, T, D = query.shape
+        q, k, v = (query * D**-0.5).contiguous(), key.contiguous(), (value * scale(dropout)).contiguous()
         y = query.new_empty(B, T, H, D).transpose(1, 2)  # heads side by side in memory, as c_proj wants them
-        shares_of_blocks, kept_of_blocks = [], []
+        kept_of_blocks = []
         with torch.autocast("cpu", enabled=False):
-            for block, shares, part, kept in in_blocks(query, key, value, mask, dropout):
-                y[:, :, block] = part
-                shares_of_blocks.append(shares)
+            for block, shares, kept in in_blocks(q, k, mask, dropout):
+                y[:, :, block] = thinned(shares, kept) @ v[:, :, :shares.shape[3]]      # (B, H, block, D)
                 kept_of_blocks.append(kept)
-        ctx.dropout, ctx.blocks = dropout, len(shares_of_blocks)
-        ctx.save_for_backward(query, key, value, mask, *shares_of_blocks, *kept_of_blocks)
+        ctx.dropout = dropout
+        ctx.save_for_backward(query, key, value, mask, *(kept_of_blocks if dropout else []))
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, mask, *of_blocks = ctx.saved_tensors
-        shares_of_blocks, kept_of_blocks = of_blocks[:ctx.blocks], of_blocks[ctx.blocks:]
-        if torch.is_grad_enabled():  # these gradients are to be differentiated, too: let torch write them down
-            kept = kept_of_blocks if ctx.dropout else None
-            y = torch.cat([part for _, _, part, _ in in_blocks(query, key, value, mask, ctx.dropout, kept)], dim=2)
-            return *torch.autograd.grad(y, (query, key, value), dy, create_graph=True), None, None
+        query, key, value, mask, *kept_of_blocks = ctx.saved_tensors
         D = query.shape[3]
-        q, k, v, dy = query.contiguous(), key.contiguous(), value.contiguous(), (dy * scale(ctx.dropout)).contiguous()
+        q, k, v = (query * D**-0.5).contiguous(), key.contiguous(), (value * scale(ctx.dropout)).contiguous()
+        blocks = in_blocks(q, k, mask, ctx.dropout, kept_of_blocks)
+        if torch.is_grad_enabled():  # these gradients are to be differentiated, too: let torch write them down
+            y = torch.cat([thinned(shares, kept) @ v[:, :, :shares.shape[3]] for _, shares, kept in blocks], dim=2)
+            return *torch.autograd.grad(y, (query, key, value), dy, create_graph=True), None, None
+        dy = dy.contiguous()
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for (start, end), shares, kept in zip(blocks_of(query), shares_of_blocks, kept_of_blocks):
-            block, keys = slice(start, end), slice(shares.shape[3])
+        for block, shares, kept in blocks:
+            keys = slice(shares.shape[3])
             dv[:, :, keys] += thinned(shares, kept).transpose(2, 3) @ dy[:, :, block]
             dshares = thinned(dy[:, :, block] @ v[:, :, keys].transpose(2, 3), kept)
             dscores = torch._softmax_backward_data(dshares, shares, 3, shares.dtype)    # (B, H, block, keys)
             dq[:, :, block] = dscores @ k[:, :, keys]
             dk[:, :, keys] += dscores.transpose(2, 3) @ q[:, :, block]
-        return dq.mul_(D**-0.5), dk.mul_(D**-0.5), dv, None, None
+        return dq.mul_(D**-0.5), dk, dv.mul_(scale(ctx.dropout)), None, None

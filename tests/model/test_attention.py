@@ -27,8 +27,8 @@ def mask_of(kind, T, S):
     return seen if kind == "after a cache" else seen & (torch.rand(2, 1, T, S) < 0.7) | torch.eye(T, S).bool()
 
 
-def results_of(q, k, v, *more):
-    y = attend(q, k, v, *more)
+def results_of(q, k, v, *more, by=attend):
+    y = by(q, k, v, *more)
     return [y, *torch.autograd.grad(y.float().square().sum(), (q, k, v))]
 
 
@@ -45,7 +45,8 @@ def test_values_and_gradients_are_the_fused_kernels(kind, T, dtype, tolerance):
     S = T if kind == "causal" else T + 3
     q, k, v = inputs(T, S, dtype)
     mask = mask_of(kind, T, S)
-    blocks, fused = results_of(q, k, v, mask, 0.0, True), results_of(q, k, v, mask, 0.0, False)
+    blocks = results_of(q, k, v, mask, 0.0, by=attention._InBlocks.apply)
+    fused = results_of(q, k, v, mask, 0.0, False)
     assert "InBlocks" in str(blocks[0].grad_fn) and "InBlocks" not in str(fused[0].grad_fn)
     for ours, theirs in zip(blocks, fused):
         assert ours.dtype == dtype
@@ -85,21 +86,27 @@ def test_the_mean_over_many_masks_is_the_value_without():
 def test_second_derivatives_are_those_of_the_formula(dropout, monkeypatch):
     q, k, v = inputs(21, 21)
     monkeypatch.setattr(attention, "draw_kept", lambda shape, p: (torch.arange(shape.numel()) % 3 > 0).view(shape))
-    y = attend(q, k, v, None, dropout, True)
-    parts = attention.in_blocks(q, k, v, None, dropout)
+    y = attention._InBlocks.apply(q, k, v, None, dropout)
+    parts = attention.in_blocks(q * 8**-0.5, k, None, dropout)
+    formula = [attention.thinned(P, kept) @ v[:, :, :P.shape[3]] * scale(dropout) for _, P, kept in parts]
     second = []
-    for value in (y, torch.cat([part for _, _, part, _ in parts], dim=2)):
+    for value in (y, torch.cat(formula, dim=2)):
         first = torch.autograd.grad(value.square().sum(), (q, k, v), create_graph=True)
         second.append(torch.autograd.grad(sum(g.square().sum() for g in first), (q, k, v)))
     for ours, theirs in zip(*second):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
-def test_without_gradients_or_with_many_keys_the_fused_kernel_computes(monkeypatch):
+@pytest.mark.parametrize("dtype, dropout, blocks", [
+    (torch.float32, 0.0, False), (torch.float32, 0.1, True), (torch.bfloat16, 0.0, True), (torch.bfloat16, 0.1, True)])
+def test_training_goes_in_blocks_where_that_is_faster(dtype, dropout, blocks):
+    y = attend(*inputs(21, 21, dtype), None, dropout, True)
+    assert ("InBlocks" in str(y.grad_fn)) == blocks
+
+
+def test_without_gradients_the_fused_kernel_computes(monkeypatch):
     q, k, v = inputs(21, 21)
     monkeypatch.setattr(attention, "_InBlocks", None)  # using it would be an error
-    long = inputs(attention.LONGEST_IN_BLOCKS + 1, attention.LONGEST_IN_BLOCKS + 1)
-    attend(*long, None, 0.0, True)
     with torch.no_grad():
         attend(q, k, v, None, 0.0, True)
         fused = F.scaled_dot_product_attention(q, k, v, is_causal=True)

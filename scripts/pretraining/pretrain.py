@@ -21,7 +21,7 @@ from minipeft.commands.start import run
 from minipeft.data.datasets import data_folder, read_parquet_split, stratified_split
 from minipeft.data.examples import clean
 from minipeft.errors import DataError
-from minipeft.files import check_writable, write_json_file
+from minipeft.files import check_writable, read_json_file, write_json_file
 from minipeft.model import hub
 from minipeft.model.gpt2 import GPT2Config, GPT2LMHeadModel
 from minipeft.model.tokenizer import VOCABULARY_FILE, get_tokenizer
@@ -29,6 +29,7 @@ from minipeft.settings import POSITIVE_INTEGER, PROBABILITY, Range, Settings, se
 from minipeft.training.hardware import choose_device, machine, versions
 
 CONFIG_FILE = "config.json"
+START_FILE = "start.json"  # beside a state or a snapshot: {"initialisation", "step", "curve", "seconds", "losses"}
 
 
 @dataclass
@@ -51,7 +52,8 @@ def parse() -> argparse.Namespace:
     where.add_argument("--state", type=Path, default=Path("checkpoints/pretraining_state"),
                        help="folder of the resumable state")
     where.add_argument("--results", type=Path, default=Path("results/pretraining_mini.json"))
-    where.add_argument("--init-from", type=Path, help="start from this model folder, not at random")
+    where.add_argument("--init-from", type=Path, help="start from this model folder, not at random; from a snapshot of "
+                                                      "an unfinished run the run goes on, with new optimizer moments")
     add_dataclass_options(parser.add_argument_group("size (ignored with --init-from)"), Size, {})
     add_dataclass_options(parser.add_argument_group("recipe"), PretrainingConfig, {})
     machine_group = parser.add_argument_group("machine")
@@ -80,8 +82,15 @@ def new_model(size: Size, window: int, init_from: Path | None) -> GPT2LMHeadMode
         bos_token_id=size.vocab_size - 1, eos_token_id=size.vocab_size - 1, **dropouts))
 
 
-def prepare_state(folder: Path, model: GPT2LMHeadModel, texts: list[str], init_from: Path | None) -> None:
-    """Put beside the state what a model folder needs to go with it: the vocabulary and the model's sizes."""
+def prepare_state(folder: Path, model: GPT2LMHeadModel, texts: list[str], init_from: Path | None) -> dict[str, Any]:
+    """Put beside the state what a model folder needs to go with it: the vocabulary, the sizes, and how the run began.
+
+    Returns:
+        How it began: {"initialisation", and what `recipe.pretrain` takes}.
+    """
+    start = {"initialisation": init_from.name if init_from else "random", "step": 0}
+    if init_from and (init_from / START_FILE).is_file():
+        start = read_json_file(init_from / START_FILE)
     vocabulary = folder / VOCABULARY_FILE
     folder.mkdir(parents=True, exist_ok=True)
     if init_from:
@@ -90,6 +99,8 @@ def prepare_state(folder: Path, model: GPT2LMHeadModel, texts: list[str], init_f
         print(f"training a vocabulary of {model.config.vocab_size:,} entries")
         train_vocabulary(texts, model.config.vocab_size - 1, vocabulary)
     write_json_file(folder / CONFIG_FILE, model.config.to_dict())
+    write_json_file(folder / START_FILE, start)
+    return start
 
 
 def encode(folder: Path, texts: list[str]) -> list[np.ndarray]:
@@ -142,7 +153,7 @@ def main() -> None:
     train_texts, held_out_texts = reviews(folder / "imdb")
     torch.manual_seed(config.seed)
     model = new_model(size, config.window, arguments.init_from).to(device)
-    prepare_state(arguments.state, model, train_texts, arguments.init_from)
+    start = prepare_state(arguments.state, model, train_texts, arguments.init_from)
     print(f"tokenizing {len(train_texts):,} reviews")
     train_ids, held_out_ids = encode(arguments.state, train_texts), encode(arguments.state, held_out_texts)
     eos_token_id = model.config.eos_token_id
@@ -156,21 +167,22 @@ def main() -> None:
         return validation_loss(model, held_out_ids[:count], eos_token_id, config.window, precision)
 
     history = pretrain(model, batches, lambda: held_out_loss(500), config, arguments.state, precision,
-                       compile_model=not arguments.no_compile)
+                       compile_model=not arguments.no_compile, start=start)
     data = {"train_reviews": len(train_texts), "held_out_reviews": len(held_out_texts),
             "train_tokens_per_epoch": batches.tokens, "held_out_bytes": sum(len(t.encode()) for t in held_out_texts)}
-    write(arguments, model, config, history, data, held_out_loss(), sum(len(ids) + 1 for ids in held_out_ids))
+    write(arguments, model, config, start["initialisation"], history, data, held_out_loss(),
+          sum(len(ids) + 1 for ids in held_out_ids))
 
 
-def write(arguments: argparse.Namespace, model: GPT2LMHeadModel, config: PretrainingConfig, history: dict[str, Any],
-          data: dict[str, int], loss: float, held_out_tokens: int) -> None:
+def write(arguments: argparse.Namespace, model: GPT2LMHeadModel, config: PretrainingConfig, initialisation: str,
+          history: dict[str, Any], data: dict[str, int], loss: float, held_out_tokens: int) -> None:
     """Write the model folder with its card, and the results."""
     model.save_pretrained(arguments.output, dtype=torch.float16)
     shutil.copyfile(arguments.state / VOCABULARY_FILE, arguments.output / VOCABULARY_FILE)
     results = {
         "model": {"parameters": sum(p.numel() for p in model.parameters()), **model.config.to_dict()},
         "recipe": vars(config), "data": data,
-        "initialisation": arguments.init_from.name if arguments.init_from else "random",
+        "initialisation": initialisation,
         "tokens_seen": config.steps * config.window * config.batch_size,
         "validation_loss": round(loss, 4),
         "bits_per_byte": round(bits_per_byte(loss, held_out_tokens, data["held_out_bytes"]), 4),

@@ -66,10 +66,14 @@ class PretrainingConfig(Settings):
         return max(1, self.tokens // (self.window * self.batch_size))
 
 
-def learning_rate_factor(step: int, config: PretrainingConfig) -> float:
-    """The factor on the peak rate at `step`, counted from 0: up, level, and down to zero after the last step."""
+def learning_rate_factor(step: int, config: PretrainingConfig, begun: int = 0) -> float:
+    """The factor on the peak rate at `step`, counted from 0: up, level, and down to zero after the last step.
+
+    Args:
+        begun: the step at which the optimizer had no moments yet.
+    """
     decay_steps = max(1, round(config.decay_ratio * config.steps))
-    return min(1.0, (step + 1) / max(1, config.warmup_steps), (config.steps - step) / decay_steps)
+    return min(1.0, (step - begun + 1) / max(1, config.warmup_steps), (config.steps - step) / decay_steps)
 
 
 def make_optimizer(model: GPT2LMHeadModel, config: PretrainingConfig) -> MuonAndAdamW | torch.optim.AdamW:
@@ -171,7 +175,8 @@ def validation_loss(model: GPT2LMHeadModel, texts: Sequence[np.ndarray], eos_tok
 
 
 def pretrain(model: GPT2LMHeadModel, train: PackedWindows, evaluate: Callable[[], float], config: PretrainingConfig,
-             state_folder: Path, precision: torch.dtype = torch.bfloat16, compile_model: bool = True) -> dict[str, Any]:
+             state_folder: Path, precision: torch.dtype = torch.bfloat16, compile_model: bool = True,
+             start: dict[str, Any] | None = None) -> dict[str, Any]:
     """Train `model` in place for `config.steps` steps, saving resumable state as it goes.
 
     Args:
@@ -180,12 +185,17 @@ def pretrain(model: GPT2LMHeadModel, train: PackedWindows, evaluate: Callable[[]
         evaluate: validation loss of the model as it stands, in nats per token.
         state_folder: where state is kept; a run found there goes on.
         precision: bfloat16 runs under autocast, float32 without.
+        start: {"step", "curve", "seconds", "losses"} of an unfinished run whose weights the model has; None or step 0
+            for a new run.
 
     Returns:
         {"curve": [{"step", "tokens", "train_loss", "validation_loss", "seconds"}, ...], "seconds": total}.
     """
     optimizer = make_optimizer(model, config)
     step, saved, _ = load_training_state(state_folder, model, optimizer)
+    begun = start["step"] if start else 0
+    if start and not saved:
+        step, saved = begun, start
     curve, losses = saved.get("curve", []), saved.get("losses", [])  # losses: of each step since the last evaluation
     body = _body(model, precision, compile_model)
     started = time.perf_counter() - saved.get("seconds", 0.0)
@@ -193,7 +203,7 @@ def pretrain(model: GPT2LMHeadModel, train: PackedWindows, evaluate: Callable[[]
     bar = tqdm(total=config.steps, initial=step, unit="step", desc="pretraining", mininterval=5)
     while step < config.steps:
         for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * learning_rate_factor(step, config)
+            group["lr"] = config.learning_rate * learning_rate_factor(step, config, begun)
         losses.append(train_step(model, body, optimizer, train.batch(step), config, precision))
         step += 1
         bar.set_postfix(loss=f"{np.mean(losses[-20:]):.3f}", refresh=False)

@@ -1,6 +1,8 @@
 """Write the model of an unfinished pretraining run, as its last saved state has it, as a float16 model folder.
 
     python scripts/pretraining/snapshot.py checkpoints/pretraining_state checkpoints/pretraining_snapshot
+
+`pretrain.py --init-from checkpoints/pretraining_snapshot` goes on from it, where the state itself is lost.
 """
 
 from __future__ import annotations
@@ -10,9 +12,10 @@ import shutil
 from pathlib import Path
 
 import torch
+from pretrain import START_FILE
 
 from minipeft.commands.start import run
-from minipeft.files import read_json_file
+from minipeft.files import read_json_file, write_json_file
 from minipeft.model.gpt2 import GPT2Config, GPT2LMHeadModel
 from minipeft.model.tokenizer import VOCABULARY_FILE
 from minipeft.training.state import load_training_state
@@ -25,9 +28,11 @@ def main() -> None:
     arguments = parser.parse_args()
     model = GPT2LMHeadModel(GPT2Config.from_dict(read_json_file(arguments.state / "config.json")))
     # Only the weights are wanted; the optimizer takes in moments that nobody will use.
-    step, _, _ = load_training_state(arguments.state, model, torch.optim.SGD(model.parameters()))
+    step, saved, _ = load_training_state(arguments.state, model, torch.optim.SGD(model.parameters()))
     model.save_pretrained(arguments.output, dtype=torch.float16)
     shutil.copyfile(arguments.state / VOCABULARY_FILE, arguments.output / VOCABULARY_FILE)
+    start = read_json_file(arguments.state / START_FILE)
+    write_json_file(arguments.output / START_FILE, start | saved | {"step": step})
     print(f"wrote the model of step {step:,} to {arguments.output}")
 
 

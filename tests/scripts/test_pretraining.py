@@ -205,7 +205,8 @@ def test_the_faster_forward_pass_and_its_gradients_equal_the_models(make_model, 
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
     for grad, expected_grad in zip(torch.autograd.grad((found * weights).sum(), parameters),
                                    torch.autograd.grad((expected * weights).sum(), parameters)):
-        torch.testing.assert_close(grad, expected_grad, atol=1e-5, rtol=1e-4)
+        largest = expected_grad.abs().max().item()  # a small gradient is a sum of large ones, rounded
+        torch.testing.assert_close(grad, expected_grad, atol=1e-5 * max(1.0, largest), rtol=0)
 
 
 def test_the_faster_forward_pass_drops_out_in_training_only(tiny_config):
@@ -235,6 +236,11 @@ def test_the_rate_rises_stays_and_falls_to_zero_after_the_last_step():
     config = PretrainingConfig(tokens=10 * 64, window=8, batch_size=8, warmup_steps=4, decay_ratio=0.5)
     factors = [learning_rate_factor(step, config) for step in range(11)]
     assert factors == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 0.8, 0.6, 0.4, 0.2, 0])
+
+
+def test_after_new_moments_the_rate_rises_anew():
+    recipe = PretrainingConfig(tokens=1000 * 32 * 512, warmup_steps=100)
+    assert [learning_rate_factor(step, recipe, begun=400) for step in (400, 449, 499, 500)] == [0.01, 0.5, 1.0, 1.0]
 
 
 def test_until_it_falls_the_rate_does_not_depend_on_the_runs_length():
@@ -502,6 +508,15 @@ def test_a_snapshot_of_an_unfinished_run_is_a_model_of_its_last_saved_state(scri
     with safe_open("state/training_state.safetensors", framework="pt") as file:
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(parameter, file.get_tensor(f"model/{name}").half().float(), atol=0, rtol=0)
+
+    monkeypatch.setattr(recipe, "train_step", take_step)
+    outcome = script("--init-from", "snapshot", "--state", "elsewhere")  # the state is lost: the run goes on from here
+    assert outcome.code == 0, outcome.err
+    results = read_json("results/pretraining.json")
+    assert results["initialisation"] == "random" and [point["step"] for point in results["curve"]] == [
+        10, 20, 30, 40, 46]
+    assert results["curve"][:2] == read_json("snapshot/start.json")["curve"]
+    assert results["curve"][-1]["train_loss"] < results["curve"][1]["train_loss"]
 
 
 @pytest.mark.parametrize("options", [

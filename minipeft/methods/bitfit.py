@@ -24,12 +24,11 @@ Trained
     b of every linear layer and LayerNorm of the base; a new classification head. With train="layer_norm" instead g and
     b of the LayerNorms. Embeddings have no bias.
 Frozen
-    Everything else: `inject` sets requires_grad to False when it carries out the plan. Of what is trained it keeps the
-    base's own values, which `disable_adapter` and `remove` put back.
+    Everything else, W first of all: `inject` sets requires_grad to False when it carries out the plan.
 At step 0
     BitFitConfig()                      is the base model, bit for bit: nothing is added, and nothing has moved yet
     BitFitConfig(train="layer_norm")    is the base model, bit for bit: for the same reason
-    The comparison is with the base model under the same new head, which is random.
+    Both have the same new head, which is random.
 Positions and mask
     Untouched. The same b is added to every token; a text has as many positions as before.
 Saved
@@ -42,18 +41,21 @@ Saved
     base_model.model.transformer.h.0.mlp.c_proj.bias (768,)
     base_model.model.transformer.ln_f.bias (768,)
     base_model.model.score.weight (2, 768)
-    and so for every block: the trained vectors themselves, not what was added to the base's. adapter_config.json must
-    say peft_type MINIPEFT_BITFIT and train. peft has no such method and cannot read the folder.
+    and so for every block: the trained vectors themselves, not what was added to the base's. With train="layer_norm"
+    it is the head and, of ln_1, ln_2 and ln_f, weight (768,), which is g, and bias (768,). adapter_config.json must say
+    peft_type MINIPEFT_BITFIT and, as train, what is trained. peft has no such method and cannot read the folder.
 Merging
-    Not possible, and not needed: b is the model's own tensor, no layer is added, and the trained model costs at
-    inference what the base does.
+    Not possible, and not needed: no layer is added, and the trained model costs at inference what the base does.
+    Switching exchanges the vectors: what is trained starts as a copy, each adapter has its own, and `disable_adapter`
+    and `remove` put back the base's, which are kept for that.
 Cost
     Per block of GPT-2 768 + 2304 + 768 + 768 + 3072 + 768 = 8,448, and 768 of ln_f: 12 * 8,448 + 768 = 102,144.
-    With the head 102,144 + 1,536 = 103,680 trained. With train="layer_norm" (12 * 2 + 1) * 2 * 768 = 38,400 and the
-    head.
+    With the head 102,144 + 1,536 = 103,680 trained. With train="layer_norm" (12 * 2 + 1) * 2 * 768 = 38,400, with the
+    head 38,400 + 1,536 = 39,936.
     Forward: not one operation more. Backward: every layer's input gets its gradient through the frozen W, 2 in out
     operations per token; W's own gradient, as many again, is never computed. b's gradient is the sum of y's gradient
-    over batch and seq. It needs no x, so a linear layer keeps nothing for the backward pass.
+    over batch and seq. It needs no x, so a linear layer keeps nothing for the backward pass. LayerNorms, gelu and
+    attention keep what the gradients of their own inputs need; in a LayerNorm this is all that g's gradient needs, too.
     Optimizer: 8 bytes per trained parameter for AdamW's two means, 829,440 bytes. The base's own
     values of all that is trained, the head's included, are kept aside: 4 * 103,680 = 414,720 bytes in float32.
 Errors
@@ -110,7 +112,7 @@ def plan(model: nn.Module, config: BitFitConfig) -> Plan:
 
 
 def symbols(seen: Seen) -> Symbols:
-    """What the equation's symbols stand for in one linear layer or LayerNorm."""
+    """What the symbols stand for in one linear layer or LayerNorm: `minipeft anatomy --trace` computes with them."""
     layer = seen.layer
     found = {"x": seen.x, "b": layer.bias, "y": seen.y}
     if isinstance(layer, nn.Linear):

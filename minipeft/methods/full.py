@@ -19,18 +19,21 @@ product of two thin matrices. The price is memory, and a file as large as the mo
 Symbols
     x (batch, seq, in) a layer's input      y (batch, seq, out) its output      W (out, in), bias (out,) trained
     theta any tensor of the model, theta_next what a step of AdamW makes of it; both in its own shape
-    g the gradient of theta, in its shape     t the number of this step, 1 for the first
+    t the number of this step, 1 for the first      g the gradient of theta, in its shape. Training clips it before the
+    step: all gradients together have a length of max_grad_norm at most.
     mean, square AdamW's running means of g and g^2, each in theta's shape and 0 before the first step; mean_next,
     square_next are those after this step. They start too small: the divisions by 1 - 0.9^t and 1 - 0.999^t correct it.
-    rate the learning rate      decay the weight decay, for the matrices of linear layers, else 0      eps = 1e-8
-    sqrt the square root, number by number
+    At t = 1 they give g and g^2: the quotient is about 1 or -1, so theta moves by rate, against the sign of g.
+    rate the learning rate of this step      decay the weight decay, for the matrices of linear layers, else 0
+    eps = 1e-8      sqrt the square root, number by number
 Trained
-    Everything: embeddings, matrices, biases, LayerNorms, and a new classification head.
+    Everything: embeddings, matrices, biases, LayerNorms, and a new classification head. A model in half precision
+    becomes float32: most small steps would change no half-precision number.
 Frozen
     Nothing: `inject` sets requires_grad to True on every parameter.
 At step 0
     FullConfig()    is the base model, bit for bit: nothing is added, and nothing has moved yet
-    The comparison is with the base model under the same new head, which is random.
+    Both have the same new head, which is random.
 Positions and mask
     Untouched.
 Saved
@@ -40,27 +43,30 @@ Saved
     transformer.h.0.attn.c_attn.weight (768, 2304), the blocks' matrices as (in, out), and score.weight (2, 768), the
     head's, as (out, in).
 Merging
-    Not possible, and not needed: the trained weights are the model's own. No copy of the base is kept, so `remove` and
-    `disable_adapter` are refused.
+    Not possible, and not needed: the trained weights are the model's own. No copy of the base is kept, so `remove`,
+    `disable_adapter` and `load_adapter` are refused, each by the last message under "Errors".
 Cost
     wte 50,257 * 768 = 38,597,376, wpe 1,024 * 768 = 786,432, ln_f 2 * 768 = 1,536, the head 2 * 768 = 1,536, and per
     block (768 * 2304 + 2304) + (768 * 768 + 768) + (768 * 3072 + 3072) + (3072 * 768 + 768) + 4 * 768 = 7,087,872.
     In all 38,597,376 + 786,432 + 12 * 7,087,872 + 1,536 + 1,536 = 124,441,344 trained.
-    Forward: as ever, 2 in out operations per token and matrix. Backward: twice as many, once for the gradient of x and
-    once for that of W, which needs x: every layer keeps its input. A frozen W needs neither the second half nor x.
+    Forward: what the base takes, 2 in out operations per token and matrix (in out products, as many sums), and those of
+    attention. Backward: twice as many, half of them for the gradient of x, half for that of W. The second half needs x,
+    so every layer keeps its input. Methods that leave W frozen save both.
     Optimizer: 8 bytes per parameter for AdamW's two means, 995,530,752 bytes. With the gradient that is 12 bytes per
     parameter, beside 4 of its own: 16 * 124,441,344 = 1,991,061,504 bytes before any activation.
 Errors
     inject(inject(model, LoraConfig()), FullConfig())
         this model already carries lora, which does not combine with full: remove it, or start from a fresh model
+    merge(inject(model, FullConfig()))
+        there is nothing to merge: full trains the model's own tensors
     save_adapter(inject(model, FullConfig()), "folder")
         full has no adapter to save: use save_pretrained
     remove(inject(model, FullConfig()))
         full keeps no copy of the base model's weights: load it anew
 Differs from the paper
     The first paper unfreezes layer by layer, from the last one down, and gives lower layers smaller learning rates.
-    Here all layers are trained from the start, at one rate. Loshchilov and Hutter let every weight decay, by the
-    decay times the schedule's factor; here, only the matrices of linear layers decay, by decay * rate, as in PyTorch.
+    Here all layers are trained from the start, at one rate. Loshchilov and Hutter let every weight decay, by an amount
+    that does not depend on the peak rate. Here only the matrices of linear layers do, by decay * rate, as in PyTorch.
 
 Papers: Howard, Ruder (2018), "Universal Language Model Fine-tuning for Text Classification", arXiv 1801.06146.
 Loshchilov, Hutter (2017), "Decoupled Weight Decay Regularization", 1711.05101, for AdamW.
@@ -92,7 +98,7 @@ def plan(model: nn.Module, config: FullConfig) -> Plan:
 
 
 def symbols(seen: Seen) -> Symbols:
-    """What the equation's symbols stand for in one linear layer, whose W is theta in a step of AdamW."""
+    """What the symbols stand for in one linear layer, W being theta: `minipeft anatomy --trace` computes with them."""
     layer = seen.layer
     if not isinstance(layer, nn.Linear):
         return Symbols({})

@@ -22,32 +22,38 @@ Symbols
     h (batch, seq, width) the base model's output, after its last LayerNorm; width is 768 for GPT-2
     h_last (batch, width) the hidden state of each text's last real token, which has seen the whole text
     W (labels, width) is score.weight or, in tagging, classifier.weight      bias (labels,) is classifier.bias
-    dropout(h) is h, in training with a share p = classifier_dropout of it set to zero and the rest divided by 1 - p
+    dropout(h) is h; in training a share p = classifier_dropout (0.1) of it is set to zero, the rest divided by 1 - p
     logits (batch, labels), in tagging (batch, seq, labels): one number per label, before the softmax
 Trained
-    The new head alone: W and, in tagging, bias. Every other method trains it too, beside its own parameters.
+    The new head alone: W and, in tagging, bias. Every other method trains it too, beside its own parameters. W starts
+    normal, with deviation 0.02 (initializer_range), and bias at 0.
 Frozen
     The whole base model: `inject` sets requires_grad to False when it carries out the plan.
 At step 0
-    HeadConfig()    is the base model, bit for bit: no layer is added. The head is random, and so are the labels.
-    The comparison is with the base model under the same new head.
+    HeadConfig()    is the base model, bit for bit: no layer is added
+    Both have the same new head. It is random, so the first predictions are guesses.
 Positions and mask
-    Untouched. The attention mask also says which token is a text's last real one: without it, padding is read.
+    Untouched. The attention mask also says which token is a text's last real one, on whichever side the padding is.
+    Without a mask it is the last token, padding or not.
 Saved
     In adapter_model.safetensors:
     base_model.model.score.weight (2, 768)
-    in tagging base_model.model.classifier.weight and base_model.model.classifier.bias. adapter_config.json must say
-    peft_type MINIPEFT_HEAD; there are no settings. peft has no such method and cannot read the folder.
+    In tagging base_model.model.classifier.weight (2, 768) and base_model.model.classifier.bias (2,) take its place.
+    adapter_config.json must say peft_type MINIPEFT_HEAD; there are no settings. peft has no such method and cannot
+    read the folder.
 Merging
-    Not possible, and not needed: the head is the model's own, and no layer is added.
+    Not possible, and not needed: no layer is added. Switching exchanges heads: each adapter has one of its own, and
+    `disable_adapter` and `remove` put back the model's own, still random, which is kept for that.
 Cost
-    labels * width parameters: 2 * 768 = 1,536 trained. Tagging has a bias besides: 2 * 768 + 2 = 1,538.
+    labels * width parameters: 2 * 768 = 1,536 trained and 124,441,344 - 1,536 = 124,439,808 frozen. Tagging has a bias
+    besides: 2 * 768 + 2 = 1,538.
     Forward: the base, once per text. In eval mode, without dropout, a text's h_last is the same in every epoch;
     scripts/train.py computes it once (runs/features.py), and the base is in eval mode then. From then on a text costs
-    2 labels width operations. In tagging nothing is kept: each token would need a feature. There the base reads each
-    text in every epoch, in training mode, so its dropout acts.
-    Backward: it ends at the head. W's gradient is all there is; no gradient passes through the base, and none of its
-    activations are kept. Optimizer: 8 bytes per trained parameter for AdamW's two means, 12,288 bytes.
+    2 labels width operations. In tagging each token has a feature, more than a memory holds, so none is kept. There the
+    base reads each text in every epoch, in training mode, so its dropout acts.
+    Backward: it ends at the head. W's gradient is all there is, as many operations as the head's forward; no gradient
+    passes through the base, and none of its activations are kept. Optimizer: 8 bytes per trained parameter for AdamW's
+    two means, 12,288 bytes. The model's own head, kept aside: 4 * 1,536 = 6,144 bytes in float32.
 Errors
     inject(GPT2LMHeadModel(model.config), HeadConfig())
         GPT2LMHeadModel has no classification head to train
@@ -95,7 +101,10 @@ def plan(model: nn.Module, config: HeadConfig) -> Plan:
 
 
 def symbols(seen: Seen) -> Symbols:
-    """What the equation's symbols stand for: the first line's in text classification, the second's in tagging."""
+    """What the equation's symbols stand for: the first line's in text classification, the second's in tagging.
+
+    `minipeft anatomy --trace` computes with them. It runs the model in eval mode, where dropout changes nothing.
+    """
     head, what_it_reads = seen.layer, seen.x
     if head.bias is None:
         return Symbols({"h_last": what_it_reads, "W": head.weight, "logits": seen.y})

@@ -9,11 +9,20 @@ label per token.
     x   = x + mlp.c_proj( gelu(mlp.c_fc(ln_2(x))) )                       these two once per block
     out = ln_f(x)                                                         (B, T, C)
 
+    c_attn, c_proj, c_fc    x W^T + bias                                                (..., in) -> (..., out)
+    ln_1, ln_2, ln_f        weight * (x - mean(x)) / sqrt(var(x) + 1e-5) + bias         over each token's C numbers
+    gelu(x)                 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))           number by number
+
 The dimensions in this file and all files of data, tasks and training:
 
     B batch    T tokens    S tokens seen by attention (cached + T)    C channels (n_embd)
     H heads    D head size (C / H)    K labels
 
+Weights
+    wte (vocabulary, C) and wpe (n_positions, C). Per block c_attn (3C, C), attn.c_proj (C, C), c_fc (4C, C) and
+    mlp.c_proj (C, 4C), each W as (out, in) with a bias (out,), and two LayerNorms, weight and bias (C,): together
+    12 C^2 + 13 C numbers. Last ln_f. GPT-2 124M has C = 768, H = 12, D = 64 and 12 blocks, in all
+    50,257 * 768 + 1,024 * 768 + 12 * (12 * 768 * 768 + 13 * 768) + 2 * 768 = 124,439,808 parameters.
 Attention
     c_attn makes (B, T, 3C) from (B, T, C). Split in three, and each in H heads, that is q, k and v, (B, H, T, D). The
     scores q k^T / sqrt(D) are (B, H, T, S). softmax makes shares of each query's S scores, which weigh the values:
@@ -25,31 +34,42 @@ Causal mask
         1 1 1          1 1 1 1 1
 Padding
     attention_mask (B, S) is nonzero at real tokens; GPT-2 has no pad token, so any id may stand at the others. Pads on
-    the right, 1 1 1 0 0, need no mask inside, as no real token looks to its right; what comes out at a pad means
-    nothing. Pads on the left, 0 0 1 1 1, are hidden from all but themselves: a query that sees no key has no softmax.
+    the right, 1 1 1 0 0, need no mask inside, as no real token looks to its right. Pads on the left, 0 0 1 1 1, are
+    hidden from all other tokens; a pad sees itself, since softmax needs a key. What comes out at a pad means nothing.
 Positions
     0 to T - 1, or on from the cache's length; n_positions at most. Pads count. So with pads on the left a caller gives
     position_ids 0 0 0 1 2, by which each text starts at 0.
 Cache
-    After 5 tokens a KVCache holds k and v (B, H, 5, D) of every block. A call with the next token alone then has T = 1
-    and S = 6 and gives (B, 1, C). Its work in attention grows with the tokens before; all other work is one token's.
-    The mask of such a call counts cached tokens, too: (B, 6).
+    Each call appends k and v of its T tokens, in every block. After 5 tokens a KVCache holds (B, H, 5, D) of each. A
+    call with the next token alone then has T = 1 and S = 6, computes q, k and v of that token only, looks at six keys,
+    and gives (B, 1, C). The mask of such a call counts cached tokens, too: (B, 6).
 Heads
     `lm_head` gives (B, T, vocabulary) by wte's own matrix: the two are one tensor, counted and trained as one. `score`
     gives (B, K) from each text's last real token, which has seen the whole text; `classifier` gives (B, T, K).
     Pretraining knows neither of the last two: they start random, and every method trains them.
 Initialization
     Matrices and embeddings are normal with deviation 0.02, each c_proj with 0.02 / sqrt(2 n_layer); biases are 0,
-    LayerNorms 1 (see pretrained.py). Dropout, in training only: after wte + wpe, on attention's shares, after c_proj.
-Size
-    wte, wpe, blocks and ln_f of GPT-2 124M: 50,257 * 768 + 1,024 * 768 + 12 * (12 * 768 * 768 + 13 * 768) + 2 * 768
-    = 124,439,808 parameters.
+    LayerNorms' weights 1 (see pretrained.py).
+Dropout
+    In training a number becomes 0 with probability p = 0.1 and is divided by 1 - p otherwise: after wte + wpe, on
+    attention's shares, after both c_proj, and before `classifier`.
+Number formats
+    All is float32, unless `from_pretrained` is told another dtype. Under autocast to bfloat16 or float16 the products
+    with matrices and attention are computed in it, from weights cast on the way; the logits come out in it. x, to which
+    each block adds, stays float32.
+Cost
+    Forward, per token: 24 C^2 operations in the matrices of a block (a product and a sum are two), 4 S C in its
+    attention, of which a causal kernel may skip what is masked, and 2 C vocabulary in lm_head. Memory: without
+    gradients one block's at a time, (B, T, 4C) the widest, and the logits; in training that of all blocks. Fused
+    kernels hold the scores (B, H, T, S) in parts only.
+On disk
+    Modules carry the official names: `wte`, `h.0.attn.c_attn`, ...; in a model with a head `transformer.` stands before
+    them, as in transformers' files. The matrices of the blocks are stored as (in, out), and `weights.py` transposes
+    them when it loads and saves. All else is stored as it is here; lm_head, which is wte, is not stored.
 
-Paper: Radford, Wu, Child, Luan, Amodei, Sutskever (2019), "Language Models are Unsupervised Multitask Learners".
-LayerNorm stands before each sub-layer, and gelu is the tanh approximation.
-
-Modules carry the names of the official weights (`wte`, `h.0.attn.c_attn`, ...). The official matrices are stored
-(in, out); `weights.py` transposes them once while loading, so every projection here is an `nn.Linear`.
+Paper: Radford, Wu, Child, Luan, Amodei, Sutskever (2019), "Language Models are Unsupervised Multitask Learners". It
+gives no dropout rate, and trains no classifier; 0.1 is the first GPT's. OpenAI's code starts wpe with deviation 0.01,
+and every c_proj with 0.02. `Linear` and `Dropout` compute what torch's own do, faster on a CPU.
 """
 
 from __future__ import annotations
@@ -128,8 +148,8 @@ class Block(nn.Module):
 
 
 def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.compiler.disable`, but only where something is being compiled: it imports all of the compiler, which takes
-    as long as the rest of torch."""
+    """`torch.compiler.disable`, but only while something is being compiled. To use it is to import all of the compiler,
+    which takes as long as the rest of torch."""
     disabled = torch._disable_dynamo(function)  # imports it when it is called
 
     @functools.wraps(function)
@@ -179,7 +199,7 @@ class GPT2Model(PretrainedModel):
     activations: about a third more arithmetic for memory that no longer grows with the depth.
     """
 
-    prefix = ""
+    prefix = ""  # before its tensors' names; "transformer." in the classes with a head
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -213,7 +233,7 @@ class GPT2Model(PretrainedModel):
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds      # (B, T, C)
         check_not_empty(x)
         recomputed = self.gradient_checkpointing and self.training
-        if recomputed and cache is not None and cache.kept:
+        if recomputed and cache is not None and cache.kept:  # a prefix's cache is not: nobody reads it afterwards
             raise ConfigError("gradient checkpointing computes each block twice and fills no cache: call model.eval()")
         T, past = x.shape[1], cache.length if cache is not None else 0
         if position_ids is None:
@@ -270,8 +290,8 @@ class GPT2LMHeadModel(PretrainedModel):
                 positions: Tensor | None = None, read_out: Callable[[nn.Module, Tensor], Any] | None = None) -> Any:
         """Next-token logits (B, T, vocab_size) or, with `positions` (N,), (N, vocab_size) at those only.
 
-        `positions` are tokens' numbers in the batch, row after row: b T + t. With `read_out` it
-        returns what that makes of the head and the head's input, in the logits' place. Others as `GPT2Model.forward`.
+        `positions` are tokens' numbers in the batch, row after row: b T + t. With `read_out` there are no logits: what
+        `read_out(lm_head, x)` gives is returned, such as a loss. Other arguments are as in `GPT2Model.forward`.
         """
         x = self.transformer(input_ids, attention_mask, position_ids, cache, inputs_embeds)           # (B, T, C)
         x = x if positions is None else x.flatten(0, 1).index_select(0, positions)                    # (N, C)

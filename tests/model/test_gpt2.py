@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from minipeft.errors import ConfigError
+from minipeft.model import gpt2
 from minipeft.model.config import OFFICIAL_SIZES, GPT2Config
 from minipeft.model.gpt2 import (
     Attention,
@@ -127,6 +130,18 @@ def test_official_sizes_have_their_published_parameter_counts(name, count):
     assert name in OFFICIAL_SIZES and sum(p.numel() for p in model.parameters()) == count
 
 
+def test_the_figures_of_the_docstring_are_the_codes():
+    """The sum that makes GPT-2 124M's size, its heads, and the rate of every dropout."""
+    text, config = " ".join(gpt2.__doc__.split()), GPT2Config.official("gpt2")
+    C, H, L = config.n_embd, config.n_head, config.n_layer
+    assert f"C = {C}, H = {H}, D = {C // H} and {L} blocks" in text
+    left, right = re.search(r"in all ([\d,+*() ]+) = ([\d,]+) parameters", text).groups()
+    with torch.device("meta"):
+        count = sum(p.numel() for p in GPT2Model(config).parameters())
+    assert eval(left.replace(",", "")) == int(right.replace(",", "")) == count
+    assert {f"p = {getattr(config, name)} " in text for name in PROBABILITIES} == {True}
+
+
 # --- shapes and names -------------------------------------------------------------------------------------------------
 
 def test_the_heads_give_a_score_per_word_per_text_and_per_token(tiny_config, make_model, make_ids):
@@ -160,6 +175,29 @@ def test_inputs_embeds_stand_in_for_the_embedding_of_the_ids(make_model, make_id
     for cls in EVERY_CLASS[1:]:
         model = make_model(cls)
         assert torch.equal(model(inputs_embeds=model.transformer.wte(ids)), model(ids))
+
+
+# --- cost and number formats ------------------------------------------------------------------------------------------
+
+def test_a_forward_pass_takes_the_operations_that_the_docstring_counts(tiny_config, make_model, make_ids):
+    """24 C^2 per token in a block's matrices, 4 S C in its attention, and 2 C vocabulary in lm_head."""
+    with FlopCounterMode(display=False) as counter:
+        make_model(GPT2LMHeadModel)(make_ids(2, 9))
+    C, S, L = 24, 9, 2
+    assert counter.get_total_flops() == 2 * 9 * (L * (24 * C**2 + 4 * S * C) + 2 * C * 97)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_products_are_in_its_format_and_what_the_blocks_add_to_is_float32(make_model, make_ids, dtype):
+    model, seen = make_model(GPT2LMHeadModel), {}
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda module, args, output, name=name: seen.update({name: output.dtype}))
+    with computing_in(dtype, CPU):
+        model(make_ids(2, 9))
+    half = {name for name, found in seen.items() if found == dtype}
+    products = ("attn", "c_attn", "c_proj", "resid_dropout", "mlp", "c_fc", "mlp.dropout", "lm_head")
+    assert half - {""} == {name for name in seen if name.endswith(products)}
+    assert {seen[name] for name in seen.keys() - half} == {torch.float32}
 
 
 # --- formulas ---------------------------------------------------------------------------------------------------------

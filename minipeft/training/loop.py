@@ -2,6 +2,25 @@
 
 It trains whatever parameters require a gradient and knows neither the method that left them trainable nor the task:
 the loss comes in as a function.
+
+A step's loss is the mean over its targets, the labels of its texts or tokens, in all its batches, micro-batches and
+processes together: each target counts the same, however the step is cut. So a last batch with fewer texts has a smaller
+part in its step, and an epoch's last step, with fewer batches, is a whole step.
+
+Precision    What is trained, its gradients and AdamW's means are float32. In bf16 and fp16 autocast computes products
+             of matrices in that format; the loss is float32 (tasks/task.py). In fp16 the loss is multiplied by a scale,
+             lest small gradients become 0, and gradients are divided by it before they are clipped. If one is infinite
+             or NaN, the step is left out and the scale halved.
+Clipping     Once a step: if all gradients as one vector are longer than max_grad_norm, they are scaled down to it.
+Rate         Rises linearly to learning_rate over the first warmup_ratio of the steps, then falls to 0 by half a cosine.
+Validation   Of the best one so far, by `best_by` and then by the lower loss, a copy of all trained values is kept. The
+             end puts it back.
+State        The trained values, the best ones, AdamW's means, scale, random state, step, curve and settings. A run of
+             one process that goes on from it ends as if it had never stopped, bit for bit.
+Randomness   The caller seeds torch before it makes the model; the data's order follows from seed and epoch. So a run
+             can be repeated on one machine, but for GPU kernels that add in another order each time.
+Not checked  A NaN loss outside of fp16: all that is trained becomes NaN, as the curve shows. That nothing requires a
+             gradient: torch's ValueError says so.
 """
 
 from __future__ import annotations
@@ -80,12 +99,13 @@ class Schedule(NamedTuple):
         return self.peak_rate * warmup_cosine(step, self.steps, self.warmup_steps)
 
     def validates_after(self, step: int) -> bool:
-        """Whether a validation follows when so many steps are taken: at the end, and not just before it."""
+        """Whether a validation follows after so many steps: every `evaluate_every`, and at the end. One that would come
+        less than `evaluate_every` before the end is left out."""
         left = self.steps - step
         return left == 0 or (step % self.evaluate_every == 0 and left >= self.evaluate_every)
 
     def ends_at(self, step: int, since_best: int) -> bool:
-        """Whether all steps are taken, or so many validations since the best one are too many."""
+        """Whether all steps are taken, or `patience` validations have come since the best one."""
         return step >= self.steps or (self.patience is not None and since_best >= self.patience)
 
     def batches_from(self, step: int, batches: BucketedBatches) -> Iterator[list[Batch]]:
@@ -107,8 +127,9 @@ class Learner:
     """A model and all that an optimizer step needs to change it.
 
     Attributes:
-        synchronized: the model, under torchrun averaging gradients.
-        forward: how it is called: compiled if asked, and with a `read_out`, as `GPT2LMHeadModel` is.
+        synchronized: the model; of several processes, wrapped so that the backward pass averages their gradients.
+        forward: calls it, compiled if asked. Every model is called with a `read_out`, as `GPT2LMHeadModel` is: a
+            function of the head and its input, here one that gives the loss.
         trained: the parameters that require a gradient.
         scaler: keeps small gradients above zero in float16; otherwise it does nothing.
     """
@@ -164,10 +185,12 @@ def optimizer_step(learner: Learner, batches: list[Batch], rate: float) -> list[
     for group in optimizer.param_groups:
         group["lr"] = rate * group["rate_factor"]
     targets = sum(len(batch.targets) for batch in batches)
-    # Gradients are averaged over processes, and the loss is to be a sum over all of them.
+    # 1 / targets makes the sum of losses a mean. Processes average their gradients where a sum is meant: world_size.
     factor = scaler.scale(torch.full((), parallel.world_size() / targets, device=learner.device))
     micro_batches = learner.micro_batches(batches)
     for number, batch in enumerate((part.to(learner.device) for part in micro_batches), start=1):
+        # `factor` is what the backward pass begins with. Over a large vocabulary `loss_and_hits` computes gradients in
+        # the forward pass already, and needs it there.
         read_out = partial(loss_and_hits, targets=batch.targets, loss_sum=learner.loss_sum, factor=factor)
         with parallel.without_sending(learner.synchronized, more_to_come=number < len(micro_batches)):
             with computing_in(learner.precision, learner.device):
@@ -191,6 +214,7 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: LossSum, validat
     """Train the parameters that require a gradient, in place, and leave the model with its best validation's values.
 
     With `config.patience` training ends early: after so many validations in a row that are not the best so far.
+    Of several processes each computes its rows of every batch, and takes the same step.
 
     Args:
         model: on its device; parameters that are trained in float32. Under torchrun each process has one.
@@ -201,7 +225,7 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: LossSum, validat
         compile_model: run the forward and backward pass through torch.compile.
         save_best: called whenever a validation is the best so far, and at an interruption before the first one.
         state_folder: where to keep what resuming needs; None keeps nothing.
-        save_minutes: the state is saved at least this often, not only after validations.
+        save_minutes: the state is saved after each validation, and between two where so many minutes have passed.
         resume: go on from `state_folder`, if it holds anything.
         request: what else must be the same in a resumed run: data, base model, method.
         best_by: the metric that decides which validation is the best: the highest, or the lowest "loss".
@@ -239,7 +263,8 @@ def _take_steps(learner: Learner, schedule: Schedule, progress: Progress, batche
         The number of the signal that ended it, or 0.
     """
     def asked(here: bool) -> bool:
-        """Whether it holds in any process; all must know in the same step, and ask each other only now and then."""
+        """Whether `here` is true in any process. All must know in the same step; asking takes time, so they do it every
+        STEPS_BETWEEN_QUESTIONS steps."""
         return here if parallel.world_size() == 1 else (
             progress.step % STEPS_BETWEEN_QUESTIONS == 0 and parallel.any_of(here, learner.device))
 

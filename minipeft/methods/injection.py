@@ -1,8 +1,11 @@
 """Module surgery: a method's plan is carried out, recorded, and counted.
 
 A method only plans: which layers stand where, and which of the model's own tensors are trained. Here the plan is
-recorded on the model, its layers are attached, and everything that is not declared as trained is frozen. Nothing else
-cuts into a model; `switch.py` undoes it by the same record.
+recorded on the model, its layers are attached, and everything that is not declared as trained is frozen. `carry_out` is
+the one function that puts a new method into a model; `switch.py` alone takes methods out and puts them back, by the
+record. Both act through a layer's own `attach` and `detach` and through `put_parameter`.
+
+"The bare model" is the model as it was made: names are those it has without torch.compile's or FSDP's additions.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from minipeft.methods.config import MethodConfig
 from minipeft.methods.layers import AdapterLayer, ReplacementLayer, forward_beside_half
 from minipeft.methods.wrappers import bare_name, seeing_through, unwrapped
 
-HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)  # what is trained beside a base in one of these is float32
 
 
 @dataclass
@@ -50,7 +53,7 @@ class Injection:
     Attributes:
         method: its name in METHODS.
         config: a copy of the user's configuration.
-        name: of the adapter this is (a part of); see `set_adapter`.
+        name: of the adapter. Injections of one name are one adapter, and are switched together.
         fingerprint: of the base model (see `fingerprint`).
         required_grad: parameter of the bare model -> whether it required a gradient.
         layers: module name -> the layer put there.
@@ -99,8 +102,8 @@ def carry_out(plan: Plan, model: nn.Module, config: MethodConfig, name: str) -> 
 def give_own_parameters(model: nn.Module, injection: Injection, plan: Plan) -> None:
     """Put Parameters of the adapter's own in the places of the base's tensors that it changes.
 
-    So no other adapter, and no optimizer of another one, ever holds what this adapter trains. Of several methods in one
-    adapter that train one tensor, all train the first one's.
+    So no other adapter, and no optimizer of another one, ever holds what this adapter trains. Where several methods of
+    one adapter train the same tensor, such as the head, the first one makes the Parameter, and they share it.
     """
     parameters, taken = base_parameters(model), set().union(*(other.base_values for other in active_injections(model)))
     for key in [key for key in (*injection.trained_base, *plan.replaced) if key not in taken]:

@@ -1,7 +1,25 @@
 """Switching: turn the methods that a model carries off and on, choose between them, merge them, remove them.
 
-All of it is surgery. An inactive method is not in the module tree at all, and the base model's own tensors hold the
-base's own values, bit for bit; no forward pass asks whether a method is on. `turn.py` says what holds for threads.
+All of it changes the model itself; no forward pass asks whether a method is on. What is inactive is not in the module
+tree, nor in `parameters()` or `state_dict()`: in its place stand the base's own modules and Parameters. Training moved
+none of these, so switching off and removing leave the base's values, bit for bit. (`full` trains the base's own: it
+cannot be taken out.)
+
+    set_adapter        every other adapter out, this one in
+    disable_adapter    all out, for the length of a block
+    merge, unmerge     layers out, folded into the weights they adapt; the layers and the kept weights back, bit for bit
+    remove             out for good; after the last one, requires_grad too is what it was before the first injection
+
+Optimizers  Layers and Parameters that come back are the objects that left, with their requires_grad and grad. So an
+            optimizer goes on where it was; while its Parameters are out, no backward pass reaches them.
+Heads       Each adapter has its own new head, as its own biases; the base's, untrained, is back when all are out.
+Merged      The model computes the same up to rounding. What an adapter trains of the model's own (head, biases) stays
+            in and can go on training; its layers are out. `unmerge` undoes any change of a folded weight. Until then
+            merging, switching, disabling, injecting and `save_adapter` are refused; `remove` unmerges.
+Rounding    Where the model was given another dtype meanwhile, what comes back takes it too: a Parameter that was out,
+            a kept weight. Layers keep their own, and so does a Parameter that is float32 beside half precision.
+Threads     One at a time may change a model, a `disable_adapter` block counting as a change; others are refused
+            meanwhile. Forward passes are not held up: a lock around those is the caller's.
 """
 
 from __future__ import annotations
@@ -37,8 +55,8 @@ def set_adapter(model: nn.Module, name: str) -> nn.Module:
     """Make the adapter `name` the active one, and every other one inactive, without touching the base model.
 
     Raises:
-        InjectionError: no adapter of this name, one that is merged, or one that cannot be taken out; or a model that is
-            wrapped for several processes.
+        InjectionError: no adapter of this name; one that is merged, or without a copy of the base's values, is active;
+            or the model is wrapped for several processes.
     """
     check_not_data_parallel(model)
     itself = unwrapped(model)
@@ -52,10 +70,10 @@ def set_adapter(model: nn.Module, name: str) -> nn.Module:
 @seeing_through
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the block the model is the base model: no adapter, untrained biases and head, all of it frozen.
+    """Within the block the model is the base model: no adapter, and the base's own biases and head, untrained.
 
-    Gradient flags stay what they are: each adapter's parameters are its own, with their own flags, in and out of the
-    block, and what a user has unfrozen of the base takes gradients within it too.
+    All is frozen within the block, but what a user has unfrozen of the base: requires_grad belongs to a Parameter, and
+    comes and goes with it.
 
     After the block the adapters that were active before are active again. One that was removed within it stays removed.
 
@@ -160,6 +178,7 @@ def deactivate(model: nn.Module, leaving: list[Injection]) -> list[Injection]:
         parameters = base_parameters(model)
         for name, base_value in injection.base_values.items():
             injection.own_values[name] = parameters[name]
+            # Trained in float32 beside a half-precision base: neither is to take the other's dtype.
             finer = base_dtype(model) in HALF and parameters[name].dtype == torch.float32
             (injection.finer.add if finer else injection.finer.discard)(name)
             _put_back(model, name, base_value, parameters[name], keep_dtype=finer)
@@ -185,14 +204,14 @@ def activate(model: nn.Module, returning: list[Injection]) -> None:
 
 
 def _put_back(model: nn.Module, name: str, parameter: nn.Parameter, like: nn.Parameter, keep_dtype: bool) -> None:
-    """A Parameter that was kept aside missed the model's moves between devices and types; its gradient flag stays.
+    """Put a Parameter that was kept aside back into the model, moved to the device and dtype the model now has.
 
     Args:
         like: the Parameter in whose place it goes.
-        keep_dtype: it differs from `like`, being float32 beside half precision, or the other way round.
+        keep_dtype: only to its device: one of the two is float32, the other in half precision, and this is to stay so.
     """
     dtype = parameter.dtype if keep_dtype else like.dtype
-    if parameter.is_meta != like.is_meta:  # such a Parameter cannot be told to hold another kind of tensor
+    if parameter.is_meta != like.is_meta:  # setting `data` cannot turn a tensor without values into one with values
         parameter = nn.Parameter(parameter.to(like.device, dtype), requires_grad=parameter.requires_grad)
     parameter.data = parameter.data.to(like.device, dtype)
     put_parameter(model, name, parameter)
@@ -215,5 +234,5 @@ def _check_base_values(model: nn.Module, leaving: list[Injection]) -> None:
 
 
 def _follow(model: nn.Module, layer: nn.Module) -> None:
-    """A layer that was out of the tree missed the model's moves between devices."""
+    """Move a layer that was out of the tree to the device where the model is now; its dtype stays."""
     layer.to(device=next(model.parameters()).device)

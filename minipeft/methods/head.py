@@ -43,7 +43,7 @@ Saved
     read the folder.
 Merging
     Not possible, and not needed: no layer is added. Switching exchanges heads: each adapter has one of its own, and
-    `disable_adapter` and `remove` put back the model's own, still random, which is kept for that.
+    `disable_adapter` and `remove` put back the one that the model had before, which is kept for that.
 Cost
     labels * width parameters: 2 * 768 = 1,536 trained and 124,441,344 - 1,536 = 124,439,808 frozen. Tagging has a bias
     besides: 2 * 768 + 2 = 1,538.
@@ -53,7 +53,7 @@ Cost
     base reads each text in every epoch, in training mode, so its dropout acts.
     Backward: it ends at the head. W's gradient is all there is, as many operations as the head's forward; no gradient
     passes through the base, and none of its activations are kept. Optimizer: 8 bytes per trained parameter for AdamW's
-    two means, 12,288 bytes. The model's own head, kept aside: 4 * 1,536 = 6,144 bytes in float32.
+    two means, 12,288 bytes. The earlier head, kept aside: 4 * 1,536 = 6,144 bytes in float32.
 Errors
     inject(GPT2LMHeadModel(model.config), HeadConfig())
         GPT2LMHeadModel has no classification head to train

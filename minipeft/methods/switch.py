@@ -5,7 +5,7 @@ tree, nor in `parameters()` or `state_dict()`: in its place stand the base's own
 none of these, so switching off and removing leave the base's values, bit for bit. (`full` trains the base's own: it
 cannot be taken out.)
 
-    set_adapter        every other adapter out, this one in
+    set_adapter        every other adapter out, this one in; `load_adapter` does the same with a new one
     disable_adapter    all out, for the length of a block
     merge, unmerge     layers out, folded into the weights they adapt; the layers and the kept weights back, bit for bit
     remove             out for good; after the last one, requires_grad too is what it was before the first injection

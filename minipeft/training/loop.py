@@ -19,8 +19,8 @@ State        The trained values, the best ones, AdamW's means, scale, random sta
              one process that goes on from it ends as if it had never stopped, bit for bit.
 Randomness   The caller seeds torch before it makes the model; the data's order follows from seed and epoch. So a run
              can be repeated on one machine, but for GPU kernels that add in another order each time.
-Not checked  A NaN loss outside of fp16: all that is trained becomes NaN, as the curve shows. That nothing requires a
-             gradient: torch's ValueError says so.
+Not checked  A NaN loss outside of fp16 makes NaN of all that is trained: the curve shows it, and the values of an
+             earlier validation may still be the best. If nothing requires a gradient, torch raises a ValueError.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: LossSum, validat
     """Train the parameters that require a gradient, in place, and leave the model with its best validation's values.
 
     With `config.patience` training ends early: after so many validations in a row that are not the best so far.
-    Of several processes each computes its rows of every batch, and takes the same step.
+    Of N processes each computes every Nth row of each batch; all take the same step, and all call `validate`.
 
     Args:
         model: on its device; parameters that are trained in float32. Under torchrun each process has one.

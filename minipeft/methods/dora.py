@@ -23,51 +23,68 @@ Symbols
     x (batch, seq, in) the layer's input      y (batch, seq, out) its output      r the rank, lora_alpha a number
     W (out, in), bias (out,) frozen           A (r, in) is lora_A.weight, B (out, r) is lora_B.weight, both trained
     m (out,) is lora_magnitude_vector, trained: how long each row of the adapted matrix is
-    s = lora_alpha / r, a number; with use_rslora s = lora_alpha / sqrt(r)
+    s = lora_alpha / r, a number; with use_rslora (rsLoRA) s = lora_alpha / sqrt(r)
     ||W + s B A|| (out,) the Euclidean length of each row      c (out,) stretches each row to the length that m says
-    A row of zeros has no direction to be stretched in: it stays zero, c is 1 there, and m learns nothing (peft: NaN).
-    With lora_dropout, in training only: y = x W^T + bias + (c - 1) * z W^T + c * s * z A^T B^T
-    z = dropout(x) (batch, seq, in) is x with a share lora_dropout of it set to zero and the rest divided by
-    1 - lora_dropout
+    A row of zeros has no direction to be stretched in: it stays zero. c is 1 there, and m's gradient 0. In peft, Hugging
+    Face's library, the division by 0 gives NaN.
+    With lora_dropout, in training only: y = x W^T + bias + (c - 1) * z W^T + c * s * z A^T B^T, since dropout is to
+    leave the base's own x W^T alone. z = dropout(x) (batch, seq, in) is x with a share lora_dropout of it set to zero
+    and the rest divided by 1 - lora_dropout.
 Trained
-    A, B and m of each target; a new classification head; biases if `bias` asks for them. By default the targets are all
-    modules called c_attn.
+    A, B and m of each target; a new classification head. By default the targets are all modules called c_attn. With
+    `bias` "lora_only" the targets' biases too, with "all" every bias of the base, those of LayerNorms included.
 Frozen
-    Everything else, W and bias first of all: `inject` sets requires_grad to False when it carries out the plan. The
-    norm is computed in every forward pass, as A and B move, but without a gradient (section 4.3 of the paper).
+    Everything else, W and bias first of all, 124,439,808 numbers: `inject`, which puts the method into a model, sets
+    requires_grad to False. The norm is computed in every forward pass, as A and B move, but without a gradient
+    (section 4.3 of the paper).
 At step 0
-    DoraConfig()                                is the base model, bit for bit: B = 0 and m = ||W||, so c = 1
-    DoraConfig(init_lora_weights="gaussian")    is the base model, bit for bit: the same; A is normal
-    DoraConfig(init_lora_weights="pissa")       is the base model, up to rounding: m = ||W||, and W - s B A + s B A
-    DoraConfig(init_lora_weights=False)         is not the base model: A and B are both random; m = ||W + s B A||
-    The comparison is with the base model under the same new head, which is random.
+    DoraConfig()                                is the base model, bit for bit: B = 0 and m = ||W||, so c = 1; A is
+                                                  uniform between -1 / sqrt(in) and 1 / sqrt(in)
+    DoraConfig(init_lora_weights="gaussian")    is the base model, bit for bit: B = 0; A is normal, of deviation 1 / r
+    DoraConfig(init_lora_weights="pissa")       is the base model, up to rounding: m = ||W||; PiSSA puts W's r largest
+                                                  singular values into s B A, and W - s B A in W's place
+    DoraConfig(init_lora_weights=False)         is not the base model: A is as by default, B uniform between
+                                                  -1 / sqrt(r) and 1 / sqrt(r), and m = ||W + s B A||
+    The comparison is with the base model under the same new head, which is random. While B = 0, A's gradient is 0 too:
+    the first step learns B and m alone.
 Positions and mask
     Untouched. Each token is updated by itself; a text has as many positions as before.
+    KV cache. As large as the base's. It holds adapted keys and values: when the adapter changes, begin a new one.
 Saved
     In adapter_model.safetensors:
     base_model.model.transformer.h.0.attn.c_attn.lora_A.weight (8, 768)
     base_model.model.transformer.h.0.attn.c_attn.lora_B.weight (2304, 8)
     base_model.model.transformer.h.0.attn.c_attn.lora_magnitude_vector (2304,)
     base_model.model.score.weight (2, 768)
-    and so for every target. adapter_config.json must say peft_type LORA, use_dora true, r, lora_alpha and
-    target_modules; peft wants fan_in_fan_out true for GPT-2, whose matrices it keeps as (in, out). It is LoRA's format:
-    LoraConfig(use_dora=True) is the same method.
+    and so for every target. A target's trained bias is ...c_attn.base_layer.bias, others keep the base's names.
+    adapter_config.json must say peft_type LORA, use_dora true, r, lora_alpha and target_modules, and use_rslora,
+    rank_pattern and alpha_pattern where they are not the default; peft wants fan_in_fan_out true for GPT-2, whose
+    matrices it keeps as (in, out). LoraConfig(use_dora=True) is the same method. With PiSSA, loading needs the base's
+    own W and init_lora_weights pissa: A and B are added to what the start left of W, which is not in the file.
 Merging
-    W <- c * (W + s B A), row by row; the bias stays. `unmerge` puts the kept W back, bit for bit.
+    W <- c * (W + s B A), row by row; the bias stays. `merge` keeps the W it found (with PiSSA, what the start left of
+    it), and `unmerge` puts it back, bit for bit. On a half-precision base A, B and m are float32; the product is
+    rounded once, to W's type. Of several adapters the active one is merged; before another can be, `unmerge`.
 Cost
     r (in + out) + out parameters per target: 8 * (768 + 2304) + 2304 = 26,880 for a c_attn of GPT-2.
-    In all 12 * 26,880 + 1,536 = 324,096 trained, the head's 2 * 768 = 1,536 among them.
-    Forward: LoRA's 2 r (in + out) operations per token and target, and for the norm the whole product B A once per
-    forward pass: 2 r in out operations, as many as W takes for r tokens, and (out, in) matrices in memory. With
-    lora_dropout, training multiplies by W twice: x W^T and z W^T.
-    Backward: full fine-tuning takes three products per matrix: forward, the input's gradient and W's own gradient. The
-    third is never computed. A and B take 4 r (in + out) operations per token and target: half of them for the input's
-    gradient, half for their own. With lora_dropout the input's gradient passes through W twice. For m's gradient x W^T
-    and x A^T B^T are kept too, both (batch, seq, out). Optimizer: 8 bytes per trained parameter for AdamW's two means,
-    2,592,768 bytes.
+    In all 12 * 26,880 + 1,536 = 324,096 trained, with a new head's 2 * 768 = 1,536; a language model has no new head.
+    DoraConfig(bias="lora_only")               trains 351,744: 12 * 2304 = 27,648 more
+    DoraConfig(bias="all")                     trains 426,240: 12 * 8,448 + 768 = 102,144 more
+    DoraConfig(target_modules="all-linear")    trains 1,264,128: targets are c_attn, both c_proj and c_fc of each block
+    Forward: 2 r (in + out) operations per token and target, and for the norm the whole product B A once per forward
+    pass: 2 r in out operations, as many as W takes for r tokens, and (out, in) matrices in memory. A model that writes
+    text with a KV cache pays this for every token; merged, it pays nothing. With lora_dropout, training multiplies by W
+    twice: x W^T and z W^T.
+    Backward: full fine-tuning computes the gradients of x and of W, 2 in out operations each; here the second is never
+    computed. A and B take 4 r (in + out) per token and target: half for the gradient of x, half for their own. With
+    lora_dropout the gradient of x passes through W twice. Kept: z (batch, seq, in), which is x without dropout, and
+    s z A^T (batch, seq, r); for m's gradient z W^T and s z A^T B^T, both (batch, seq, out); with dropout its mask, a
+    byte per number of x. Optimizer: 8 bytes per trained parameter for AdamW's two means, 2,592,768 bytes.
 Errors
     DoraConfig(r=0)
         r must be a positive integer, got 0
+    inject(model, DoraConfig(r=1024))
+        r=1024 is larger than transformer.h.0.attn.c_attn, a 2304 x 768 matrix
     inject(model, DoraConfig(target_modules=["wte"]))
         target transformer.wte is of class Embedding; only linear layers can be targeted: attn.c_attn, attn.c_proj,
         mlp.c_fc, mlp.c_proj
@@ -76,7 +93,7 @@ Errors
 Differs from the paper
     The paper writes the length of each column of W; here, as in peft, it is that of each row of W (out, in), one per
     output. By default only c_attn is adapted; the paper adapts the feed-forward matrices too. rsLoRA and PiSSA together
-    with DoRA are peft's. With LoRA+ (see lora.py) m learns at the raised rate too, as in peft.
+    with DoRA are peft's. With LoRA+ the learning rate of B is `loraplus_lr_ratio` times A's, here m's too, as in peft.
 
 Papers: Liu, Wang, Yin, Molchanov, Wang, Cheng, Chen (2024), "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv
 2402.09353. What it builds on is in lora.py.
@@ -101,7 +118,7 @@ from minipeft.settings import setting
 
 @dataclass
 class DoraConfig(LoraConfig):
-    """LoRA's settings, which are all that DoRA has. peft's LoraConfig(use_dora=True) means the same here.
+    """LoRA's settings, from r and lora_alpha to `bias`: DoRA has no other. LoraConfig(use_dora=True) means the same.
 
     Raises:
         ConfigError: a value of the wrong type or out of range.
@@ -114,7 +131,7 @@ class DoRALinear(ReplacementLayer):
     """A frozen linear layer whose rows are turned by a low-rank update and stretched by a magnitude vector."""
 
     trained = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
-    raised_rate = ("lora_B.weight", "lora_magnitude_vector")
+    raised_rate = ("lora_B.weight", "lora_magnitude_vector")  # what LoRA+ trains at a higher learning rate
 
     def __init__(self, base_layer: nn.Linear, r: int, lora_alpha: float, config: LoraConfig) -> None:
         super().__init__(base_layer)
@@ -138,7 +155,7 @@ class DoRALinear(ReplacementLayer):
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)                                                # (batch, seq, in) -> (batch, seq, out)
         stretch = self.stretch()                                              # (out,)
-        dropped = self.lora_dropout(to_dtype_of(self.lora_A.weight, x))
+        dropped = self.lora_dropout(to_dtype_of(self.lora_A.weight, x))       # z: float32 beside a half-precision W
         update = self.lora_B(self.lora_A(dropped) * self.scaling)             # -> (batch, seq, r) -> (batch, seq, out)
         # The stretch concerns x W^T without the bias; dropout, where it acts, leaves the base's own y alone.
         if self.training and self.lora_dropout.p > 0:

@@ -1,9 +1,9 @@
 """(IA)^3: infused adapter by inhibiting and amplifying inner activations.
 
-A learned vector rescales the keys, the values and the feed-forward layer's inner activations, number by number. It
-trains few parameters in every block, and folds into the weights without a trace.
+A learned vector rescales the keys, the values and the feed-forward layer's inner activations, number by number. A
+block has few trained parameters, and they can be multiplied into its weights.
 
-    y = l * (x W^T + bias)    c_attn: the output is rescaled
+    y = l * (x W^T + bias)    c_attn, or any target but those below: the output is rescaled
     y = (l * x) W^T + bias    mlp.c_proj, called a feed-forward module: the input is rescaled
 
                c_attn                               mlp.c_proj
@@ -20,37 +20,46 @@ Symbols
     x (batch, seq, in) the layer's input      y (batch, seq, out) its output
     W (out, in), bias (out,) frozen
     l is ia3_l, trained. It is stored as (out, 1) or (1, in): the shape says whether it scales the rows or the columns
-    of W. The equation uses it flat, as (out,) or (in,).
+    of W. The equation uses it flat, as (out,) or (in,). Which targets are feed-forward modules, feedforward_modules
+    says; c_fc and attn.c_proj are none by default.
     A c_attn's output holds queries, keys and values, a third each. The input of mlp.c_proj is what comes out of GELU.
 Trained
-    l of each target; a new classification head.
+    l of each target; a new classification head. By default the targets are all modules called c_attn and mlp.c_proj.
 Frozen
-    Everything else, W and bias first of all: `inject` sets requires_grad to False when it carries out the plan.
+    Everything else, W and bias first of all, 124,439,808 numbers: `inject`, which puts the method into a model, sets
+    requires_grad to False.
 At step 0
     IA3Config()                          is the base model, bit for bit: l = 1
     IA3Config(init_ia3_weights=False)    is not the base model: l is normal, with mean 0 and deviation 1
     The comparison is with the base model under the same new head, which is random.
 Positions and mask
     Untouched. Every token is rescaled by the same l; a text has as many positions as before.
+    KV cache. As large as the base's. It holds rescaled keys and values: when the adapter changes, begin a new one.
 Saved
     In adapter_model.safetensors:
     base_model.model.transformer.h.0.attn.c_attn.ia3_l (2304, 1)
     base_model.model.transformer.h.0.mlp.c_proj.ia3_l (1, 3072)
     base_model.model.score.weight (2, 768)
-    and so for every block. adapter_config.json must say peft_type IA3, target_modules and feedforward_modules. Each of
-    the latter must stand among the former, word for word. peft wants fan_in_fan_out true for GPT-2, whose matrices it
-    keeps as (in, out).
+    and so for every block. adapter_config.json must say peft_type IA3, target_modules and feedforward_modules. Both
+    list full names, such as transformer.h.0.mlp.c_proj, and all of the second list are in the first: peft, Hugging
+    Face's library, compares them word for word. It wants fan_in_fan_out true for GPT-2, whose matrices it keeps as
+    (in, out).
 Merging
-    W <- l * W. As stored, l (out, 1) scales the rows and l (1, in) the columns. Of c_attn, bias <- l * bias too; the
-    bias of mlp.c_proj stays. `unmerge` puts the kept W and bias back, bit for bit.
+    W <- l * W. As stored, l (out, 1) scales the rows and l (1, in) the columns. Where the output is
+    rescaled, as in c_attn, bias <- l * bias too; the bias of mlp.c_proj stays. `merge` keeps the W and bias it found, and `unmerge` puts them back, bit for bit. On a
+    half-precision base l is float32; each product is rounded once, to W's type. Of several adapters the active one is
+    merged; before another can be, `unmerge`.
 Cost
     out parameters for a c_attn, in for an mlp.c_proj: 2304 + 3072 = 5,376 per block of GPT-2, 12 * 5,376 = 64,512 in
-    twelve. With the head 12 * 5,376 + 1,536 = 66,048 trained.
+    twelve. With the new head, which a language model lacks, 12 * 5,376 + 1,536 = 66,048 trained.
+    IA3Config(feedforward_modules=[])         trains 38,400: l is (768, 1) for an mlp.c_proj, too
+    IA3Config(target_modules=["c_attn"])      trains 29,184: keys, values and queries alone
+    IA3Config(target_modules="all-linear")    trains 112,128: (2304 + 768 + 3072 + 3072) per block, and the head
     Forward: one multiplication per number that is rescaled, 5,376 per token and block, beside the 14,155,776 operations
-    of the block's four matrices.
-    Backward: full fine-tuning takes three products per matrix: forward, the input's gradient and W's own gradient. The
-    third is never computed. Kept for l's gradient: what l is multiplied by. Optimizer: 8 bytes per trained parameter
-    for AdamW's two means, 528,384 bytes.
+    of the block's four matrices. At inference the same; merged, not one more.
+    Backward: full fine-tuning computes the gradients of x and of W, 2 in out operations each; here the second is never
+    computed. Kept for l's gradient: of c_attn x W^T + bias (batch, seq, 2304), of mlp.c_proj x (batch, seq, 3072).
+    Optimizer: 8 bytes per trained parameter for AdamW's two means, 528,384 bytes.
 Errors
     IA3Config(target_modules=["c_attn"], feedforward_modules=["mlp.c_proj"])
         feedforward_modules ['mlp.c_proj'] must be among the target_modules ['c_attn']

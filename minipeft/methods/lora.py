@@ -18,56 +18,73 @@ task is learned in r (in + out) numbers instead of in * out, and after training 
 Symbols
     x (batch, seq, in) the layer's input      y (batch, seq, out) its output      r the rank, lora_alpha a number
     W (out, in), bias (out,) frozen           A (r, in) is lora_A.weight, B (out, r) is lora_B.weight, both trained
-    s = lora_alpha / r, a number; with use_rslora s = lora_alpha / sqrt(r), which keeps the update's size as r grows
+    s = lora_alpha / r, a number; with use_rslora (rsLoRA) lora_alpha / sqrt(r): the update keeps its size as r grows
     dropout(x) is x, in training with a share lora_dropout of it set to zero and the rest divided by 1 - lora_dropout
 Trained
-    A and B of each target; a new classification head; biases if `bias` asks for them. By default the targets are all
-    modules called c_attn.
+    A and B of each target; a new classification head. By default the targets are all modules called c_attn. With `bias`
+    "lora_only" the targets' biases too, with "all" every bias of the base, those of LayerNorms included.
 Frozen
-    Everything else, W and bias first of all: `inject` sets requires_grad to False when it carries out the plan, so no
-    gradient is computed for W and the optimizer never sees it.
+    Everything else, W and bias first of all, 124,439,808 numbers: `inject`, which puts the method into a model, sets
+    requires_grad to False. So no gradient is computed for W and the optimizer never sees it.
 At step 0
-    LoraConfig()                                is the base model, bit for bit: B = 0, so the update is 0
+    LoraConfig()                                is the base model, bit for bit: B = 0, so the update is 0; A is uniform
+                                                  between -1 / sqrt(in) and 1 / sqrt(in)
     LoraConfig(init_lora_weights="gaussian")    is the base model, bit for bit: B = 0; A is normal, of deviation 1 / r
-    LoraConfig(init_lora_weights="pissa")       is the base model, up to rounding: W - s B A + s B A; in training only
-                                                  without lora_dropout, which acts on s B A alone
-    LoraConfig(init_lora_weights=False)         is not the base model: A and B are both random
-    The comparison is with the base model under the same new head, which is random.
+    LoraConfig(init_lora_weights="pissa")       is the base model, up to rounding: PiSSA puts W's r largest
+                                                  singular values into s B A, and W - s B A in W's place
+    LoraConfig(init_lora_weights=False)         is not the base model: A is uniform as by default, B is uniform between
+                                                  -1 / sqrt(r) and 1 / sqrt(r)
+    The comparison is with the base model under the same new head, which is random. While B = 0, A's gradient is 0 too:
+    the first step learns B alone. With PiSSA, lora_dropout drops a part of s B A: then training does not start as the
+    base model.
 Positions and mask
     Untouched. Each token is updated by itself; a text has as many positions as before.
+    KV cache. As large as the base's. It holds adapted keys and values: when the adapter changes, begin a new one.
 Saved
     In adapter_model.safetensors:
     base_model.model.transformer.h.0.attn.c_attn.lora_A.weight (8, 768)
     base_model.model.transformer.h.0.attn.c_attn.lora_B.weight (2304, 8)
     base_model.model.score.weight (2, 768)
-    and so for every target. adapter_config.json must say peft_type LORA, r, lora_alpha and target_modules,
-    and use_rslora, rank_pattern and alpha_pattern where they are not the default, as s depends on them. peft wants
+    and so for every target. A target's trained bias is ...c_attn.base_layer.bias, others keep the base's names.
+    adapter_config.json must say peft_type LORA, r, lora_alpha and target_modules, and use_rslora, rank_pattern and
+    alpha_pattern where they are not the default, as s depends on them. peft, Hugging Face's library, wants
     fan_in_fan_out true for GPT-2, whose matrices it keeps as (in, out).
-    With PiSSA the saved A and B are the trained ones, and the file does not hold what was left of W. They belong to
-    W - s B A with A and B as they started. So loading needs the base's own W and init_lora_weights pissa: it takes the
-    singular values out of W again, and then puts the saved A and B in. On another machine that agrees up to rounding.
+    With PiSSA the file holds the trained A and B, and not the matrix they are added to, which the start left of W. So
+    loading needs the base's own W and init_lora_weights pissa: it takes the singular values out of W again, and then
+    puts the saved A and B in. On another machine that agrees up to rounding.
 Merging
-    W <- W + s B A, the layer's own `weight`; its bias stays. `unmerge` puts the kept W back, bit for bit. With PiSSA
-    the kept W is what the start left of it, W - s B A; the base's own W comes back with `remove` or `disable_adapter`.
+    W <- W + s B A, the layer's own `weight`; its bias stays. `merge` keeps the W it found, and `unmerge` puts it back,
+    bit for bit. With PiSSA that is what the start left of W; `remove` or `disable_adapter` bring the base's own back.
+    On a half-precision base A and B are float32. The sum is rounded once, to W's type: an element of the update that is
+    too small beside W's is lost. Of several adapters the active one is merged; before another can be, `unmerge`.
 Cost
     r (in + out) parameters per target: 8 * (768 + 2304) = 24,576 for a c_attn of GPT-2 beside 1,769,472 in its W.
-    In all 12 * 24,576 + 1,536 = 296,448 trained, the head's 2 * 768 = 1,536 among them.
-    Forward: 2 r (in + out) operations per token and target beside 2 in out, 1.4 % more at r = 8.
-    Backward: full fine-tuning takes three products per matrix: forward, the input's gradient and W's own gradient. The
-    third is never computed. A and B take 4 r (in + out) operations per token and target: half of them for the input's
-    gradient, half for their own. Optimizer: 8 bytes per trained parameter for AdamW's two means, 2,371,584 bytes.
+    In all 12 * 24,576 + 1,536 = 296,448 trained, with a new head's 2 * 768 = 1,536; a language model has no new head.
+    LoraConfig(bias="lora_only")               trains 324,096: 12 * 2304 = 27,648 more
+    LoraConfig(bias="all")                     trains 398,592: 12 * 8,448 + 768 = 102,144 more
+    LoraConfig(target_modules="all-linear")    trains 1,181,184: targets are c_attn, both c_proj and c_fc of each block
+    Forward: 2 r (in + out) operations per token and target beside 2 in out, 1.4 % more at r = 8. At inference the same;
+    merged, not one more.
+    Backward: full fine-tuning computes the gradients of x and of W, 2 in out operations each; here the second is never
+    computed, and needs nothing kept. A and B take 4 r (in + out) per token and target: half for the gradient of x, half
+    for their own. Kept for these: x (batch, seq, in), s x A^T (batch, seq, r), and with dropout its mask, a byte per
+    number of x. Optimizer: 8 bytes per trained parameter for AdamW's two means, 2,371,584 bytes.
 Errors
     LoraConfig(r=0)
         r must be a positive integer, got 0
+    LoraConfig(init_lora_weights="pissa", lora_alpha=0)
+        PiSSA divides by the scale: lora_alpha must be positive, got 0
     inject(model, LoraConfig(target_modules=["q_proj"]))
         target_modules 'q_proj' match nothing; nearest names: c_proj, mlp.c_proj, attn.c_proj
     inject(model, LoraConfig(r=1024))
         r=1024 is larger than transformer.h.0.attn.c_attn, a 2304 x 768 matrix
+    inject(model, LoraConfig(layers_to_transform=12))
+        layers_to_transform=[12]: this model has the blocks 0 to 11
 Differs from the paper
     The paper adapts the query and the value matrix; GPT-2 has query, key and value in one matrix, c_attn, which is
     adapted whole. A starts uniform, as in peft and loralib, not normal. Dropout on x, rsLoRA, PiSSA and LoRA+ came
-    later. LoRA+ is not in this file: B learns `loraplus_lr_ratio` times as fast as A; the layer only says that B is
-    meant (`raised_rate`), and the optimizer does the rest.
+    later. LoRA+ is a rule of the optimizer: B's learning rate is `loraplus_lr_ratio` times A's. Here the layer only
+    names B, in `raised_rate`.
 
 Papers: Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang, Chen (2021), "LoRA: Low-Rank Adaptation of Large Language Models",
 arXiv 2106.09685. Kalajdzievski (2023), "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", 2312.03732.
@@ -108,6 +125,7 @@ class LoraConfig(MethodConfig):
     """
 
     peft_type: ClassVar[str] = "LORA"
+    # Fields of peft's that a file may set and that change nothing here.
     harmless: ClassVar[tuple[str, ...]] = ("megatron_core", "qalora_group_size", "loftq_config", "eva_config",
                                            "use_qalora")
 
@@ -173,7 +191,7 @@ class LoRALinear(ReplacementLayer):
     """A frozen linear layer with its low-rank companion."""
 
     trained = ("lora_A.weight", "lora_B.weight")
-    raised_rate = ("lora_B.weight",)
+    raised_rate = ("lora_B.weight",)  # what LoRA+ trains at a higher learning rate
 
     def __init__(self, base_layer: nn.Linear, r: int, lora_alpha: float, config: LoraConfig) -> None:
         super().__init__(base_layer)
@@ -182,10 +200,10 @@ class LoRALinear(ReplacementLayer):
         self.lora_A, self.lora_B = low_rank_pair(base_layer, r, config.init_lora_weights)
 
     def forward(self, x: Tensor) -> Tensor:
-        if low_rank.applies(x, self):  # speed only: the same, with its gradients written out
+        if low_rank.applies(x, self):  # on a CPU, for speed: computes the lines below, and their gradients, by hand
             return low_rank.low_rank(x, self)
         y = self.base_layer(x)                                         # (batch, seq, in) -> (batch, seq, out)
-        x = self.lora_dropout(to_dtype_of(self.lora_A.weight, x))
+        x = self.lora_dropout(to_dtype_of(self.lora_A.weight, x))      # float32 beside a half-precision W
         # Scaled while it is r wide: that is out / r times less work than scaling the result.
         return (y + self.lora_B(self.lora_A(x) * self.scaling)).to(y.dtype)    # (batch, seq, r) -> (batch, seq, out)
 
@@ -197,7 +215,8 @@ class LoRALinear(ReplacementLayer):
 
 def low_rank_pair(base_layer: nn.Linear, r: int, init: bool | str) -> tuple[nn.Linear, nn.Linear]:
     """A (r, in) and B (out, r) as they start; for PiSSA see `take_over_largest`."""
-    # nn.Linear's own start is U(-1/sqrt(in), 1/sqrt(in)): what peft gives A, and B when nothing is to be zero.
+    # nn.Linear's own start is U(-1/sqrt(in), 1/sqrt(in)), in being r for B: what peft gives A, and B when nothing is to
+    # be zero. Both are float32, whatever W is: most small steps would change no number in half precision.
     lora_A = Linear(base_layer.in_features, r, bias=False, device=base_layer.weight.device)
     lora_B = Linear(r, base_layer.out_features, bias=False, device=base_layer.weight.device)
     if init == "gaussian":

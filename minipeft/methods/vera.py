@@ -20,23 +20,24 @@ Symbols
     x (batch, seq, in) the layer's input      y (batch, seq, out) its output      * multiplies number by number
     W (out, in), bias (out,) frozen           r the rank; it may be larger than in and out
     A (r, in) is vera_A, uniform between -sqrt(6 / in) and sqrt(6 / in); B (out, r) is vera_B, uniform between
-    -sqrt(6 / r) and sqrt(6 / r). They are as large as the largest target needs; a smaller one uses A's first `in`
-    columns and B's first `out` rows.
+    -sqrt(6 / r) and sqrt(6 / r). They are made for the widest input and the widest output among the targets; a smaller
+    target uses A's first `in` columns and B's first `out` rows.
     d (r,) is vera_lambda_d, b (out,) is vera_lambda_b: trained, each target has its own
     dropout(x) is x, in training with a share vera_dropout of it set to zero and the rest divided by 1 - vera_dropout
 Trained
-    d and b of each target; a new classification head; biases if `bias` asks for them. By default the targets are all
-    modules called c_attn.
+    d and b of each target; a new classification head. By default the targets are all modules called c_attn. With `bias`
+    "vera_only" the targets' biases too, with "all" every bias of the base, those of LayerNorms included.
 Frozen
-    Everything else: `inject` sets requires_grad to False when it carries out the plan. A and B are buffers, not
-    parameters: no optimizer sees them, and they are not in the model's state_dict.
+    Everything else, the base's 124,439,808 numbers: `inject`, which puts the method into a model, sets requires_grad to
+    False. A and B are buffers, not parameters: no optimizer sees them, and the model's state_dict does not hold them.
 At step 0
     VeraConfig()                 is the base model, bit for bit: b = 0, so the update is 0
-    VeraConfig(d_initial=1.0)    is the base model, bit for bit: whatever d is. No setting starts elsewhere.
+    VeraConfig(d_initial=1.0)    is the base model, bit for bit: b = 0, whatever d is. b always starts at 0.
     While b = 0, d's gradient is 0 too: in the first step only b moves.
     The comparison is with the base model under the same new head, which is random.
 Positions and mask
     Untouched. Each token is updated by itself; a text has as many positions as before.
+    KV cache. As large as the base's. It holds adapted keys and values: when the adapter changes, begin a new one.
 Saved
     In adapter_model.safetensors:
     base_model.model.transformer.h.0.attn.c_attn.vera_lambda_d (256,)
@@ -44,19 +45,31 @@ Saved
     base_model.vera_A (256, 768)
     base_model.vera_B (2304, 256)
     base_model.model.score.weight (2, 768)
-    and so for every target. With save_projection=False the file holds no A and B: who loads it draws them again from
-    projection_prng_key, the seed. adapter_config.json must say peft_type VERA, r, target_modules, projection_prng_key
-    and save_projection; peft wants fan_in_fan_out true for GPT-2, whose matrices it keeps as (in, out).
+    and so d and b for every target. A target's trained bias is ...c_attn.base_layer.bias, others keep the base's names.
+    With save_projection=False the file holds no A and B: loading draws them again from projection_prng_key, the seed.
+    adapter_config.json must say peft_type VERA, r, target_modules, projection_prng_key and save_projection. peft,
+    Hugging Face's library, wants fan_in_fan_out true for GPT-2, whose matrices it keeps as (in, out).
 Merging
-    W <- W + diag(b) B diag(d) A, the layer's own `weight`; its bias stays. `unmerge` puts the kept W back, bit for bit.
+    W <- W + diag(b) B diag(d) A, the layer's own `weight`; its bias stays. `merge` keeps the W it found, and `unmerge`
+    puts it back, bit for bit. On a half-precision base d, b, A and B are float32. The sum is rounded once, to W's type:
+    an element of the update that is too small beside W's is lost. Of several adapters, each with an A and B of its own,
+    the active one is merged; before another can be, `unmerge`.
 Cost
     r + out parameters per target: 256 + 2304 = 2,560 for a c_attn of GPT-2, and for all twelve 12 * 2,560 = 30,720.
-    With the head 12 * 2,560 + 1,536 = 32,256 trained. A and B are 256 * (768 + 2304) = 786,432 frozen numbers, once.
-    Forward: 2 r (in + out) operations per token and target beside 2 in out, 44 % more at r = 256.
-    Backward: the input's gradient passes through W, and through B and A, 2 r (in + out) operations more. The own
-    gradients of W, A and B are never computed. Optimizer: 8 bytes per trained parameter for AdamW's two means, 258,048
-    bytes.
+    With the new head, which a language model lacks, 12 * 2,560 + 1,536 = 32,256 trained. A and B are
+    256 * (768 + 2304) = 786,432 frozen numbers, once: 4 * 786,432 = 3,145,728 bytes in float32.
+    VeraConfig(bias="vera_only")               trains 59,904: 12 * 2304 = 27,648 more
+    VeraConfig(bias="all")                     trains 134,400: 12 * 8,448 + 768 = 102,144 more
+    VeraConfig(target_modules="all-linear")    trains 96,768: targets are c_attn, both c_proj and c_fc of each block
+    Forward: 2 r (in + out) operations per token and target beside 2 in out, 44 % more at r = 256. At inference the
+    same; merged, not one more.
+    Backward: the gradient of x passes through W, and through B and A, 2 r (in + out) operations more. W, A and B have
+    no gradients of their own. Kept: x A^T (batch, seq, r) for d's gradient, (d * x A^T) B^T (batch, seq, out) for b's,
+    and with dropout its mask, a byte per number of x; x itself is not needed. Optimizer: 8 bytes per trained parameter
+    for AdamW's two means, 258,048 bytes.
 Errors
+    VeraConfig(projection_prng_key=-1)
+        projection_prng_key must be a number from 0 to 2**63 - 1, got -1
     VeraConfig(bias="lora_only")
         bias must be one of none, vera_only, all, got 'lora_only'
     inject(model, VeraConfig(target_modules=["score"]))
@@ -101,6 +114,7 @@ class VeraConfig(MethodConfig):
 
     method: ClassVar[str] = "vera"
     peft_type: ClassVar[str] = "VERA"
+    # A field of peft's that a file may set and that changes nothing here.
     harmless: ClassVar[tuple[str, ...]] = ("init_weights",)
 
     r: int = setting(256, "rank of the shared matrices", POSITIVE_INTEGER)
@@ -160,7 +174,7 @@ class VeRALinear(ReplacementLayer):
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)                                                # (batch, seq, in) -> (batch, seq, out)
         A, B = self.matrices()
-        x = self.vera_dropout(to_dtype_of(self.vera_lambda_d, x))
+        x = self.vera_dropout(to_dtype_of(self.vera_lambda_d, x))             # float32 beside a half-precision W
         inner = self.vera_lambda_d * nn.functional.linear(x, A)               # (batch, seq, r)
         update = self.vera_lambda_b * nn.functional.linear(inner, B)          # (batch, seq, out)
         return (y + update).to(y.dtype)
@@ -172,7 +186,7 @@ class VeRALinear(ReplacementLayer):
         return {"weight": (self.base_layer.weight + update).to(self.base_layer.weight.dtype)}
 
     def stored(self, name: str) -> dict[str, Tensor]:
-        """Also A and B, whole, unless the seed is to say them."""
+        """d and b; also A and B, whole, unless loading is to draw them from the seed."""
         shared = {f"base_model.{key}": buffer for key, buffer in self.projections.named_buffers()}
         return super().stored(name) | (shared if self.save_projection else {})
 

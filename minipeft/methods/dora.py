@@ -25,8 +25,8 @@ Symbols
     m (out,) is lora_magnitude_vector, trained: how long each row of the adapted matrix is
     s = lora_alpha / r, a number; with use_rslora (rsLoRA) s = lora_alpha / sqrt(r)
     ||W + s B A|| (out,) the Euclidean length of each row      c (out,) stretches each row to the length that m says
-    A row of zeros has no direction to be stretched in: it stays zero. c is 1 there, and m's gradient 0. In peft, Hugging
-    Face's library, the division by 0 gives NaN.
+    A row of zeros has no direction to be stretched in: it stays zero. c is 1 there, and m's gradient 0. In peft,
+    Hugging Face's library, the division by 0 gives NaN.
     With lora_dropout, in training only: y = x W^T + bias + (c - 1) * z W^T + c * s * z A^T B^T, since dropout is to
     leave the base's own x W^T alone. z = dropout(x) (batch, seq, in) is x with a share lora_dropout of it set to zero
     and the rest divided by 1 - lora_dropout.

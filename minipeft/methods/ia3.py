@@ -45,10 +45,10 @@ Saved
     Face's library, compares them word for word. It wants fan_in_fan_out true for GPT-2, whose matrices it keeps as
     (in, out).
 Merging
-    W <- l * W. As stored, l (out, 1) scales the rows and l (1, in) the columns. Where the output is
-    rescaled, as in c_attn, bias <- l * bias too; the bias of mlp.c_proj stays. `merge` keeps the W and bias it found, and `unmerge` puts them back, bit for bit. On a
-    half-precision base l is float32; each product is rounded once, to W's type. Of several adapters the active one is
-    merged; before another can be, `unmerge`.
+    W <- l * W. As stored, l (out, 1) scales the rows and l (1, in) the columns. Where the output is rescaled, as in
+    c_attn, bias <- l * bias too; the bias of mlp.c_proj stays. `merge` keeps the W and bias it found, and `unmerge`
+    puts them back, bit for bit. On a half-precision base l is float32; each product is rounded once, to W's type. Of
+    several adapters the active one is merged; before another can be, `unmerge`.
 Cost
     out parameters for a c_attn, in for an mlp.c_proj: 2304 + 3072 = 5,376 per block of GPT-2, 12 * 5,376 = 64,512 in
     twelve. With the new head, which a language model lacks, 12 * 5,376 + 1,536 = 66,048 trained.

@@ -6,6 +6,7 @@ its line is a remark), a picture comes after it, and the text under a heading is
 indented by four more than the call that raises it. Sizes are those of GPT-2 124M with a classifier of two labels.
 """
 
+import copy
 import importlib
 import json
 import re
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import IDS, MASK, build
+from models import IDS, MASK, build, perturb
 
 import minipeft
 from minipeft import (
@@ -24,6 +25,7 @@ from minipeft import (
     merge,
     save_adapter,
     trainable_parameters,
+    unmerge,
 )
 from minipeft.errors import MinipeftError
 from minipeft.explain.equation import equation_of, heading_lines
@@ -36,6 +38,8 @@ HEADINGS = ["Symbols", "Trained", "Frozen", "At step 0", "Positions and mask", "
             "Differs from the paper"]
 NAMES = {**vars(minipeft), "DoraConfig": DoraConfig}
 TINY = GPT2Config(vocab_size=97, n_positions=40, n_embd=24, n_layer=2, n_head=3)
+
+MERGED = ["lora", "dora", "vera", "ia3"]
 
 each_method = pytest.mark.parametrize("method", METHODS)
 
@@ -169,6 +173,66 @@ def test_the_costs_are_right(method):
     for left, right in sums:
         assert eval(left.replace(",", "")) == int(right.replace(",", "")), f"{left} = {right}"
     assert f"{trained:,}" in {right for _, right in sums}, "the sum of the trained parameters"
+
+
+@pytest.mark.parametrize("method", MERGED)
+def test_the_frozen_numbers_and_the_options_counts_are_right(method):
+    count = trainable_parameters(default_injection(method))
+    assert f" {count.total - count.trainable:,} numbers" in text_under(method, "Frozen")
+    lines = re.findall(r"^(\w+\(.*?\)) +trains ([\d,]+):", "\n".join(lines_under(method, "Cost")), re.M)
+    assert len(lines) == 3
+    for call, figure in lines:
+        assert figure == f"{trainable_parameters(inject(on_meta(), eval(call, NAMES))).trainable:,}", call
+
+
+@pytest.mark.parametrize("method", MERGED)
+def test_what_is_kept_for_the_backward_pass_has_the_shapes_it_lists(method):
+    """As autograd has it, of the targets of one block, for 35 tokens; weights are not counted."""
+    sentence = re.search(r"Kept[^:]*: (.*?)\. Optimizer", text_under(method, "Cost"))[1]
+    (injection,), saved = active_injections(default_injection(method)), set()
+    widths = {"in": 768, "out": 2304, "r": getattr(injection.config, "r", None)}
+    for layer in (layer for name, layer in injection.layers.items() if ".h.0." in name):
+        x = torch.ones(5, 7, layer.base_layer.in_features, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.add(tuple(tensor.shape)), id):
+            layer.to_empty(device="cpu").train()(x)
+    listed = {widths.get(word) or int(word) for word in re.findall(r"\(batch, seq, (\w+)\)", sentence)}
+    assert {shape[-1] for shape in saved if torch.Size(shape[:-1]).numel() == 5 * 7} == listed
+
+
+@pytest.mark.parametrize(("method", "still"), [("lora", "lora_A.weight"), ("dora", "lora_A.weight"),
+                                               ("vera", "vera_lambda_d")])
+def test_in_the_first_step_one_gradient_is_zero_as_it_says(method, still):
+    assert re.search(r"gradient is 0 too: (the|in the) first step", text_under(method, "At step 0"))
+    model = inject(build(GPT2ForSequenceClassification, TINY), METHODS[method].config_class())
+    model(IDS).square().sum().backward()
+    for layer in active_injections(model)[0].layers.values():
+        assert {name for name in layer.trained if not layer.get_parameter(name).grad.any()} == {still}
+
+
+@pytest.mark.parametrize("method", MERGED)
+def test_on_a_half_precision_base_merging_rounds_once_and_unmerging_restores_every_bit(method):
+    assert "rounded once, to W's type" in text_under(method, "Merging")
+    model = perturb(inject(build(GPT2ForSequenceClassification, TINY).bfloat16(), METHODS[method].config_class()))
+    layers = active_injections(model)[0].layers
+    before = {name: layer.base_layer.weight.clone() for name, layer in layers.items()}
+    finer = {name: copy.deepcopy(layer).float().merged()["weight"] for name, layer in layers.items()}
+    merge(model)
+    for name, layer in layers.items():
+        assert torch.equal(layer.base_layer.weight, finer[name].bfloat16())
+        assert not torch.equal(layer.base_layer.weight, before[name])
+    unmerge(model)
+    assert all(torch.equal(layer.base_layer.weight, before[name]) for name, layer in layers.items())
+
+
+@pytest.mark.parametrize("call", ['LoraConfig(bias="all")', 'DoraConfig(bias="all")', 'VeraConfig(bias="all")'])
+def test_trained_biases_have_the_names_on_disk_that_it_says(call):
+    model = inject(on_meta(), eval(call, NAMES))
+    (injection,) = active_injections(model)
+    assert "...c_attn.base_layer.bias, others keep the base's names" in text_under(injection.method, "Saved")
+    biases = {name.removeprefix("base_model.model.transformer.h.0.") for name in _stored(model, injection)
+              if ".h.0." in name and name.endswith("bias")}
+    assert biases == {"attn.c_attn.base_layer.bias", "ln_1.bias", "attn.c_proj.bias", "ln_2.bias", "mlp.c_fc.bias",
+                      "mlp.c_proj.bias"}
 
 
 @each_method

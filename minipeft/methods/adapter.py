@@ -1,5 +1,6 @@
 r"""Bottleneck adapters: small two-layer networks after or beside the sub-layers of each block.
 
+A block has two sub-layers, attention and the feed-forward layer, and adds what each puts out to x, its residual stream.
 An adapter narrows a vector of C channels to m, applies a nonlinearity, widens it again and adds the result. What a
 task needs is learned in the bottleneck of m channels, while attention and feed-forward layers stay frozen.
 
@@ -15,7 +16,7 @@ task needs is learned in the bottleneck of m channels, while attention and feed-
             |  * s
             +------ h (batch, seq, C)      what the sub-layer puts out
             |
-            y (batch, seq, C)       what the block adds to its residual stream instead of h
+            y (batch, seq, C)       what the block adds to x instead of h
 
 `architecture` says which sub-layers of a block get an adapter, and what z is:
 
@@ -24,16 +25,21 @@ task needs is learned in the bottleneck of m channels, while attention and feed-
     parallel    beside the feed-forward layer, h = mlp(ln_2(x)) and z = ln_2(x), what went into it
 
 By hand, with C = 2, m = 1, s = 2: h = z = (3, 1), W_down = (1, -1), b_down = 1 give 3 - 1 + 1 = 3, and relu keeps it.
-W_up = (2, 3)^T, b_up = (0.5, -0.5) give (6.5, 8.5). So y = (3, 1) + 2 * (6.5, 8.5) = (16, 18).
+W_up = (2, 3)^T, b_up = (0.5, -0.5) give (6.5, 8.5). So y = (3, 1) + 2 * (6.5, 8.5) = (16, 18). With h = z = (1, 3)
+relu makes 0 of 1 - 3 + 1 = -1, and only b_up is left: y = (1, 3) + 2 * (0.5, -0.5) = (2, 2).
 
 Symbols
     z (batch, seq, C) the adapter's input     h (batch, seq, C) the sub-layer's output     y (batch, seq, C) the new one
     W_down (m, C), b_down (m,) are down       W_up (C, m), b_up (C,) are up                all four trained
     m = bottleneck_size, or C / reduction_factor rounded        s = scaling, a number      C = n_embd, the channels
-    act is non_linearity; dropout has adapter_dropout as its probability, 0 by default; x is the block's input
+    act is non_linearity: relu(a) = max(a, 0), swish(a) = a / (1 + exp(-a)), none(a) = a, tanh, or the exact
+    gelu(a) = a (1 + erf(a / sqrt(2))) / 2, which GPT-2's own gelu approximates
+    dropout sets each number to 0 with the probability adapter_dropout, 0 by default, and divides the others by
+    1 - adapter_dropout; in training only
+    x (batch, seq, C) the residual stream: the block's input for ln_1, and for ln_2 that plus what attention added
 Trained
     W_down, b_down, W_up and b_up of every adapter, in float32 whatever the base's dtype; a new classification head.
-    With layer_norm=True z first passes a LayerNorm of the adapter's own, which is trained, too.
+    With layer_norm=True z first passes a LayerNorm of the adapter's own, which is trained, too; h stays as it is.
 Frozen
     Everything else, the base's own LayerNorms among it: `inject` sets requires_grad to False when it carries out the
     plan, so no gradient is computed for it and the optimizer never sees it.
@@ -41,13 +47,14 @@ At step 0
     BottleneckConfig()                                            is the base model, bit for bit: W_up and b_up are 0
     BottleneckConfig(layer_norm=True)                             is the base model, bit for bit: for the same reason
     BottleneckConfig(architecture="parallel", scaling=4.0)        is the base model, bit for bit: for the same reason
-    No setting changes that. W_down starts uniform between -1 / sqrt(C) and 1 / sqrt(C). The first step's gradient
-    reaches W_up and b_up only: on its way to W_down it is multiplied by W_up, which is still zero.
+    No setting changes that. W_down starts uniform between -1 / sqrt(C) and 1 / sqrt(C), b_down at 0, and a LayerNorm
+    with weight 1 and bias 0. The first step's gradient reaches W_up and b_up only: on its way to W_down it is
+    multiplied by W_up, which is still zero.
     The comparison is with the base model under the same new head, which is random.
 Positions and mask
-    Untouched. Each token is changed by itself; a text has as many positions as before, and a KV cache holds what it
-    holds without adapters: one key and one value per token and block. Under gradient checkpointing an adapter is a part
-    of its block and is computed again with it.
+    Untouched. Each token is changed by itself, pads too, which no other token sees, on the left or on the right. A text
+    may have all 1,024 positions, and a KV cache holds what it holds without adapters: one key and one value per token
+    and block. Under gradient checkpointing an adapter is a part of its block and is computed again with it.
 Saved
     In adapter_model.safetensors:
     base_model.model.transformer.h.0.attn.adapter.down.weight (48, 768)
@@ -62,24 +69,33 @@ Saved
     and so for every block. pfeiffer and parallel have `.mlp.adapter.` only. With layer_norm=True each adapter also has
     layer_norm.weight (768,) and layer_norm.bias (768,), such as
     base_model.model.transformer.h.0.mlp.adapter.layer_norm.weight. adapter_config.json must say peft_type
-    MINIPEFT_BOTTLENECK, and each field that is not at its default. peft has no such method: only this library reads the
-    folder.
+    MINIPEFT_BOTTLENECK, and each field that is not at its default. It need not say task_type: the head's name shows it.
+    score is the new head; tagging has base_model.model.classifier.weight and .bias there, a language model nothing.
+    peft has no such method: only this library reads the folder.
 Merging
-    Not possible: act stands between the two matrices, so what is added is no matrix times the input, and no weight of
-    the base can take it in. The adapters stay and are computed at each prediction. `merge` refuses non_linearity none,
-    too. Then the adapter is one matrix, but it is added behind the sub-layer (parallel: beside it), which has no single
-    matrix from its input to its output to take it in. Behind a sub-layer, and without a LayerNorm of its own, it could
-    be multiplied into the sub-layer's last matrix, c_proj; this library does not do that.
+    Not possible: act stands between the two matrices, so no weight of the base can take in what is added. The adapters
+    stay and are computed at each prediction. `merge` refuses non_linearity none, too. Then the adapter is one matrix.
+    Behind a sub-layer, and without a LayerNorm of its own, it could be multiplied into the sub-layer's last matrix,
+    c_proj; this library does not do that. Beside a sub-layer (parallel) there is no such matrix.
+    Off: within `disable_adapter`, and for good after `remove`, the model is the base model, bit for bit, under the head
+    as it was before training.
+    Several: `load_adapter` adds adapters under other names, each with tensors and a head of its own. One name is active
+    at a time. Under it other methods may work along, such as a prompt, but no second BottleneckConfig.
 Cost
     2 C m + C + m parameters per adapter, 2 * 768 * 48 + 768 + 48 = 74,544; a LayerNorm has 2 C more. Two adapters per
     block for houlsby, 24 * 74,544 = 1,789,056, one for the others. In all 24 * 74,544 + 1,536 = 1,790,592 trained, the
-    head's 2 * 768 = 1,536 among them.
-    Forward: 4 C m operations per token and adapter, 2 * 4 * 768 * 48 = 294,912 per block beside the 14,155,776 of its
-    own matrices, 2.1 % more. Each adapter is two products that wait for each other; parallel does not wait for h.
+    head's 2 * 768 = 1,536 among them; with pfeiffer or parallel 12 * 74,544 + 1,536 = 896,064; houlsby with layer_norm
+    24 * (74,544 + 1,536) + 1,536 = 1,827,456.
+    Forward: 4 C m operations per token and adapter, 2 * 4 * 768 * 48 = 294,912 per block. That is 2.1 % of the
+    2 * 12 * 768 * 768 = 14,155,776 of its four matrices; pfeiffer and parallel take half of it. Each adapter is two
+    products that wait for each other; parallel does not wait for h.
     Backward: from the loss down to the lowest adapter the gradient passes through the frozen matrices as in full
-    fine-tuning; of the three products per matrix (forward, the input's gradient, the matrix's own gradient) the
-    third is never computed. Optimizer: 8 bytes per trained
-    parameter for AdamW's two means, 14,324,736 bytes.
+    fine-tuning. Of the three products per matrix (forward, the input's gradient, the matrix's own gradient) the third
+    is never computed for a frozen matrix. So its input is not kept. Kept are, per token, in each adapter z and act's
+    output, C + m numbers (gelu and swish m more, a LayerNorm C more), in each block above the lowest adapter the inputs
+    of both LayerNorms, q, k, v, attention's output and gelu's input, (2 + 3 + 1 + 4) C. What a dropout
+    keeps for itself comes on top.
+    Optimizer: 8 bytes per trained parameter for AdamW's two means, 14,324,736 bytes; gradients take half of that.
 Errors
     BottleneckConfig(non_linearity="silu")
         non_linearity must be one of relu, gelu, swish, tanh, none, got 'silu'
@@ -171,18 +187,19 @@ class BottleneckAdapter(AddedLayer):
 
     @property
     def trained(self) -> tuple[str, ...]:
+        """Names of what is trained and saved: all of it."""
         return tuple(name for name, _ in self.named_parameters())
 
     def forward(self, z: Tensor) -> Tensor:
         """What is added to h, from z."""
-        z = self.layer_norm(to_dtype_of(self.down.weight, z))
+        z = self.layer_norm(to_dtype_of(self.down.weight, z))                 # (batch, seq, C), float32 as the weights
         inner = self.activation(self.down(z))                                 # (batch, seq, C) -> (batch, seq, m)
         return self.scaling * self.dropout(self.up(inner))                    # (batch, seq, m) -> (batch, seq, C)
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        """y: the module's output, h in the equation, with what the adapter adds."""
+        """After each call of the sub-layer, `module`: y, its output h with what the adapter adds."""
         z = args[0] if self.parallel else output                              # (batch, seq, C)
-        return (output + self(z)).to(output.dtype)
+        return (output + self(z)).to(output.dtype)                            # in the base's dtype again
 
 
 def plan(model: nn.Module, config: BottleneckConfig) -> Plan:

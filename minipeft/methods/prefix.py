@@ -25,7 +25,7 @@ Symbols
     q, k, v (batch, H, seq, D) the text's queries, keys, values in one block; H heads of D = 64 make C = n_embd = 768
     P_k, P_v (batch, H, V, D) that block's part of the table, the same for every text        V = num_virtual_tokens
     [P_k; k] stacks along the sequence: (batch, H, V + seq, D)      mask (seq, V + seq): 0 where seen, else -infinity
-    o (batch, H, seq, D) what attention puts out, before c_proj     L = n_layer, the number of blocks
+    o (batch, H, seq, D) what attention's last matrix, c_proj, gets     L = n_layer, the number of blocks
     softmax makes shares of the V + seq scores that add up to 1     sqrt is the square root
     P (V, 2 L C) the table, trained, or made by a network if prefix_projection is true:
     P = tanh(E W_1^T + b_1) W_2^T + b_2, with E (V, C), W_1 (h, C), b_1 (h,), W_2 (2 L C, h), b_2 (2 L C,) trained and
@@ -40,58 +40,70 @@ Frozen
 At step 0
     PrefixTuningConfig()                            is not the base model: P is standard normal
     PrefixTuningConfig(init_weights="zero")         is not the base model: a key of zeros takes its share, see below
-    PrefixTuningConfig(prefix_projection=True)      is not the base model: P is random
-    No setting starts as the base model. A key of zeros scores 0 with every query, and exp(0) = 1: V of them take V / (V
-    + the sum of exp(score) over the text's tokens) of a softmax. Where these scores are 0, too, and a query sees t
-    tokens of the text, the prefix takes V of V + t shares: 20 of 25 at the fifth token, and a fifth of the base's
-    attention output is left. init_weights is not read with prefix_projection.
+    PrefixTuningConfig(prefix_projection=True)      is not the base model: E and the network are random
+    No setting starts as the base model. A key of zeros scores 0 with every query, and exp(0) = 1. So V of them take
+    V / (V + Z) of the softmax, where Z is the sum of exp(score) over the text's tokens that the query sees. If the
+    scores of t such tokens are 0, too, Z is t, and the prefix takes V of V + t shares: 20 of 25 at the fifth token. Its
+    values are zeros, so a fifth of the base's attention output is left.
+    E starts standard normal. W_1, b_1, W_2 and b_2 start uniform between -1 / sqrt(n) and 1 / sqrt(n), where n is how
+    many numbers the matrix reads: C for W_1 and b_1, h for W_2 and b_2. With prefix_projection init_weights is not
+    read; without it encoder_hidden_size is not.
     The comparison is with the base model under the same new head, which is random.
 Positions and mask
     With V = 20 and a text of 5 tokens:
-    Positions. The text stands at 20 to 24, and so do position_ids 0 to 4 that a caller gives: 20 is added to them.
-    Nothing stands at 0 to 19, and P has no wpe added. A text may have 1,024 - 20 = 1,004 tokens. One more is refused
-    when it is read: "1025 tokens do not fit this model: it has 1024 positions; truncate the text".
+    Positions. The text stands at 20 to 24; 20 is added to a caller's position_ids, 0 to 4. Nothing stands at 0 to 19:
+    P gets no position embedding (wpe). A text with its continuation may have 1,024 - 20 = 1,004 tokens. One more is
+    refused when it is read: "1025 tokens do not fit this model: it has 1024 positions; truncate the text".
     Mask. A mask (batch, 5) gets 20 ones on its left: 1 1 1 0 0 becomes twenty 1, then 1 1 1 0 0. With a mask or
-    without, a token of the text sees all 20 and the text up to itself. Pads are seen by no other token, on either side;
-    with padding on the left, 0 0 1 1 1, position_ids 0 0 0 1 2 become 20 20 20 21 22. There are no virtual queries, so
-    nothing is cut off the output.
+    without, a token of the text sees all 20 and the text up to itself. Pads, the tokens with 0 in the mask, are seen by
+    no other token. With pads on the left, 0 0 1 1 1, position_ids 0 0 0 1 2 become 20 20 20 21 22; `generate` gives
+    them. Without position_ids pads count, and this text starts at 22. The prefix has no queries, so attention puts out
+    one vector per token of the text, and nothing is cut off.
     KV cache. Before the first call's tokens every block's cache is filled with the 20 keys and values; after them it
     holds 25. A call without a cache is given one that is dropped afterwards. A later call with one token finds 25 in
     the cache and puts nothing in: the token gets position 25, a mask (batch, 6) becomes (batch, 26), and the cache then
     holds 26.
-    Gradient checkpointing. A block adds its keys and values to a copy of the cache. So when it is computed again in the
-    backward pass, it finds the 20 there, and not its own 5 besides.
+    Gradient checkpointing. A block is computed twice, and adds its 5 keys and values to a copy of the cache each time.
+    So the second computation, in the backward pass, finds the 20 alone, as the first did.
 Saved
     In adapter_model.safetensors:
     prompt_embeddings (20, 18432)
     base_model.score.weight (2, 768)
-    The first is P, also with prefix_projection: E and the network are not kept. Row i is virtual token i. Its
+    The second is the new head; tagging has base_model.classifier.weight and .bias there, a language model nothing. The
+    first is P, also with prefix_projection: E and the network are not kept. Row i is virtual token i. Its
     2 * 12 * 768 = 18,432 columns are, block after block, its key and then its value: 0 to 767 the key of block 0, 768
     to 1,535 the value of block 0, 1,536 to 2,303 the key of block 1. Within 768 the heads follow each other, 64 each.
-    adapter_config.json must say peft_type PREFIX_TUNING, task_type and num_virtual_tokens. token_dim 768, num_layers
-    12, num_attention_heads 12 and num_transformer_submodules 1 are written for peft and, where they are there, must be
-    the model's.
-    task_type is SEQ_CLS for this classifier, TOKEN_CLS for tagging and CAUSAL_LM for a language model; loading checks
-    that it is the model's.
+    adapter_config.json must say peft_type PREFIX_TUNING, task_type and num_virtual_tokens. task_type is SEQ_CLS for
+    this classifier, TOKEN_CLS for tagging and CAUSAL_LM for a language model. token_dim 768, num_layers 12,
+    num_attention_heads 12 and num_transformer_submodules 1 are written for peft. What is there must be the model's:
+    "the adapter was made for another num_layers; this model's is 12".
     prefix_projection and encoder_hidden_size stay in a loaded configuration. They say how P was made, and change
     nothing: loading builds that network, and a table with the saved P takes its place.
 Merging
     Not possible: keys and values are a part of what attention reads, not a change of weights. They are put in before
     each text.
     `merge` is refused: "Prefix cannot be merged: it is not a change of weights".
+    Off: within `disable_adapter`, and for good after `remove`, the model is the base model bit for bit: the text stands
+    at 0 of 1,024 positions, under the head as it was before training. A KV cache keeps the prefix: start a new one.
+    Several: `load_adapter` adds adapters under other names, each with a P and a head of its own. One name is active at
+    a time. Under it other methods may work along, such as LoRA, but no second one that puts something before the text.
 Cost
     2 V L C parameters: 2 * 20 * 12 * 768 = 368,640. In all 2 * 20 * 12 * 768 + 1,536 = 370,176 trained, the head's
     2 * 768 = 1,536 among them. With prefix_projection V C + C h + h + 2 L C h + 2 L C and the head:
     20 * 768 + 768 * 768 + 768 + 18,432 * 768 + 18,432 + 1,536 = 14,781,696; once saved and loaded 370,176 again.
     Forward: not a token more. Each query scores V keys more and adds V values more: 4 V C operations per token and
-    block, 4 * 20 * 768 = 61,440 beside the 14,155,776 of the block's matrices, 0.4 %. Attention is given a mask where
-    the base needs none. The network, if there is one, runs once per call, 2 V (C h + h 2 L C) operations:
-    2 * 20 * (768 * 768 + 768 * 18,432) = 589,824,000, as many as the matrices take for 3.5 tokens of text. A loaded
-    adapter has no network.
-    Backward: the gradient passes through all blocks down to the first one's attention. Full fine-tuning takes three
-    products per matrix: forward, the input's gradient and the matrix's own gradient. The third is never computed for a
-    frozen matrix. Optimizer: 8 bytes per trained parameter for AdamW's two means, 2,961,408 bytes; with
-    prefix_projection 8 * 14,781,696 = 118,253,568 bytes.
+    block, 4 * 20 * 768 = 61,440, which is 0.4 % of what the block's four matrices (12 C^2 numbers) take,
+    2 * 12 * 768 * 768 = 14,155,776. Attention is given a mask where the base needs none. The network, if there is one,
+    runs once per call, 2 V (C h + h 2 L C) operations: 2 * 20 * (768 * 768 + 768 * 18,432) = 589,824,000, as many as
+    the matrices of all blocks take for 3.5 tokens of text. A loaded adapter has no network. A KV cache holds 2 V L C
+    numbers more per text, 4 * 368,640 = 1,474,560 bytes in float32.
+    Backward: the gradient passes through all blocks down to the first one's attention. Of the three products that full
+    fine-tuning takes per matrix (forward, the input's gradient, the matrix's own gradient) the third is never computed
+    for a frozen matrix. So its input is not kept. Kept are, per block and token, the inputs of both LayerNorms, q, k,
+    v, attention's output and gelu's input, (2 + 3 + 1 + 4) C numbers. [P_k; k] and [P_v; v] are copies, and kept
+    as well: 2 C (V + seq) numbers per block and text. What the base's dropout keeps for itself comes on top.
+    Optimizer: 8 bytes per trained parameter for AdamW's two means, 2,961,408 bytes; with prefix_projection
+    8 * 14,781,696 = 118,253,568 bytes. Gradients take half of that.
 Errors
     PrefixTuningConfig(init_weights="zeros")
         init_weights must be one of None, zero, got 'zeros'
@@ -169,7 +181,10 @@ class PrefixProjection(nn.Module):
 
 
 class Prefix(VirtualTokens):
-    """Keys and values that every block's attention finds in its cache before the first token."""
+    """Keys and values that every block's attention finds in its cache before the first token.
+
+    `encoder()` gives them as one table, P (V, 2 L C).
+    """
 
     def __init__(self, encoder: nn.Module, num_virtual_tokens: int, n_layer: int, n_head: int) -> None:
         super().__init__(encoder, num_virtual_tokens)
@@ -182,13 +197,17 @@ class Prefix(VirtualTokens):
         table = table.view(self.num_virtual_tokens, self.n_layer, 2, self.n_head, -1)    # (V, L, 2, H, D)
         table = table.permute(1, 2, 3, 0, 4)                                             # (L, 2, H, V, D)
         table = table.unsqueeze(2).expand(-1, -1, batch, -1, -1, -1)                     # (L, 2, batch, H, V, D)
-        return [(key, value) for key, value in table]
+        return [(key, value) for key, value in table]                    # L pairs, each tensor (batch, H, V, D)
 
     def put_into(self, call: dict[str, Any], module: nn.Module) -> None:
+        """Before each call of the base model, `module`: change its arguments, `call`; those not given are None there.
+
+        The mask has its V ones already.
+        """
         if call["position_ids"] is not None:
-            call["position_ids"] = call["position_ids"] + self.num_virtual_tokens
+            call["position_ids"] = call["position_ids"] + self.num_virtual_tokens    # the same shape, V further on
         if call["cache"] is None:
-            call["cache"] = KVCache(kept=False)
+            call["cache"] = KVCache(kept=False)  # the blocks read it in this call, and nobody after it
         if call["cache"].length == 0:  # later calls find the prefix in the cache
             tokens = call["input_ids"] if call["inputs_embeds"] is None else call["inputs_embeds"]
             call["cache"].layers = self.keys_and_values(tokens.shape[0], compute_dtype(module.wte.weight))

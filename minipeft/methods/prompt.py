@@ -1,8 +1,8 @@
 r"""Prompt tuning: learned input vectors before the text.
 
 The frozen model is given V vectors that are no words' embeddings, and reads them before the text. They are all that is
-trained, and every text gets the same ones. On the way out their positions are cut off: heads and losses see the text
-alone.
+trained, and every text gets the same ones. What the model puts out at their positions is cut off, so heads and losses
+see the text alone.
 
     x = [P; wte[ids]] + wpe[positions]
     y = blocks(x)[V:]
@@ -21,7 +21,8 @@ Symbols
     ids (batch, seq) the text's token ids       wte (vocabulary, C), wpe (n_positions, C) the frozen embeddings
     P (V, C) the prompt, trained                V = num_virtual_tokens       C = n_embd, 768 in GPT-2 124M
     [P; ...] stacks along the sequence          positions (V + seq,) are 0, 1, 2, ...
-    x (batch, V + seq, C) what enters the blocks                y (batch, seq, C) what the head gets, after ln_f
+    x (batch, V + seq, C) what enters the blocks, in training after the base's own dropout
+    blocks the base's L = n_layer blocks and ln_f, its last LayerNorm      y (batch, seq, C) what the head gets
 Trained
     P, a (V, C) table called prompt_tuning.encoder.weight, in float32 whatever the base's dtype; a new classification
     head.
@@ -35,18 +36,19 @@ At step 0
     With prompt_tuning_init="TEXT" P is the rows of prompt_tuning_init_text's tokens, repeated or cut to V: the base
     model with these words before each text, which is not the base model on the text either. No setting starts as the
     base model: a text's tokens stand V positions later, and each spends a part of its attention on the prompt. Where
-    all scores are equal, one that sees t tokens of the text gives V of V + t shares to the prompt: the first token of a
-    text 20 of 21.
+    all scores are equal, token number t of the text, which sees V + t tokens, spends V of V + t shares on the prompt:
+    the first token 20 of 21.
     The comparison is with the base model under the same new head, which is random.
 Positions and mask
     With V = 20 and a text of 5 tokens:
-    Positions. The prompt stands at 0 to 19, the text at 20 to 24. position_ids 0 to 4 that a caller gives mean the
-    same: 20 is added to them, and 0 to 19 come before. A text may have 1,024 - 20 = 1,004 tokens. One more is refused
+    Positions. The prompt stands at 0 to 19, the text at 20 to 24. 20 is added to a caller's position_ids, 0 to 4, and
+    0 to 19 are put before them. A text with its continuation may have 1,024 - 20 = 1,004 tokens. One more is refused
     when it is read: "1025 tokens do not fit this model: it has 1024 positions; truncate the text".
-    Mask. None stays None, plain causal attention over 25 tokens. A mask (batch, 5) gets 20 ones on its left:
-    1 1 1 0 0 becomes twenty 1, then 1 1 1 0 0. Virtual token i sees the virtual tokens 0 to i, a token of the text all
-    20 and the text up to itself. In a text padded on the left, 0 0 1 1 1, the pads stand between prompt and text and
-    no other token sees them; position_ids 0 0 0 1 2 become 20 20 20 21 22.
+    Mask. None stays None: each of the 25 tokens sees itself and all before it. A mask (batch, 5) gets 20 ones on its
+    left: 1 1 1 0 0 becomes twenty 1, then 1 1 1 0 0. Virtual token i sees the virtual tokens 0 to i, a token of the
+    text all 20 and the text up to itself. Pads, the tokens with 0 in the mask, are seen by no other token. On the left,
+    0 0 1 1 1, they stand between prompt and text, and position_ids 0 0 0 1 2 become 20 20 20 21 22; `generate` gives
+    them. Without position_ids pads count, and this text starts at 22.
     KV cache. After the first call every block holds 25 keys and values, 20 of the prompt and 5 of the text. A later
     call with one token finds the prompt there, so nothing is put in and nothing is cut off: the token gets position
     25, a mask (batch, 6) becomes (batch, 26), and the cache then holds 26.
@@ -55,22 +57,31 @@ Saved
     In adapter_model.safetensors:
     prompt_embeddings (20, 768)
     base_model.score.weight (2, 768)
-    adapter_config.json must say peft_type PROMPT_TUNING, task_type and num_virtual_tokens. token_dim 768, num_layers
-    12, num_attention_heads 12 and num_transformer_submodules 1 are written for peft and, where they are there, must be
-    the model's. With prompt_tuning_init TEXT peft wants tokenizer_name_or_path, too.
-    task_type is SEQ_CLS for this classifier, TOKEN_CLS for tagging and CAUSAL_LM for a language model; loading checks
-    that it is the model's.
+    The second is the new head; tagging has base_model.classifier.weight and .bias there, a language model nothing.
+    adapter_config.json must say peft_type PROMPT_TUNING, task_type and num_virtual_tokens. task_type is SEQ_CLS for
+    this classifier, TOKEN_CLS for tagging and CAUSAL_LM for a language model. token_dim 768, num_layers 12,
+    num_attention_heads 12 and num_transformer_submodules 1 are written for peft. What is there must be the model's:
+    "the adapter was made for another token_dim; this model's is 768". With prompt_tuning_init TEXT peft wants
+    tokenizer_name_or_path, too.
     In a loaded configuration prompt_tuning_init is RANDOM, whatever was saved: P comes from the file.
 Merging
     Not possible: the prompt is input, not a change of weights. It is read before each text.
     `merge` is refused: "Prompt cannot be merged: it is not a change of weights".
+    Off: within `disable_adapter`, and for good after `remove`, the model is the base model bit for bit: the text stands
+    at 0 of 1,024 positions, under the head as it was before training. A KV cache keeps the prompt: start a new one.
+    Several: `load_adapter` adds adapters under other names, each with a P and a head of its own. One name is active at
+    a time. Under it other methods may work along, such as LoRA, but no second one that puts something before the text.
 Cost
     V C parameters: 20 * 768 = 15,360. In all 20 * 768 + 1,536 = 16,896 trained, the head's 2 * 768 = 1,536 among them.
     Forward: V tokens more per text in every block: 276 instead of 256 is 8 % more, 25 instead of 5 five times as much.
-    With a KV cache a text pays for them once, in its first call.
-    Backward: the gradient passes through all blocks down to the input. Full fine-tuning takes three products per
-    matrix: forward, the input's gradient and the matrix's own gradient. The third is never computed for a frozen
-    matrix. Optimizer: 8 bytes per trained parameter for AdamW's two means, 135,168 bytes.
+    With a KV cache a text pays for them once, in its first call. The cache holds their 2 V L C numbers per text,
+    4 * 2 * 20 * 12 * 768 = 1,474,560 bytes in float32.
+    Backward: the gradient passes through all blocks down to the input. Of the three products that full fine-tuning
+    takes per matrix (forward, the input's gradient, the matrix's own gradient) the third is never computed for a frozen
+    matrix. So its input is not kept. Kept are, per block and token, virtual or not, the inputs of both LayerNorms, q,
+    k, v, attention's output and gelu's input, (2 + 3 + 1 + 4) C numbers; what the base's dropout keeps for itself comes
+    on top.
+    Optimizer: 8 bytes per trained parameter for AdamW's two means, 135,168 bytes; gradients take half of that.
 Errors
     PromptTuningConfig(prompt_tuning_init="random")
         prompt_tuning_init must be one of RANDOM, SAMPLE_VOCAB, TEXT, got 'random'
@@ -120,7 +131,7 @@ class PromptTuningConfig(VirtualTokensConfig):
 
     method: ClassVar[str] = "prompt"
     peft_type: ClassVar[str] = "PROMPT_TUNING"
-    harmless: ClassVar[tuple[str, ...]] = ("tokenizer_kwargs",)
+    harmless: ClassVar[tuple[str, ...]] = ("tokenizer_kwargs",)  # of peft's file: how TEXT was cut, which is over
 
     num_virtual_tokens: int = setting(20, "V, tokens before the text", POSITIVE_INTEGER)
     prompt_tuning_init: str = setting(
@@ -143,9 +154,13 @@ class PromptTuningConfig(VirtualTokensConfig):
 
 
 class Prompt(VirtualTokens):
-    """Vectors put before the text's embeddings, and cut off the output."""
+    """Vectors put before the text's embeddings, and cut off the output. `encoder()` gives them, P (V, C)."""
 
     def put_into(self, call: dict[str, Any], module: nn.Module) -> None:
+        """Before each call of the base model, `module`: change its arguments, `call`; those not given are None there.
+
+        The mask has its V ones already.
+        """
         V, positions = self.num_virtual_tokens, call["position_ids"]
         first = call["cache"] is None or call["cache"].length == 0  # later calls find the prompt in the cache
         if positions is not None:
@@ -154,22 +169,23 @@ class Prompt(VirtualTokens):
             call["position_ids"] = torch.cat((virtual, positions), dim=1) if first else positions
             # The first call's are (batch or 1, V + seq).
         if first:
+            # (batch, seq, C). The base model adds wpe, and reads inputs_embeds in place of input_ids.
             x = module.wte(call["input_ids"]) if call["inputs_embeds"] is None else call["inputs_embeds"]
             prompt = self.encoder().to(x.dtype).expand(x.shape[0], -1, -1)               # (batch, V, C)
             call["inputs_embeds"] = torch.cat((prompt, x), dim=1)                        # (batch, V + seq, C)
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        """After each call of the base model, with the arguments that `put_into` left: y."""
         if self._prompt_is_in(output, kwargs["cache"]):
             return output[:, self.num_virtual_tokens:]                                   # (batch, seq, C)
-        return output
+        return output                                                                    # already (batch, seq, C)
 
     @staticmethod
     def _prompt_is_in(output: Tensor, cache: KVCache | None) -> bool:
         """Whether the prompt was put before this call's tokens, as it is at a text's first call.
 
-        Without a cache every call is a first one. A cache holds, after the call, this call's tokens and those of all
-        calls before. If that is as many as the call put out, there were no calls before: 25 and 25. At a later call of
-        one token it is more: 26 and 1.
+        Without a cache every call is a first one. With one, `cache.length` counts the tokens of this call and of all
+        calls before. After the first call it is what this call put out, 25 and 25. Later it is more: 26 and 1.
         """
         return cache is None or cache.length == output.shape[1]
 
@@ -179,7 +195,7 @@ def plan(model: nn.Module, config: PromptTuningConfig) -> Plan:
 
     Raises:
         ConfigError: as many virtual tokens as positions or more, no text to start from, or another model's tokenizer.
-        WeightsError: a tokenizer that is not found.
+        WeightsError: a damaged vocabulary file, or GPT-2's vocabulary neither cached nor to be downloaded.
     """
     check_room(model, config.num_virtual_tokens)
     prompt = Prompt(Table(_initial_rows(model, config)), config.num_virtual_tokens)

@@ -21,22 +21,27 @@ what it makes is kept.
                  |     |       |      |      |      |      |
     y            cut off ...   y_0    y_1    y_2    y_3    y_4        (batch, seq, C)
 
-With encoder_reparameterization_type="LSTM" two directions of an LSTM read E as a sequence of V, and two linear layers
-narrow what they say: P = relu(lstm(E) W_1^T + b_1) W_2^T + b_2, where lstm(E) is (V, 2 h).
+With encoder_reparameterization_type="LSTM" an LSTM, a recurrent network, reads E row by row, once forwards and once
+backwards. Two linear layers follow: P = relu(lstm(E) W_1^T + b_1) W_2^T + b_2, where lstm(E) is (V, 2 h).
 
 By hand, with V = 1, C = 2, h = 1: E = (1, 2), W_1 = (1, 1), b_1 = 1 give 1 + 2 + 1 = 4; W_2 = 2, b_2 = -1 give
-2 * 4 - 1 = 7; W_3 = (1, -1)^T, b_3 = (0, 10) give P = (7, 3). relu changes nothing here.
+2 * 4 - 1 = 7; W_3 = (1, -1)^T, b_3 = (0, 10) give P = (7, 3). relu changes nothing here. With E = (-3, 1) it does:
+-3 + 1 + 1 = -1 becomes 0, then 2 * 0 - 1 = -1 becomes 0, and P = (0, 10).
 
 Symbols
     E (V, C) is encoder.embedding.weight        h = encoder_hidden_size, the network's width, by default C
     W_1 (h, C), b_1 (h,), W_2 (h, h), b_2 (h,), W_3 (C, h), b_3 (C,) are the linear layers of encoder.mlp_head; with the
     LSTM W_1 is (2 h, 2 h) and W_2 (C, 2 h)     E, the W and the b are all trained, and so is the LSTM
     lstm is PyTorch's nn.LSTM(C, h, encoder_num_layers, bidirectional=True). Each layer has for each direction
-    weight_ih (4 h, C), above the first layer (4 h, 2 h), weight_hh (4 h, h), bias_ih (4 h,) and bias_hh (4 h,).
+    weight_ih (4 h, C), above the first layer (4 h, 2 h), weight_hh (4 h, h), bias_ih (4 h,) and bias_hh (4 h,). It goes
+    from row to row with a state c (h,) and an output s (h,), both 0 at first. The quarters of
+    weight_ih row + bias_ih + weight_hh s + bias_hh are i, f, g, o. c becomes sigmoid(f) c + sigmoid(i) tanh(g), and
+    then s becomes sigmoid(o) tanh(c). Both directions' s stand side by side in the layer's output (V, 2 h).
     relu(x) = max(x, 0)       P (V, C) the prompt       V = num_virtual_tokens       C = n_embd, 768 in GPT-2 124M
     ids (batch, seq) the text's token ids       wte (vocabulary, C), wpe (n_positions, C) the frozen embeddings
-    [P; ...] stacks along the sequence          positions (V + seq,) are 0, 1, 2, ...
-    x (batch, V + seq, C) what enters the frozen blocks         y (batch, seq, C) what the head gets, after ln_f
+    [P; ...] stacks along the sequence          positions (V + seq,) are 0, 1, 2, ...     sigmoid(a) = 1 / (1 + exp(-a))
+    x (batch, V + seq, C) what enters the blocks, in training after the base's own dropout
+    blocks the base's L = n_layer blocks and ln_f, its last LayerNorm      y (batch, seq, C) what the head gets
 Trained
     E and the network, in float32 whatever the base's dtype; a new classification head. A model that loads a saved
     adapter has P as a plain table: if it is trained further, then P itself is, as in prompt tuning.
@@ -44,21 +49,24 @@ Frozen
     Everything else, wte first of all: `inject` sets requires_grad to False when it carries out the plan, so no gradient
     is computed for it and the optimizer never sees it.
 At step 0
-    PromptEncoderConfig()                                             is not the base model: P is random
-    PromptEncoderConfig(encoder_reparameterization_type="LSTM")       is not the base model: P is random
+    PromptEncoderConfig()                                          is not the base model: E and the network are random
+    PromptEncoderConfig(encoder_reparameterization_type="LSTM")    is not the base model: for the same reason
+    E starts standard normal. Matrix and bias of a linear layer with n inputs start uniform between -1 / sqrt(n) and
+    1 / sqrt(n), all of the LSTM's tensors between -1 / sqrt(h) and 1 / sqrt(h).
     No setting starts as the base model: a text's tokens stand V positions later, and each spends a part of its
-    attention on the prompt. Where all scores are equal, one that sees t tokens of the text gives V of V + t shares to
-    the prompt: the first token of a text 20 of 21.
+    attention on the prompt. Where all scores are equal, token number t of the text, which sees V + t tokens, spends V
+    of V + t shares on the prompt: the first token 20 of 21.
     The comparison is with the base model under the same new head, which is random.
 Positions and mask
     With V = 20 and a text of 5 tokens:
-    Positions. The prompt stands at 0 to 19, the text at 20 to 24. position_ids 0 to 4 that a caller gives mean the
-    same: 20 is added to them, and 0 to 19 come before. A text may have 1,024 - 20 = 1,004 tokens. One more is refused
+    Positions. The prompt stands at 0 to 19, the text at 20 to 24. 20 is added to a caller's position_ids, 0 to 4, and
+    0 to 19 are put before them. A text with its continuation may have 1,024 - 20 = 1,004 tokens. One more is refused
     when it is read: "1025 tokens do not fit this model: it has 1024 positions; truncate the text".
-    Mask. None stays None, plain causal attention over 25 tokens. A mask (batch, 5) gets 20 ones on its left:
-    1 1 1 0 0 becomes twenty 1, then 1 1 1 0 0. Virtual token i sees the virtual tokens 0 to i, a token of the text all
-    20 and the text up to itself. In a text padded on the left, 0 0 1 1 1, the pads stand between prompt and text and
-    no other token sees them; position_ids 0 0 0 1 2 become 20 20 20 21 22.
+    Mask. None stays None: each of the 25 tokens sees itself and all before it. A mask (batch, 5) gets 20 ones on its
+    left: 1 1 1 0 0 becomes twenty 1, then 1 1 1 0 0. Virtual token i sees the virtual tokens 0 to i, a token of the
+    text all 20 and the text up to itself. Pads, the tokens with 0 in the mask, are seen by no other token. On the left,
+    0 0 1 1 1, they stand between prompt and text, and position_ids 0 0 0 1 2 become 20 20 20 21 22; `generate` gives
+    them. Without position_ids pads count, and this text starts at 22.
     KV cache. After the first call every block holds 25 keys and values, 20 of the prompt and 5 of the text. A later
     call with one token finds the prompt there, so nothing is put in and nothing is cut off: the token gets position
     25, a mask (batch, 6) becomes (batch, 26), and the cache then holds 26.
@@ -68,33 +76,41 @@ Saved
     In adapter_model.safetensors:
     prompt_embeddings (20, 768)
     base_model.score.weight (2, 768)
+    The second is the new head; tagging has base_model.classifier.weight and .bias there, a language model nothing.
     P alone: E and the network are not kept, and P is made without dropout. adapter_config.json must say peft_type
-    P_TUNING, task_type and num_virtual_tokens. token_dim 768, num_layers 12, num_attention_heads 12 and
-    num_transformer_submodules 1 are written for peft and, where they are there, must be the model's.
-    task_type is SEQ_CLS for this classifier, TOKEN_CLS for tagging and CAUSAL_LM for a language model; loading checks
-    that it is the model's.
-    The encoder_* fields stay in a loaded configuration. They say how P was made, and change nothing: loading builds
-    that network, and a table with the saved P takes its place.
+    P_TUNING, task_type and num_virtual_tokens. task_type is SEQ_CLS for this classifier, TOKEN_CLS for tagging and
+    CAUSAL_LM for a language model. token_dim 768, num_layers 12, num_attention_heads 12 and num_transformer_submodules
+    1 are written for peft. What is there must be the model's: "the adapter was made for another token_dim; this model's
+    is 768".
+    The encoder_* fields stay in a loaded configuration and change nothing: a table with P is in the network's place.
 Merging
     Not possible: the prompt is input, not a change of weights. It is read before each text.
     `merge` is refused: "Prompt cannot be merged: it is not a change of weights".
+    Off: within `disable_adapter`, and for good after `remove`, the model is the base model bit for bit: the text stands
+    at 0 of 1,024 positions, under the head as it was before training. A KV cache keeps the prompt: start a new one.
+    Several: `load_adapter` adds adapters under other names, each with a P and a head of its own. One name is active at
+    a time. Under it other methods may work along, such as LoRA, but no second one that puts something before the text.
 Cost
     V C + (C h + h) + (h^2 + h) + (h C + C) parameters: 20 * 768 + 3 * (768 * 768 + 768) = 1,787,136 by default.
     In all 1,787,136 + 1,536 = 1,788,672 trained, the head's 2 * 768 = 1,536 among them. Once saved and loaded,
     20 * 768 + 1,536 = 16,896. With the LSTM of two layers:
-    layer 0     2 * (3072 * 768 + 3072 * 768 + 2 * 3072) = 9,449,472
-    layer 1     2 * (3072 * 1536 + 3072 * 768 + 2 * 3072) = 14,168,064
-    W and b     (1536 * 1536 + 1536) + (768 * 1536 + 768) = 3,541,248
+    layer 0     8 h (C + h + 2)               2 * (3072 * 768 + 3072 * 768 + 2 * 3072) = 9,449,472
+    each more   8 h (3 h + 2)                 2 * (3072 * 1536 + 3072 * 768 + 2 * 3072) = 14,168,064
+    W and b     4 h^2 + 2 h + 2 h C + C       (1536 * 1536 + 1536) + (768 * 1536 + 768) = 3,541,248
     in all      9,449,472 + 14,168,064 + 3,541,248 + 20 * 768 + 1,536 = 27,175,680, the head's among them
     Forward: V tokens more per text in every block: 276 instead of 256 is 8 % more, 25 instead of 5 five times as much.
-    With a KV cache a text pays for them once, in its first call. The network runs once per call, not per text.
-    The MLP takes 2 * 20 * 3 * 768 * 768 = 70,778,880 operations, fewer than one token of text, whose matrices take
-    12 * 14,155,776 = 169,869,312. The LSTM with its two linear layers takes 2 V per number in a matrix:
-    2 * 20 * (9,437,184 + 14,155,776 + 3,538,944) = 1,085,276,160, as many as 6.4 tokens. A loaded adapter has neither.
-    Backward: the gradient passes through all blocks down to the input and then through the network. Full fine-tuning
-    takes three products per matrix: forward, the input's gradient and the matrix's own gradient. The third is never
-    computed for a frozen matrix. Optimizer: 8 bytes per trained parameter for AdamW's two means, 14,309,376 bytes; with
-    the LSTM 8 * 27,175,680 = 217,405,440 bytes.
+    With a KV cache a text pays for them once, in its first call. The cache holds their 2 V L C numbers per text,
+    4 * 2 * 20 * 12 * 768 = 1,474,560 bytes in float32. The network runs once per call, not per text, with 2 V
+    operations per number in its matrices: 2 * 20 * 3 * 768 * 768 = 70,778,880 for the MLP. In the 12 blocks' matrices,
+    of 12 C^2 numbers each, one token takes 2 * 12 * 12 * 768 * 768 = 169,869,312. The LSTM takes as many as 6.4 tokens,
+    2 * 20 * (9,437,184 + 14,155,776 + 3,538,944) = 1,085,276,160 in layer 0, layer 1 and W.
+    Backward: the gradient passes through all blocks down to the input, and then through the network. Of the three
+    products that full fine-tuning takes per matrix (forward, the input's gradient, the matrix's own gradient) the third
+    is never computed for a frozen matrix. So its input is not kept. Kept are, per block and token, virtual or not, the
+    inputs of both LayerNorms, q, k, v, attention's output and gelu's input, (2 + 3 + 1 + 4) C numbers; what the base's
+    dropout keeps for itself comes on top.
+    Optimizer: 8 bytes per trained parameter for AdamW's two means, 14,309,376 bytes; with the LSTM
+    8 * 27,175,680 = 217,405,440 bytes. Gradients take half of that.
 Errors
     PromptEncoderConfig(encoder_reparameterization_type="GRU")
         encoder_reparameterization_type must be one of MLP, LSTM, got 'GRU'
@@ -134,6 +150,8 @@ from minipeft.settings import POSITIVE_INTEGER, PROBABILITY, setting
 @dataclass
 class PromptEncoderConfig(VirtualTokensConfig):
     """peft's PromptEncoderConfig. encoder_num_layers and encoder_dropout concern the LSTM; the MLP has neither.
+
+    The dropout acts between two layers of the LSTM. With one layer there is no such place, and torch warns.
 
     Raises:
         ConfigError: a value of the wrong type or out of range.

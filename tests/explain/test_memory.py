@@ -87,6 +87,21 @@ def test_lora_keeps_what_its_formula_needs():
     assert memory.optimizer == pytest.approx(8 * trained, rel=0.01)
 
 
+@pytest.mark.parametrize(("method", "fields", "kept"), [
+    ("prompt", {}, lambda C, V, m: 10 * C * (LENGTH + V)), ("ptuning", {}, lambda C, V, m: 10 * C * (LENGTH + V)),
+    ("prefix", {}, lambda C, V, m: 10 * C * LENGTH + 2 * C * (V + LENGTH)),
+    ("adapter", {"architecture": "houlsby"}, lambda C, V, m: (10 * C + 2 * (C + m)) * LENGTH),
+    ("adapter", {"architecture": "parallel"}, lambda C, V, m: (10 * C + C + m) * LENGTH),
+    ("adapter", {"non_linearity": "swish"}, lambda C, V, m: (10 * C + 2 * (C + 2 * m)) * LENGTH),
+    ("adapter", {"layer_norm": True}, lambda C, V, m: (10 * C + 2 * (2 * C + m)) * LENGTH)], ids=str)
+def test_one_more_block_keeps_the_numbers_that_the_method_files_say(method, fields, kept):
+    C, V, m = SMALL["n_embd"], 20, 32
+    sizes = {"bottleneck_size": m} if method == "adapter" else {"num_virtual_tokens": V}
+    four, five = (training_memory(GPT2Config(**{**SMALL, "n_layer": layers}), method, BATCH, LENGTH, **sizes,
+                                  **fields).activations for layers in (4, 5))
+    assert (five - four) / 4 / BATCH == pytest.approx(kept(C, V, m), rel=0.01)
+
+
 def test_micro_batches_keep_the_activations_of_one_at_a_time():
     config = GPT2Config(**SMALL)
     whole, in_four = (training_memory(config, "lora", BATCH, LENGTH, tokens_at_once=tokens)

@@ -153,6 +153,15 @@ def test_a_prefix_starts_standard_normal_and_decided_by_the_seed(make_model):
     assert torch.equal(drawn, start(1)) and not torch.equal(drawn, start(2))
 
 
+def test_a_projections_embeddings_start_standard_normal_and_its_network_uniform():
+    torch.manual_seed(0)
+    made = PrefixProjection(300, 400, 25, 64, torch.device("cpu"))
+    assert made.embedding.weight.std().item() == pytest.approx(1, abs=0.01)
+    for layer, bound in ((made.transform[0], 1 / 20), (made.transform[2], 1 / 5)):
+        for parameter in layer.parameters():
+            assert 0.8 * bound < parameter.abs().max() <= bound
+
+
 @pytest.mark.parametrize(("hidden", "width"), [(None, 24), (7, 7)])
 def test_only_the_projected_table_is_stored_and_a_loaded_model_holds_it_plain(make_model, tmp_path, hidden, width):
     config = PrefixTuningConfig(num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=hidden)

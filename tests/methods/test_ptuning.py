@@ -103,6 +103,18 @@ def test_the_base_model_reads_what_the_encoder_makes_before_the_text(make_model,
     torch.testing.assert_close(model(IDS), base(inputs_embeds=embeddings)[:, 3:], atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("fields", [{}, LSTM], ids=["MLP", "LSTM"])
+def test_the_embeddings_start_standard_normal_and_the_network_uniform(fields):
+    made = encoder(V=300, width=400, hidden=25, **fields)
+    assert made.embedding.weight.std().item() == pytest.approx(1, abs=0.01)
+    linears = [layer for layer in made.modules() if isinstance(layer, nn.Linear)]
+    bounds = {p: layer.in_features**-0.5 for layer in linears for p in layer.parameters()}
+    bounds |= {p: 1 / 5 for p in made.lstm.parameters()} if fields else {}
+    assert len(bounds) == len(list(made.parameters())) - 1
+    for parameter, bound in bounds.items():
+        assert 0.8 * bound < parameter.abs().max() <= bound
+
+
 def test_dropout_acts_between_the_lstms_layers_in_training_only():
     made = encoder(encoder_dropout=0.5, **LSTM)
     assert made.lstm.dropout == 0.5

@@ -140,6 +140,8 @@ def test_20_virtual_tokens_and_a_text_of_5_have_the_positions_masks_and_caches_o
     model(ids, torch.tensor([[0, 0, 1, 1, 1]]), torch.tensor([[0, 0, 0, 1, 2]]))
     assert positions[-1] == [virtual + [20, 20, 20, 21, 22]]
     assert masks[-1].tolist() == [[1] * 20 + [0, 0, 1, 1, 1]]
+    model(ids, torch.tensor([[0, 0, 1, 1, 1]]))
+    assert positions[-1] == virtual + [20, 21, 22, 23, 24]
     assert model(ids, cache=cache).shape[1] == 5 and masks[-1] is None and cache.length == 25
     assert model(ids[:, :1], torch.ones(1, 6), cache=cache).shape[1] == 1 and cache.length == 26
     assert positions[-1] == [25] and masks[-1].shape == (1, 26)

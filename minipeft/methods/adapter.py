@@ -52,7 +52,7 @@ At step 0
     multiplied by W_up, which is still zero.
     The comparison is with the base model under the same new head, which is random.
 Positions and mask
-    Untouched. Each token is changed by itself, pads too, which no other token sees, on the left or on the right. A text
+    Untouched. Each token is changed by itself, pads too, which no real token sees, on the left or on the right. A text
     may have all 1,024 positions, and a KV cache holds what it holds without adapters: one key and one value per token
     and block. Under gradient checkpointing an adapter is a part of its block and is computed again with it.
 Saved

@@ -56,7 +56,7 @@ Positions and mask
     refused when it is read: "1025 tokens do not fit this model: it has 1024 positions; truncate the text".
     Mask. A mask (batch, 5) gets 20 ones on its left: 1 1 1 0 0 becomes twenty 1, then 1 1 1 0 0. With a mask or
     without, a token of the text sees all 20 and the text up to itself. Pads, the tokens with 0 in the mask, are seen by
-    no other token. With pads on the left, 0 0 1 1 1, position_ids 0 0 0 1 2 become 20 20 20 21 22; `generate` gives
+    no real token. With pads on the left, 0 0 1 1 1, position_ids 0 0 0 1 2 become 20 20 20 21 22; `generate` gives
     them. Without position_ids pads count, and this text starts at 22. The prefix has no queries, so attention puts out
     one vector per token of the text, and nothing is cut off.
     KV cache. Before the first call's tokens every block's cache is filled with the 20 keys and values; after them it

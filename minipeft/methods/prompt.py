@@ -46,7 +46,7 @@ Positions and mask
     when it is read: "1025 tokens do not fit this model: it has 1024 positions; truncate the text".
     Mask. None stays None: each of the 25 tokens sees itself and all before it. A mask (batch, 5) gets 20 ones on its
     left: 1 1 1 0 0 becomes twenty 1, then 1 1 1 0 0. Virtual token i sees the virtual tokens 0 to i, a token of the
-    text all 20 and the text up to itself. Pads, the tokens with 0 in the mask, are seen by no other token. On the left,
+    text all 20 and the text up to itself. Pads, the tokens with 0 in the mask, are seen by no real token. On the left,
     0 0 1 1 1, they stand between prompt and text, and position_ids 0 0 0 1 2 become 20 20 20 21 22; `generate` gives
     them. Without position_ids pads count, and this text starts at 22.
     KV cache. After the first call every block holds 25 keys and values, 20 of the prompt and 5 of the text. A later

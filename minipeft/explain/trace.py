@@ -78,6 +78,7 @@ class Trace:
     Attributes:
         model: the base model's name.
         tokens: the text, cut into tokens; token is the number of the one that is looked at.
+        virtual: how many virtual tokens stand before them.
         start: where the adapter is from, in words.
         not_here: lines of the equation that no place of this model computes.
         why_not_merged: nothing for a method that merges.
@@ -89,6 +90,7 @@ class Trace:
     block: int
     tokens: list[str]
     token: int
+    virtual: int
     start: str
     places: list[Place]
     not_here: list[Line]
@@ -107,8 +109,10 @@ class Trace:
 
     def of_token(self, value: Tensor) -> Tensor:
         """The token's part of what has a sequence, (1, ..., seq, n), a row in each head; all of anything else."""
-        value = value.detach()
-        return value if value.ndim < 3 else value[..., self.token - len(self.tokens), :]  # virtual tokens come first
+        value, text = value.detach(), len(self.tokens)
+        if value.ndim < 3 or value.shape[-2] not in (text, self.virtual + text):  # such as a prefix's keys
+            return value
+        return value[..., self.token - text, :]  # virtual tokens come first
 
     def row(self, value: Tensor) -> Tensor:
         """The token's row, in the first head; of a matrix the first row; a vector itself."""
@@ -205,7 +209,8 @@ def trace(model: nn.Module, tokenizer: Tokenizer, text: str = TEXT, block: int =
         why_not = _merge(model, injection, ids, places, docstring)
     parameters = [(p.untyped_storage().data_ptr(), p.requires_grad) for p in [*model.parameters(), *model.buffers()]]
     return Trace(injection.method, getattr(model, "name_or_path", "a model"), block,
-                 [tokenizer.decode([number]) for number in ids[0].tolist()], token, start,
+                 [tokenizer.decode([number]) for number in ids[0].tolist()], token,
+                 sum(layer.num_virtual_tokens for layer in injection.layers.values()), start,
                  [place for place, _ in places], missing, why_not, {address for address, flag in parameters if flag},
                  {address for address, flag in parameters if not flag})
 

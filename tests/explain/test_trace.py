@@ -183,6 +183,18 @@ def test_of_a_text_behind_virtual_tokens_the_token_s_own_row_is_shown(folder):
     assert torch.equal(found.row(terms["wpe[positions]"]), model.transformer.wpe.weight[4])
 
 
+@pytest.mark.parametrize("virtual", [1, 20])
+def test_a_prefix_s_own_keys_are_no_row_of_a_token(folder, virtual):
+    model, tokenizer, _ = fresh(folder, "prefix", {"num_virtual_tokens": virtual})
+    found = trace(model, tokenizer, TEXT, token=0)
+    terms = {term.text: term.value for line in all_lines(found) for term in line.terms}
+    assert torch.equal(found.row(terms["P_k"]), terms["P_k"][0, 0, 0])
+    assert torch.equal(found.row(terms["[P_v; v]"]), terms["v"][0, 0, 0])
+    shares = found.row(terms["softmax(q [P_k; k]^T / sqrt(D) + mask)"])
+    assert (shares > 0).tolist() == [True] * (virtual + 1) + [False] * (len(found.tokens) - 1)
+    assert as_text(found)
+
+
 @pytest.mark.parametrize(("arguments", "error", "message"), [
     ({"text": ""}, ConfigError, "the text is empty"), ({"block": 2}, ConfigError, "no block 2.* from 0 to 1"),
     ({"token": 99}, ConfigError, "there is no token 99"),

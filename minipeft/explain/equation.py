@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import dropwhile, takewhile
@@ -65,11 +66,15 @@ class Line(NamedTuple):
         return f"{self.left} = {self.right}"
 
 
+def equation_text(docstring: str) -> str:
+    """A method file's equation as it stands there, without the indentation: the first indented paragraph."""
+    return textwrap.dedent(next(part for part in docstring.split("\n\n") if part.startswith("    ")))
+
+
 def equation_of(docstring: str) -> list[Line]:
-    """The lines of a method file's equation, its first indented paragraph; a remark stands three spaces off."""
-    paragraph = next(part for part in docstring.split("\n\n") if part.startswith("    "))
+    """The lines of a method file's equation; a remark stands three spaces off."""
     lines = []
-    for line in paragraph.split("\n"):
+    for line in equation_text(docstring).split("\n"):
         equation, _, remark = line.strip().partition("   ")
         left, _, right = equation.partition(" = ")
         lines.append(Line(left, right, remark.strip()))

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # What a script writes into a Markdown file stands between these: the first names its subject (a dataset, several of
-# them, speed) and the script.
+# them, a method on one, speed) and the script.
 BLOCK_START, BLOCK_END = "<!-- results on {}: written by {} -->", "<!-- end of results -->"
+WRITER = "scripts/report.py"
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], figures: bool = False) -> str:
@@ -137,6 +138,23 @@ def overview_table(folder: Path, datasets: Sequence[str]) -> str:
                            for name in dict.fromkeys(test.name for test in tests)], figures=True)
 
 
+def method_table(folder: Path, dataset: str, method: str) -> str:
+    """A Markdown table of a method on `dataset`, below the zero-shot baseline and full fine-tuning; how to read it.
+
+    Raises:
+        OutputError: there are no results on the dataset.
+    """
+    tests = {test.name: test for results in _results(folder, dataset) for test in _tests_in(results)}
+    some = next(iter(tests.values())).results
+    metric, columns = _metrics_of(some)[0], (0, 2, 4, 5, 6)  # of a dataset's table
+    cells = [_cells(tests[name], metric, ()) if name in tests else [name, *["-"] * max(columns)]
+             for name in dict.fromkeys((f"baseline: {BASELINES['zero_shot']}", "full", method))]
+    table = markdown_table(["method", "trained parameters", "epochs", metric.heading, "95 % interval"],
+                           [[row[column] for column in columns] for row in cells])
+    return (f"{table}\n\nOne run each, tested once on {some['dataset']['sizes']['test']:,} examples: where intervals "
+            "overlap, do not read a rank.")
+
+
 def _results(folder: Path, dataset: str) -> list[dict[str, Any]]:
     """What the results files on a dataset hold.
 
@@ -178,36 +196,40 @@ def replace_tables(text: str, folder: Path) -> str:
         OutputError: there is no such table, or there are no results for one.
     """
     def table(subject: str) -> str:
-        datasets = subject.split(", ")
+        datasets, (dataset, _, method) = subject.split(", "), subject.partition(" by ")
+        if method:
+            return method_table(folder, dataset, method)
         return overview_table(folder, datasets) if len(datasets) > 1 else results_table(folder, subject)
 
-    return replace_blocks(text, "scripts/report.py", table)
+    return replace_blocks(text, WRITER, table)
 
 
-def replace_blocks(text: str, script: str, block: Callable[[str], str]) -> str:
+def replace_blocks(text: str, script: str, block: Callable[[str], str],
+                   markers: tuple[str, str] = (BLOCK_START, BLOCK_END)) -> str:
     """`text` with everything that a script writes into it, each time between two markers, made anew.
 
     Args:
         text: of a Markdown file. What other scripts write into it stays as it is.
         script: its name in the markers.
         block: from a marker's subject to what is to follow the marker.
+        markers: the two that it stands between.
 
     Raises:
         OutputError: there is no marker of this script, or one without an end.
     """
-    start, written_by, behind = BLOCK_START.split("{}")
+    (marker_start, marker_end), replaced = markers, False
+    start, written_by, behind = marker_start.split("{}")
     parts = text.split(start)
-    replaced = False
     for number, part in enumerate(parts[1:], start=1):
         marker, _, rest = part.partition("\n")
         subject, _, writer = marker.removesuffix(behind).partition(written_by)
-        _, end, after = rest.partition(BLOCK_END)
+        _, end, after = rest.partition(marker_end)
         if not marker.endswith(behind) or not end:
-            raise OutputError(f"{start}{marker} is not followed by {BLOCK_END}")
+            raise OutputError(f"{start}{marker} is not followed by {marker_end}")
         if writer == script:
             parts[number], replaced = f"{marker}\n{block(subject)}\n{end}{after}", True
     if not replaced:
-        raise OutputError(f"there is no {BLOCK_START.format('...', script)} ... {BLOCK_END} to write between")
+        raise OutputError(f"there is no {marker_start.format('...', script)} ... {marker_end} to write between")
     return start.join(parts)
 
 

@@ -8,13 +8,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "results").rglob("*.md"))]
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "results").rglob("*.md"))]
 
 
 def code_blocks(text, language=""):
     """The contents of a page's code blocks of a language, without the indentation of a list they may stand in."""
     blocks = re.findall(rf"^( *)```{language}\n(.*?)^\1```$", text, re.MULTILINE | re.DOTALL)
     return [re.sub(rf"^{indent}", "", content, flags=re.MULTILINE) for indent, content in blocks]
+
+
+def own_text(text):
+    """A page without what scripts write into it, between markers."""
+    return re.sub(r"<!-- (\w+) (?:on|of) .*?-->\n.*?<!-- end of \1 -->", "", text, flags=re.DOTALL)
 
 
 def tables(text):

@@ -154,7 +154,8 @@ class Page:
         """A key of KEYS, as from the keyboard."""
         for _ in range(times):
             for kind in ("keyDown", "keyUp"):
-                self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=KEYS[key])
+                self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=KEYS[key],
+                          **({"text": "\r"} if (key, kind) == ("Enter", "keyDown") else {}))
 
     def click(self, selector):
         """The middle of an element, as by a mouse."""

@@ -25,7 +25,8 @@ def final_content(cell, terms, share, forgotten=0.1):
     sizes = {**terms["dataset"]["sizes"], **({"train": cell.size} if cell.size else {})}
     return {**HEADER, "cell": dataclasses.asdict(cell), "terms": terms, "method": cell.method, "seed": cell.seed,
             "dataset": {"sizes": sizes},
-            "training_config": {"learning_rate": 1e-3}, "curve": [{"step": 1}], "adapter_folder": "somewhere",
+            "training_config": {"learning_rate": 1e-3}, "adapter_folder": "somewhere",
+            "curve": [{"step": step, "validation_loss": 1 / step} for step in (1, 2)],
             "parameters": {"trainable": 10, "total": 1000}, "seconds": {"test": 2.0}, "each": packed(right),
             "metrics": {"test": {"accuracy": share, "by_label": {}}}, "process_core_seconds": 90,
             "costs": {"core_seconds_per_1000_examples": 5.0 + cell.seed, "peak_memory_bytes": 100,

@@ -29,8 +29,8 @@ from minipeft.explain.memory import traffic_table
 from minipeft.files import read_json_file
 from minipeft.methods import METHODS, Method
 from minipeft.model.config import GPT2Config
+from minipeft.report.tables import replace_tables
 from minipeft.runs.defaults import DEFAULTS
-from minipeft.runs.results import replace_tables
 
 
 def read(name):

@@ -1,7 +1,8 @@
-"""Make tables from results/*.json, or write all that Markdown files ask for:
+"""Make tables, pictures and a page from what was measured, or write all that Markdown files ask for:
 
     minipeft report --dataset multi30k
     minipeft report --write results/README.md docs/methods/*.md
+    minipeft report --comparison                        # from comparison.json: pictures in comparison/, report.html
 """
 
 from __future__ import annotations
@@ -13,7 +14,12 @@ from pathlib import Path
 
 from minipeft.commands.options import new_parser
 from minipeft.explain.chapters import refreshed
+from minipeft.report.page import write_page
+from minipeft.report.pictures import draw_comparison
+from minipeft.report.tables import PICTURES, read_comparison
 from minipeft.runs.results import results_table, rewrite
+
+PAGE = "report.html"
 
 
 def parse(words: Sequence[str], program: str) -> argparse.Namespace:
@@ -23,14 +29,20 @@ def parse(words: Sequence[str], program: str) -> argparse.Namespace:
     parser.add_argument("--write", type=Path, nargs="+", metavar="FILE",
                         help="replace the tables in these Markdown files instead of printing one; in the methods' "
                              "chapters the equations and the lines of code, too")
+    parser.add_argument("--comparison", action="store_true",
+                        help=f"draw comparison.json into {PICTURES}/ and write {PAGE}, beside it")
     return parser.parse_args(words)
 
 
 def main(words: Sequence[str], program: str) -> None:
     arguments = parse(words, program)
-    if arguments.write:
-        for page in arguments.write:
-            rewrite(page, partial(refreshed, place=page.parent, folder=arguments.results_dir,
-                                  required=len(arguments.write) == 1))
-    else:
-        print(results_table(arguments.results_dir, arguments.dataset))
+    folder = arguments.results_dir
+    if arguments.comparison:
+        found = read_comparison(folder)
+        names = draw_comparison(*found, folder / PICTURES)
+        write_page(*found, folder / PAGE)
+        print(f"wrote {folder / PAGE} and, in {folder / PICTURES}, {', '.join(names)}")
+    for page in arguments.write or ():
+        rewrite(page, partial(refreshed, place=page.parent, folder=folder, required=len(arguments.write) == 1))
+    if not (arguments.comparison or arguments.write):
+        print(results_table(folder, arguments.dataset))

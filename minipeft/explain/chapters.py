@@ -20,7 +20,8 @@ from pathlib import Path
 
 from minipeft.errors import OutputError
 from minipeft.explain.equation import equation_text
-from minipeft.runs.results import WRITER, replace_blocks, replace_tables
+from minipeft.report.tables import replace_tables
+from minipeft.runs.results import WRITER, replace_blocks
 
 EQUATION = ("<!-- equation of {}: written by {} -->", "<!-- end of equation -->")
 LINES = ("<!-- lines of {}: written by {} -->", "<!-- end of lines -->")

@@ -138,8 +138,8 @@ def compare(request: Request, command: Callable[[Job], list[str]], say: Say = si
     queue.run()
     found = write_comparison(folder)
     for subject in subjects:
-        if subject.name in found["datasets"]:
-            say(f"\n{subject.name}\n\n{table_of(found, subject.name)}")
+        if content := found["datasets"].get(subject.name):
+            say(f"\n{subject.name}\n\n{table_of(content)}")
     say(f"\nwrote {folder / COMPARISON_FILE}")
     for cell, reason in queue.failed.items():
         say(f"{cell} failed: {reason} (--retry runs it again)")

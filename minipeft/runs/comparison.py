@@ -229,30 +229,50 @@ def _terms(cells: Sequence[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
 
 # --- for people -------------------------------------------------------------------------------------------------------
 
-def table_of(found: dict[str, Any], dataset: str) -> str:
-    """One dataset of comparison.json as a Markdown table, from worse to better."""
-    content = found["datasets"][dataset]
-    metric = next((metric for metric in METRICS.get(content["task"], ()) if metric.key == content["headline"]),
-                  Metric(content["headline"], content["headline"], False))
+def metric_of(content: dict[str, Any]) -> Metric:
+    """How tables show the headline of a dataset of comparison.json."""
+    return next((metric for metric in METRICS.get(content["task"], ()) if metric.key == content["headline"]),
+                Metric(content["headline"], content["headline"], False))
+
+
+def table_of(content: dict[str, Any], kinds: Sequence[str] = ("methods", "best"),
+             others: Sequence[tuple[str, float]] = ()) -> str:
+    """One dataset of comparison.json as a Markdown table, from worse to better.
+
+    Args:
+        kinds: "methods" with the baselines before them, "best", or both.
+        others: a name and a headline each, for rows at the top.
+    """
+    metric = metric_of(content)
     header = ["method", "settings", "trained parameters", metric.heading, "95 % interval", "rank",
               "core s per 1,000", "forgotten, nats", "extra inference"]
-    rows = [[name.replace("_", " "), "-", "0", metric.shown(values[metric.key]), "-", "-", "-", "-", "-"]
-            for name, values in sorted(content["baselines"].items(), key=lambda item: item[1][metric.key])]
-    for kind in ("methods", "best"):
-        rows += [_cells_of(name, row, metric, kind) for name, row in sorted(content[kind].items(),
-                                                                           key=lambda item: item[1]["mean"])]
+    untrained = [(name.replace("_", " "), values[metric.key]) for name, values in content["baselines"].items()]
+    rows = [[name, "-", trained, metric.shown(value), "-", "-", "-", "-", "-"] for trained, found in (
+        ("-", others), ("0", untrained if "methods" in kinds else ())) for name, value in sorted(
+            found, key=lambda item: item[1])]
+    for kind in kinds:
+        named = "{}" if kind == "methods" else "{}, best without the budget"
+        rows += [_cells_of(named.format(name), row, metric) for name, row in sorted(
+            content[kind].items(), key=lambda item: item[1]["mean"])]
     return markdown_table(header, rows)
 
 
-def _cells_of(name: str, row: dict[str, Any], metric: Metric, kind: str) -> list[str]:
-    low, high = row.get("rank", (None, None))
+def shown_with_deviation(metric: Metric, row: dict[str, Any]) -> str:
+    """A row's mean over seeds, and its deviation if there are several."""
     mean = metric.shown(row["mean"])
-    return [name if kind == "methods" else f"{name}, best without the budget",
-            ", ".join(f"{key} {value:g}" for key, value in row["settings"].items()),
-            f"{row['trained_parameters']:,} ({100 * row['trained_share']:.2f} %)",
-            mean if row["deviation"] is None else f"{mean} ± {metric.shown(row['deviation'])}",
-            metric.shown(*row["interval_95"]) if row["interval_95"] else "-",
-            "-" if low is None else str(low) if low == high else f"{low} to {high}",
+    return mean if row["deviation"] is None else f"{mean} ± {metric.shown(row['deviation'])}"
+
+
+def shown_rank(row: dict[str, Any]) -> str:
+    """The rank that tests leave open: "3", "1 to 4", or "-" where there were none."""
+    low, high = row.get("rank", (None, None))
+    return "-" if low is None else str(low) if low == high else f"{low} to {high}"
+
+
+def _cells_of(name: str, row: dict[str, Any], metric: Metric) -> list[str]:
+    return [name, ", ".join(f"{key} {value:g}" for key, value in row["settings"].items()),
+            f"{row['trained_parameters']:,} ({100 * row['trained_share']:.2f} %)", shown_with_deviation(metric, row),
+            metric.shown(*row["interval_95"]) if row["interval_95"] else "-", shown_rank(row),
             f"{row['core_seconds_per_1000_examples']['mean']:.1f}", f"{row['forgetting']['nats']:+.3f}",
             _share(row["inference"]["extra"])]
 

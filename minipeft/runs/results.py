@@ -189,19 +189,16 @@ def _metrics_of(results: dict[str, Any]) -> tuple[Metric, ...]:
 
 # --- tables in Markdown files -----------------------------------------------------------------------------------------
 
-def replace_tables(text: str, folder: Path) -> str:
-    """`text` with every table of scripts/report.py made anew from the results in `folder`.
+def results_block(subject: str, folder: Path) -> str:
+    """The table of a dataset, of several with ", " between, or of "DATASET by METHOD", from the results in `folder`.
 
     Raises:
-        OutputError: there is no such table, or there are no results for one.
+        OutputError: there are no results on one.
     """
-    def table(subject: str) -> str:
-        datasets, (dataset, _, method) = subject.split(", "), subject.partition(" by ")
-        if method:
-            return method_table(folder, dataset, method)
-        return overview_table(folder, datasets) if len(datasets) > 1 else results_table(folder, subject)
-
-    return replace_blocks(text, WRITER, table)
+    datasets, (dataset, _, method) = subject.split(", "), subject.partition(" by ")
+    if method:
+        return method_table(folder, dataset, method)
+    return overview_table(folder, datasets) if len(datasets) > 1 else results_table(folder, subject)
 
 
 def replace_blocks(text: str, script: str, block: Callable[[str], str],

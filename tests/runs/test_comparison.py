@@ -91,7 +91,7 @@ def test_cells_of_different_terms_are_never_in_one_table(folder):
 
 
 def test_the_table_for_people_goes_from_worse_to_better(folder):
-    lines = table_of(comparison(folder), "films").splitlines()
+    lines = table_of(comparison(folder)["datasets"]["films"]).splitlines()
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == [
         "zero shot", "head", "full", "lora", "lora, best without the budget"]
     assert "| 91.00 % ± 1.00 % |" in lines[5] and "| 1 to 2 | 6.0 | +0.200 | +25 % |" in lines[5]

@@ -5,13 +5,13 @@ import json
 import pytest
 
 from minipeft.errors import OutputError
+from minipeft.report.tables import replace_tables
 from minipeft.runs.results import (
     BLOCK_END,
     BLOCK_START,
     method_table,
     overview_table,
     replace_blocks,
-    replace_tables,
     results_table,
     rewrite,
 )

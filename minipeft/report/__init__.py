@@ -1,0 +1,1 @@
+"""A comparison shown: its tables, pictures and page, all of them made from comparison.json alone."""

@@ -1,0 +1,40 @@
+"""What the pictures and the page have in common: families of methods, with a color and a marker each.
+
+The colors are of Okabe and Ito's palette, which people of every color vision tell apart; no family is told by its color
+alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from minipeft.runs.comparison import metric_of
+
+
+class Family(NamedTuple):
+    """Methods that change the same thing."""
+
+    name: str
+    methods: tuple[str, ...]
+    color: str
+    marker: str  # matplotlib's
+
+
+FAMILIES = (
+    Family("values of the base itself", ("full", "head", "bitfit"), "#55555f", "D"),
+    Family("low-rank updates", ("lora", "dora", "vera"), "#0072b2", "o"),
+    Family("layers and factors inside", ("adapter", "ia3"), "#d55e00", "s"),
+    Family("virtual tokens", ("prompt", "ptuning", "prefix"), "#007a5a", "^"))
+
+
+MAIN = "imdb"  # the dataset that is shown first and most
+
+
+def family_of(method: str) -> Family:
+    """The family of one of this library's methods."""
+    return next(family for family in FAMILIES if method in family.methods)
+
+
+def in_figures(content: dict[str, Any], value: float) -> float:
+    """A headline as tables and axes show it: a share in percent."""
+    return round(100 * value, 6) if metric_of(content).share else value

@@ -1,0 +1,83 @@
+"""A comparison as one HTML page: a table to sort and to filter, and a picture whose axis can be chosen.
+
+The page is a file by itself. It loads nothing, works by keyboard and by touch, and without scripts shows its tables.
+"""
+
+from __future__ import annotations
+
+import json
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from minipeft.files import write_text_file
+from minipeft.report.families import FAMILIES, MAIN, family_of, in_figures
+from minipeft.report.findings import findings
+from minipeft.report.tables import ELSEWHERE
+from minipeft.runs.comparison import metric_of, shown_rank
+from minipeft.runs.results import BASELINES
+
+TEMPLATE = Path(__file__).with_suffix(".html")
+# A row's keys with what the table calls them; numbers are sorted as numbers, and an axis may show them.
+COLUMNS = {"name": "method", "quality": "", "rank": "rank", "parameters": "trained parameters",
+           "seconds": "core seconds per 1,000 examples", "memory": "MiB that training adds", "bytes": "adapter, bytes",
+           "forgotten": "forgotten, nats", "extra": "extra time at inference, %", "merges": "merges",
+           "settings": "settings"}
+AXES = ("parameters", "forgotten", "seconds", "memory", "bytes", "extra")
+
+
+def write_page(comparison: dict[str, Any], tuning: dict[str, Any], path: Path) -> None:
+    """Write the page.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    write_text_file(path, page(comparison, tuning))
+
+
+def page(comparison: dict[str, Any], tuning: dict[str, Any]) -> str:
+    """The page's text."""
+    names = sorted(comparison["datasets"], key=lambda name: (name != MAIN, name))
+    datasets = {name: dataset_of(name, comparison["datasets"][name]) for name in names}
+    data = {"columns": COLUMNS, "axes": AXES, "families": [family.name for family in FAMILIES], "datasets": datasets}
+    first = comparison["datasets"][names[0]]
+    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        data=json.dumps(data).replace("</", "<\\/"), tables="\n".join(map(_plain_table, datasets.values())),
+        machine=escape(first["machine"].get("processor", "")), cores=escape(str(first["machine"].get("cores", ""))),
+        findings="\n".join(f"<li>{escape(finding.text)}</li>" for finding in findings(comparison, tuning)))
+
+
+def dataset_of(name: str, content: dict[str, Any]) -> dict[str, Any]:
+    """What the page knows of one dataset: its metric and its rows."""
+    metric = metric_of(content)
+    rows = [_row(method, row, content, "method") for method, row in content["methods"].items()]
+    rows += [_row(f"{method}, without the budget", row, content, "best") for method, row in content["best"].items()]
+    rows += [{"name": BASELINES.get(key, key), "kind": "baseline", "parameters": 0,
+              "quality": in_figures(content, values[metric.key])} for key, values in content["baselines"].items()]
+    rows += [{"name": said, "kind": "elsewhere", "quality": in_figures(content, value)}
+             for said, value in ELSEWHERE.get(name, ())]
+    return {"name": name, "quality": metric.heading + (", %" if metric.share else ""), "rows": rows}
+
+
+def _row(name: str, row: dict[str, Any], content: dict[str, Any], kind: str) -> dict[str, Any]:
+    memory, extra = row["training_memory_bytes"]["mean"], row["inference"]["extra"]
+    scaled = {key: None if row[value] is None else in_figures(content, row[value])
+              for key, value in (("quality", "mean"), ("deviation", "deviation"))}
+    low, high = (in_figures(content, bound) for bound in row["interval_95"]) if row["interval_95"] else (None, None)
+    return {
+        "name": name, "kind": kind, "family": FAMILIES.index(family_of(name.split(",")[0])), **scaled, "low": low,
+        "high": high, "rank": shown_rank(row), "parameters": row["trained_parameters"],
+        "seconds": row["core_seconds_per_1000_examples"]["mean"],
+        "memory": None if memory is None else round(memory / 2**20, 1), "bytes": row["adapter_bytes"]["mean"],
+        "forgotten": row["forgetting"]["nats"], "extra": None if extra is None else round(100 * extra, 1),
+        "merges": row["inference"]["mergeable"], "seeds": len(row["seeds"]),
+        "settings": ", ".join(f"{key} {value:g}" for key, value in row["settings"].items())}
+
+
+def _plain_table(dataset: dict[str, Any]) -> str:
+    """The names and qualities, for a reader without scripts."""
+    rows = "".join(f"<tr><td>{escape(row['name'])}</td><td>{row['quality']:.2f}</td></tr>"
+                   for row in sorted(dataset["rows"], key=lambda row: -row["quality"]))
+    return (f"<h2>{escape(dataset['name'])}</h2><table><thead><tr><th>method</th><th>{escape(dataset['quality'])}</th>"
+            f"</tr></thead><tbody>{rows}</tbody></table>")

@@ -1,0 +1,286 @@
+"""A comparison's pictures: quality beside what it costs, curves, and how much settings matter.
+
+Each is 800 pixels wide as a PNG, and an SVG beside it. Methods are named in the picture itself; color and marker tell
+the family (families.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from minipeft.files import replacing_folder
+from minipeft.report.families import FAMILIES, MAIN, family_of, in_figures
+from minipeft.runs.comparison import metric_of
+from minipeft.runs.results import blank_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH, DPI, INK, SOFT = 8.0, 100, "#26262b", "#8a8a94"
+SHORT = {"num_virtual_tokens": "tokens", "reduction_factor": "reduction"}
+
+Rows = dict[str, dict[str, Any]]
+
+
+def draw_comparison(comparison: dict[str, Any], tuning: dict[str, Any], folder: Path) -> list[str]:
+    """Draw everything there is into `folder`, which is replaced: of `MAIN` all, of the other datasets "parameters".
+
+    Returns:
+        The pictures' names, without endings.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+        OutputError: the folder cannot be written.
+    """
+    datasets = comparison["datasets"]
+    main = MAIN if MAIN in datasets else next(iter(datasets))
+    content = datasets[main]
+    drawn: dict[str, Figure | None] = {
+        "parameters": parameters(main, content), "forgetting": forgetting(main, content),
+        "few_examples": few_examples(main, content), "curves": curves(main, content), "costs": costs(main, content),
+        "tuning": sensitivity(main, content, tuning["datasets"].get(main, {}).get("methods", {}))}
+    drawn |= {f"parameters_{name}": parameters(name, other) for name, other in datasets.items() if name != main}
+    figures = {name: figure for name, figure in drawn.items() if figure is not None}
+    with replacing_folder(folder) as temporary:
+        for name, figure in figures.items():
+            figure.savefig(temporary / f"{name}.png", dpi=DPI, facecolor="white")
+            figure.savefig(temporary / f"{name}.svg", facecolor="white", metadata={"Date": None})
+    return list(figures)
+
+
+# --- quality beside something -----------------------------------------------------------------------------------------
+
+def parameters(name: str, content: dict[str, Any]) -> Figure:
+    """Quality against trained parameters, with the methods that no other one beats in both."""
+    figure, axes = _axes(f"{name}: quality and trained parameters", "trained parameters", _quality(content))
+    axes.set_xscale("log")
+    points = _scatter(axes, content, lambda row: row["trained_parameters"])
+    front, best = [], -math.inf
+    for x, y, _ in sorted(points):
+        if y > best:
+            front.append((x, y))
+            best = y
+    axes.plot(*zip(*front), color=SOFT, linewidth=1, linestyle="--", zorder=1, label="best for its parameters")
+    _baseline(axes, content)
+    _finish(axes, points)
+    return figure
+
+
+def forgetting(name: str, content: dict[str, Any]) -> Figure:
+    """Quality against what the base has forgotten of its own language modelling."""
+    figure, axes = _axes(f"{name}: quality and forgetting", "forgotten, in nats per token of held-out text",
+                         _quality(content))
+    lost = [row["forgetting"]["nats"] for row in content["methods"].values()]
+    axes.set_xscale("symlog", linthresh=max(0.01, sorted(map(abs, lost))[len(lost) // 3]))
+    axes.axvline(0, color=SOFT, linewidth=1, zorder=1)
+    _finish(axes, _scatter(axes, content, lambda row: row["forgetting"]["nats"]))
+    return figure
+
+
+def _quality(content: dict[str, Any]) -> str:
+    metric = metric_of(content)
+    return metric.heading + (" in %" if metric.share else "")
+
+
+def _axes(title: str, x: str, y: str, height: float = 5.2) -> tuple[Figure, Axes]:
+    figure = blank_figure(WIDTH, height, layout="constrained")
+    axes = figure.subplots()
+    _label(axes, title, x, y)
+    return figure, axes
+
+
+def _label(axes: Axes, title: str, x: str, y: str) -> None:
+    axes.set_title(title, loc="left", fontsize=12, color=INK)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#ececf0", zorder=0)
+
+
+def _scatter(axes: Axes, content: dict[str, Any], x_of: Callable[[dict[str, Any]], float]) \
+        -> list[tuple[float, float, str]]:
+    """A point for each method, with its interval; returns (x, y, name) of each."""
+    points = []
+    for method, row in content["methods"].items():
+        family, y = family_of(method), in_figures(content, row["mean"])
+        points.append((x_of(row), y, method))
+        if row["interval_95"]:
+            low, high = (in_figures(content, bound) for bound in row["interval_95"])
+            axes.plot([x_of(row)] * 2, [low, high], color=family.color, linewidth=1.4, alpha=0.6, zorder=2)
+        axes.plot([x_of(row)], [y], family.marker, color=family.color, markersize=8, zorder=3)
+    return points
+
+
+def _baseline(axes: Axes, content: dict[str, Any]) -> None:
+    """A line at the best score without training, if it is in reach of the methods'."""
+    key = metric_of(content).key
+    if content["baselines"]:
+        axes.axhline(in_figures(content, max(found[key] for found in content["baselines"].values())), color=SOFT,
+                     linewidth=1, linestyle=":", zorder=1, label="best without training")
+
+
+def _finish(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
+    """Names at the points, and a legend of the families that are there."""
+    from matplotlib.lines import Line2D
+    axes.margins(x=0.12, y=0.14)
+    handles = [Line2D([], [], marker=family.marker, color=family.color, linestyle="", label=family.name)
+               for family in FAMILIES if any(name in family.methods for _, _, name in points)]
+    handles += [line for line in axes.get_lines() if not line.get_label().startswith("_")]
+    axes.figure.legend(handles=handles, frameon=False, fontsize=9, loc="outside lower center", ncols=3)
+    _name_points(axes, points)
+
+
+def _name_points(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
+    """Each name beside its point, where it covers no other point or name."""
+    axes.figure.draw_without_rendering()
+    places = [axes.transData.transform((x, y)) for x, y, _ in points]
+    taken = [(x - 7, y - 7, x + 7, y + 7) for x, y in places]
+    for line in axes.get_lines():  # and beside the intervals
+        if len(line.get_xdata()) == 2 and not line.get_label().startswith("best"):
+            (x, low), (_, high) = axes.transData.transform(line.get_xydata())
+            taken.append((x - 5, low, x + 5, high))
+    for (x, y), (_, _, name) in zip(places, points):
+        width, height = 7.2 * len(name), 12.0
+        options = [(dx if dx > 0 else dx - width if dx < 0 else -width / 2, dy) for distance in (12, 20, 32)
+                   for dx, dy in ((distance, -6), (0, distance - 2), (0, -distance - 10), (-distance, -6),
+                                  (distance, distance - 6), (distance, -distance - 4), (-distance, distance - 6),
+                                  (-distance, -distance - 4))]
+        boxes = [(x + dx, y + dy, x + dx + width, y + dy + height) for dx, dy in options]
+        box = min(boxes, key=lambda box: sum(_shared(box, other) for other in taken))
+        taken.append(box)
+        axes.annotate(name, (x, y), ((box[0] - x) * 72 / DPI, (box[1] - y + 2) * 72 / DPI), xycoords="figure pixels",
+                      textcoords="offset points", fontsize=10, color=family_of(name).color)
+
+
+def _shared(a: Sequence[float], b: Sequence[float]) -> float:
+    """The area that two boxes share."""
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+# --- lines ------------------------------------------------------------------------------------------------------------
+
+def few_examples(name: str, content: dict[str, Any]) -> Figure | None:
+    """Quality against the number of training examples."""
+    if not content["few_examples"]:
+        return None
+    figure, axes = _axes(f"{name}: quality and number of training examples", "training examples", _quality(content))
+    axes.set_xscale("log", base=2)
+    for method, rows in content["few_examples"].items():
+        sizes = [row["train_size"] for row in rows]
+        means = [in_figures(content, row["mean"]) for row in rows]
+        spread = [in_figures(content, row["deviation"] or 0.0) for row in rows]
+        family = family_of(method)
+        axes.fill_between(sizes, [m - s for m, s in zip(means, spread)], [m + s for m, s in zip(means, spread)],
+                          color=family.color, alpha=0.12, linewidth=0)
+        axes.plot(sizes, means, color=family.color, marker=family.marker, markersize=5,
+                  linestyle="--" if method == "head" else "-")
+    sizes = sorted({row["train_size"] for rows in content["few_examples"].values() for row in rows})
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    _name_ends(axes, {method: (rows[-1]["train_size"], in_figures(content, rows[-1]["mean"]))
+                      for method, rows in content["few_examples"].items()})
+    _baseline(axes, content)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=9, loc="lower right")
+    return figure
+
+
+def curves(name: str, content: dict[str, Any]) -> Figure:
+    """Validation loss while training, the mean over seeds."""
+    figure, axes = _axes(f"{name}: loss on validation examples while training (mean over seeds)",
+                         "optimizer steps", "nats")
+    ends = {}
+    for method, row in content["methods"].items():
+        steps = sorted({point["step"] for curve in row["curves"] for point in curve})
+        means = [fmean(point["validation_loss"] for curve in row["curves"] for point in curve if point["step"] == step)
+                 for step in steps]
+        family = family_of(method)
+        axes.plot(steps, means, color=family.color, marker=family.marker, markersize=4, linewidth=1.3)
+        ends[method] = (steps[-1], means[-1])
+    _name_ends(axes, ends)
+    return figure
+
+
+def _name_ends(axes: Axes, ends: dict[str, tuple[float, float]]) -> None:
+    """Names at the right ends of lines, moved apart where they would cover each other, each with a thin line to it."""
+    axes.margins(y=0.08)
+    axes.figure.draw_without_rendering()
+    order = sorted(ends, key=lambda method: ends[method][1])
+    heights = [float(axes.transData.transform(ends[method])[1]) for method in order]
+    for _ in range(200):  # neighbors push each other apart
+        for number in range(len(heights) - 1):
+            short = 14 - (heights[number + 1] - heights[number])
+            if short > 0:
+                heights[number] -= short / 2
+                heights[number + 1] += short / 2
+    right = max(float(axes.transData.transform(end)[0]) for end in ends.values())
+    for method, height in zip(order, heights):
+        x, y = axes.transData.transform(ends[method])
+        axes.annotate(method, ends[method], ((right - x + 24) * 72 / DPI, (height - y) * 72 / DPI), xycoords="data",
+                      textcoords="offset points", va="center", fontsize=10, color=family_of(method).color,
+                      annotation_clip=False, arrowprops={"arrowstyle": "-", "color": "#c4c4cc", "linewidth": 0.7})
+
+
+# --- costs and settings -----------------------------------------------------------------------------------------------
+
+def costs(name: str, content: dict[str, Any]) -> Figure:
+    """Bars: time and memory of training, extra time at inference."""
+    columns = (("core seconds per 1,000 examples", lambda row: row["core_seconds_per_1000_examples"]["mean"]),
+               ("MiB that training adds", lambda row: (row["training_memory_bytes"]["mean"] or 0) / 2**20),
+               ("% slower at inference, not merged", lambda row: 100 * (row["inference"]["extra"] or 0)))
+    rows = content["methods"]
+    order = sorted(rows, key=lambda method: -rows[method]["core_seconds_per_1000_examples"]["mean"])
+    figure = blank_figure(WIDTH, 1.2 + 0.34 * len(order), layout="constrained")
+    figure.suptitle(f"{name}: what a method costs", x=0.01, ha="left", fontsize=12, color=INK)
+    for axes, (title, value) in zip(figure.subplots(1, len(columns), sharey=True), columns):
+        bars = axes.barh(order, [value(rows[method]) for method in order],
+                         color=[family_of(method).color for method in order], height=0.7)
+        axes.bar_label(bars, fmt="%.0f", fontsize=9, padding=2)
+        axes.set_title(title, fontsize=9, loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0.18)
+        axes.tick_params(axis="x", labelsize=8)
+    return figure
+
+
+def sensitivity(name: str, content: dict[str, Any], tuned: Rows) -> Figure | None:
+    """One small panel for each method: validation score against learning rate, and at the best rate by size."""
+    methods = [method for method in content["methods"] if method in tuned]
+    if not methods:
+        return None
+    columns, lines = 4, math.ceil(len(methods) / 4)
+    figure = blank_figure(WIDTH, 0.9 + 1.75 * lines, layout="constrained")
+    figure.suptitle(f"{name}: validation against learning rate (line) and, at the best rate, size (crosses)",
+                    x=0.01, ha="left", fontsize=11, color=INK)
+    panels = figure.subplots(lines, columns, sharey=True, squeeze=False).flatten()
+    for axes, method in zip(panels, methods):
+        _draw_trials(axes, content, method, tuned[method])
+    for axes in panels[len(methods):]:
+        axes.axis("off")
+    return figure
+
+
+def _draw_trials(axes: Axes, content: dict[str, Any], method: str, tuned: dict[str, Any]) -> None:
+    """A line over the learning rates, and a cross with its number for each other size."""
+    trials = [trial for trial in tuned["trials"] if trial["score"] is not None]
+    by_loss = tuned["best_by"] == "loss"  # a score by loss is its negative
+    points = [(trial["learning_rate"], -trial["score"] if by_loss else in_figures(content, trial["score"]),
+               trial["size"]) for trial in trials]
+    color = family_of(method).color
+    axes.plot([x for x, _, size in points if size is None], [y for _, y, size in points if size is None], "-o",
+              color=color, markersize=4)
+    for x, y, size in (point for point in points if point[2] is not None):
+        axes.plot([x], [y], "x", color=INK, markersize=6)
+        axes.annotate(f"{size:g}", (x, y), (5, -3), textcoords="offset points", fontsize=8, color=INK)
+    size = SHORT.get(tuned["size"], tuned["size"])
+    default = "" if tuned["default_size"] is None else f" ({size} {tuned['default_size']:g})"
+    axes.set_xscale("log")
+    axes.set_yscale("log" if by_loss else "linear")
+    axes.set_title(f"{method}{default}", fontsize=9, loc="left", color=color)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8)
+    axes.margins(x=0.15, y=0.1)

@@ -1,0 +1,113 @@
+"""A comparison's tables and findings, as they stand in Markdown files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from minipeft.errors import OutputError
+from minipeft.files import read_json_file
+from minipeft.report.findings import findings
+from minipeft.runs.comparison import (
+    COMPARISON_FILE,
+    TUNING_FILE,
+    metric_of,
+    shown_rank,
+    shown_with_deviation,
+    table_of,
+)
+from minipeft.runs.results import BASELINES, WRITER, markdown_table, replace_blocks, results_block
+
+# Not measured here: reported elsewhere on IMDb's test reviews, by other code and on other terms.
+ELSEWHERE = {"imdb": (
+    ("reported elsewhere: GPT-2 124M with an untrained head", 0.4988),
+    ("reported elsewhere: GPT-2 124M, LoRA through standard libraries", 0.7550),
+    ("reported elsewhere: TF-IDF and logistic regression", 0.8885),
+    ("reported elsewhere: GPT-2 124M, full fine-tuning", 0.9188))}
+IN_SHORT = ("prompt", "adapter", "full", "lora")  # README's rows, beside zero-shot
+PICTURES = "comparison"  # the folder, beside comparison.json
+
+
+def read_comparison(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What comparison.json and comparison_tuning.json of a results folder hold.
+
+    Raises:
+        OutputError: there is no comparison.
+    """
+    if not (folder / COMPARISON_FILE).is_file():
+        raise OutputError(f"{folder} holds no {COMPARISON_FILE}: run scripts/compare.py, or name a --results-dir")
+    tuning = folder / TUNING_FILE
+    return read_json_file(folder / COMPARISON_FILE), read_json_file(tuning) if tuning.is_file() else {"datasets": {}}
+
+
+def replace_tables(text: str, folder: Path) -> str:
+    """`text` of a Markdown file with all that scripts/report.py writes made anew from the results in `folder`.
+
+    Raises:
+        OutputError: there is no such place in it, or there are no results for one.
+    """
+    return replace_blocks(text, WRITER,
+                          lambda subject: block(subject, folder) or results_block(subject, folder))
+
+
+def block(subject: str, folder: Path) -> str | None:
+    """What a marker of a Markdown file asks for: "findings", "all datasets", "DATASET compared", "DATASET in short" or
+    "DATASET without the budget"; None for another subject.
+
+    Raises:
+        OutputError: the comparison in `folder` does not hold it.
+    """
+    if subject == "findings":
+        return findings_block(*read_comparison(folder))
+    if subject == "all datasets":
+        return overview(read_comparison(folder)[0])
+    kinds: dict[str, Callable[[str, dict[str, Any]], str]] = {
+        " compared": lambda name, content: table_of(content, ("methods",), ELSEWHERE.get(name, ())),
+        " in short": in_short,
+        " without the budget": lambda name, content: table_of(content, ("best",))}
+    for ending, table in kinds.items():
+        if subject.endswith(ending):
+            name, datasets = subject.removesuffix(ending), read_comparison(folder)[0]["datasets"]
+            if name not in datasets:
+                raise OutputError(f"{folder / COMPARISON_FILE} holds nothing on {name!r}: its datasets are "
+                                  f"{', '.join(datasets)}")
+            return table(name, datasets[name])
+    return None
+
+
+def findings_block(comparison: dict[str, Any], tuning: dict[str, Any]) -> str:
+    """A numbered list; each finding with the picture that shows it."""
+    return "\n".join(f"{number}. {finding.text} ([picture]({PICTURES}/{finding.picture}.png))"
+                     for number, finding in enumerate(findings(comparison, tuning), start=1))
+
+
+def overview(comparison: dict[str, Any]) -> str:
+    """Every method's headline on every dataset, with deviations and ranks, those that train most at the top."""
+    datasets = comparison["datasets"]
+    methods = {method: row for content in datasets.values() for method, row in content["methods"].items()}
+    header = ["method", *(f"{name}: {metric_of(content).heading.removeprefix('test ')}; rank"
+                          for name, content in datasets.items())]
+    rows = []
+    for method in sorted(methods, key=lambda method: -methods[method]["trained_parameters"]):
+        cells = []
+        for content in datasets.values():
+            row = content["methods"].get(method)
+            cells.append("-" if row is None else
+                         f"{shown_with_deviation(metric_of(content), row)}; {shown_rank(row)}")
+        rows.append([method, *cells])
+    return markdown_table(header, rows, figures=True)
+
+
+def in_short(name: str, content: dict[str, Any]) -> str:
+    """A few rows with a few columns: the best baseline, and `IN_SHORT` from worse to better."""
+    metric, rows = metric_of(content), []
+    if content["baselines"]:
+        best, found = max(content["baselines"].items(), key=lambda item: item[1][metric.key])
+        rows.append([f"baseline: {BASELINES.get(best, best)}", "0", "-", metric.shown(found[metric.key]), "-"])
+    for method, row in sorted(content["methods"].items(), key=lambda item: item[1]["mean"]):
+        if method in IN_SHORT:
+            rows.append([method, f"{row['trained_parameters']:,} ({100 * row['trained_share']:.2f} %)",
+                         str(len(row["seeds"])), shown_with_deviation(metric, row),
+                         metric.shown(*row["interval_95"]) if row["interval_95"] else "-"])
+    return markdown_table(["method", "trained parameters", "seeds", metric.heading, "95 % interval"], rows)

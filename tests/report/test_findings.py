@@ -1,0 +1,69 @@
+"""findings.py: sentences that a comparison supports, and none that it does not."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+from minipeft.report.findings import SENTENCES, findings, listed
+from minipeft.report.tables import block
+
+
+def said(comparison, tuning, word):
+    return [finding.text for finding in findings(comparison, tuning) if word in finding.text]
+
+
+def test_every_sentence_is_there_if_a_comparison_has_everything(comparison, tuning):
+    assert len(findings(comparison, tuning)) == len(SENTENCES) >= 10
+
+
+def test_the_top_is_what_nothing_is_significantly_better_than(comparison, tuning):
+    text, = said(comparison, tuning, "On imdb of ")
+    top = [method for method, row in comparison["datasets"]["imdb"]["methods"].items() if row["rank"][0] == 1]
+    assert "full" in top and "head" not in top
+    assert all(method in text.partition(";")[0] for method in top) and "head" in text.partition(";")[2]
+
+
+def test_a_method_alone_at_the_top_is_better_than_all(comparison, tuning):
+    alone = copy.deepcopy(comparison)
+    for method, row in alone["datasets"]["imdb"]["methods"].items():
+        row["rank"] = [1, 1] if method == "full" else [2, 11]
+    assert said(alone, tuning, "full is significantly better than all others (94.50 %).")
+
+
+def test_without_tests_nothing_is_said_of_ranks(comparison, tuning):
+    untested = copy.deepcopy(comparison)
+    for content in untested["datasets"].values():
+        content["tests"] = []
+        for row in content["methods"].values():
+            for key in ("rank", "better_than", "worse_than"):
+                del row[key]
+    texts = [finding.text for finding in findings(untested, tuning)]
+    assert texts and not [text for text in texts if "significant" in text and "pairs of methods" not in text]
+
+
+def test_costs_are_held_against_full_fine_tuning(comparison, tuning):
+    text, = said(comparison, tuning, "core seconds per 1,000 examples")
+    assert "takes 31.0 core seconds" in text and "prefix 0.68" in text and "lora 0.97" in text
+
+
+def test_a_missed_rate_costs_the_worse_of_its_two_neighbors(comparison, tuning):
+    assert said(comparison, tuning, "half a decade beside the best one costs 10.00 %")
+
+
+def test_what_a_comparison_lacks_is_not_spoken_of(comparison):
+    less = json.loads(json.dumps(comparison))
+    less["datasets"]["imdb"] |= {"few_examples": {}, "best": {}, "baselines": {}}
+    texts = " ".join(finding.text for finding in findings(less, {"datasets": {}}))
+    assert not [word for word in ("prompt, without", "half a decade", "size matters", "number of training examples",
+                                  "without the common budget") if word in texts]
+
+
+def test_in_markdown_each_points_at_its_picture(results):
+    lines = block("findings", results).splitlines()
+    assert len(lines) >= 10 and all("([picture](comparison/" in line for line in lines)
+    assert [line.partition(".")[0] for line in lines] == [str(n) for n in range(1, len(lines) + 1)]
+
+
+def test_names_are_listed_with_an_and():
+    assert [listed(names) for names in (["a"], ["a", "b"], "abc", [])] == ["a", "a and b", "a, b and c", "none"]

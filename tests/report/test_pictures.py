@@ -1,0 +1,65 @@
+"""pictures.py: one picture for each question, as PNG and SVG, 800 pixels wide, names readable."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+from matplotlib.image import imread
+
+from minipeft.methods import METHODS
+from minipeft.report.families import FAMILIES, family_of
+from minipeft.report.pictures import draw_comparison, parameters
+
+NAMES = ["parameters", "forgetting", "few_examples", "curves", "costs", "tuning", "parameters_films"]
+
+
+@pytest.fixture(scope="module")
+def drawn(comparison, tuning, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures") / "comparison"
+    assert draw_comparison(comparison, tuning, folder) == NAMES
+    return folder
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_is_800_pixels_wide_and_an_svg(drawn, name):
+    assert imread(drawn / f"{name}.png").shape[1] == 800
+    assert "<svg" in (drawn / f"{name}.svg").read_text(encoding="utf-8")
+
+
+def test_findings_point_at_pictures_that_are_drawn(drawn, comparison, tuning):
+    from minipeft.report.findings import findings
+    assert {finding.picture for finding in findings(comparison, tuning)} <= set(NAMES)
+
+
+def test_the_front_holds_what_no_other_method_beats_with_fewer_parameters(comparison):
+    figure = parameters("imdb", comparison["datasets"]["imdb"])
+    front, = (line for line in figure.axes[0].get_lines() if line.get_label() == "best for its parameters")
+    rows = comparison["datasets"]["imdb"]["methods"].values()
+    expected = sorted((row["trained_parameters"], round(100 * row["mean"], 6)) for row in rows if not any(
+        other["mean"] >= row["mean"] and other["trained_parameters"] < row["trained_parameters"] for other in rows))
+    assert [(x, round(y, 6)) for x, y in zip(*front.get_data())] == expected
+
+
+def test_no_name_covers_another_one(comparison):
+    figure = parameters("imdb", comparison["datasets"]["imdb"])
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert len(boxes) == len(METHODS)
+    assert not [(a, b) for number, a in enumerate(boxes) for b in boxes[:number]
+                if min(a.x1, b.x1) - max(a.x0, b.x0) > 1 and min(a.y1, b.y1) - max(a.y0, b.y0) > 3]
+
+
+def test_what_was_not_measured_is_not_drawn(comparison, tmp_path):
+    less = copy.deepcopy(comparison)
+    less["datasets"]["imdb"]["few_examples"] = {}
+    assert draw_comparison(less, {"datasets": {}}, tmp_path / "p") == [
+        "parameters", "forgetting", "curves", "costs", "parameters_films"]
+
+
+def test_families_hold_each_method_once_and_differ_in_color_and_marker():
+    assert sorted(name for family in FAMILIES for name in family.methods) == sorted(METHODS)
+    assert len({family.color for family in FAMILIES}) == len({family.marker for family in FAMILIES}) == len(FAMILIES)
+    assert all(re.fullmatch(r"#[0-9a-f]{6}", family.color) for family in FAMILIES)
+    assert family_of("dora").name == "low-rank updates"

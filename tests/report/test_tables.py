@@ -1,0 +1,47 @@
+"""tables.py: what scripts/report.py writes into Markdown files from comparison.json."""
+
+from __future__ import annotations
+
+import pytest
+
+from minipeft.errors import OutputError
+from minipeft.report.tables import ELSEWHERE, block, replace_tables
+
+
+def names(table):
+    return [line.split(" | ")[0].strip("| ") for line in table.splitlines()[2:]]
+
+
+def test_a_datasets_table_has_outside_figures_then_baselines_then_methods_from_worse_to_better(results):
+    table = block("imdb compared", results)
+    assert names(table) == [*(name for name, _ in ELSEWHERE["imdb"]), "zero shot", "head", "prompt", "ptuning",
+                            "prefix", "bitfit", "ia3", "vera", "adapter", "dora", "lora", "full"]
+    assert "91.88 %" in table and all("reported elsewhere" in name for name, _ in ELSEWHERE["imdb"])
+    assert names(block("films compared", results))[0] == "zero shot"
+
+
+def test_what_had_no_common_budget_is_in_a_table_of_its_own(results):
+    assert names(block("imdb without the budget", results)) == ["lora, best without the budget"]
+
+
+def test_in_short_are_five_rows(results):
+    table = block("imdb in short", results)
+    assert names(table) == ["baseline: zero-shot by prompt", "prompt", "adapter", "lora", "full"]
+    assert "| full | 7,000,000 (100.00 %) | 3 | 94.50 % ± 0.50 % |" in table
+
+
+def test_the_overview_has_a_column_for_each_dataset_with_means_deviations_and_ranks(results):
+    head, _, *rows = block("all datasets", results).splitlines()
+    assert head == "| method | films: accuracy; rank | imdb: accuracy; rank |"
+    assert rows[0].startswith("| full | 94.50 % ± 0.50 %; 1 to ")
+
+
+def test_other_subjects_are_left_to_others_and_unknown_datasets_are_refused(results):
+    assert block("imdb", results) is None
+    with pytest.raises(OutputError, match=r"holds nothing on 'sst2': its datasets are films, imdb"):
+        block("sst2 compared", results)
+
+
+def test_without_a_comparison_one_line_says_how_to_make_one(tmp_path):
+    with pytest.raises(OutputError, match=r"holds no comparison\.json: run scripts/compare\.py"):
+        replace_tables("<!-- results on findings: written by scripts/report.py -->\n<!-- end of results -->", tmp_path)

@@ -8,7 +8,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 
 import pytest
 import torch
-from documents import PAGES, README, ROOT, code_blocks, links, own_text, results_changed
+from documents import PAGES, README, ROOT, code_blocks, dead_links, links, own_text, results_changed
 from helpers import ScriptRunner, write_csv, write_tiny_model
 from models import IDS, MASK, adapter_modules, assert_same_tensors, build, perturb, with_new_head
 from tables import write_speed
@@ -44,13 +44,7 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.rel
 
 @each_page
 def test_what_a_page_links_to_exists(page):
-    text = page.read_text(encoding="utf-8")
-    assert not [target for target in links(text) if not (page.parent / target).exists()]
-    for file, anchor in re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", text):
-        if file.endswith(".py"):
-            continue  # lines of code, which test_chapters_of_methods.py compares
-        headings = re.findall(r"^#+ (.*)$", (page.parent / file).read_text(encoding="utf-8"), re.MULTILINE)
-        assert anchor in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+    assert not dead_links(page.read_text(encoding="utf-8"), page)
 
 
 def test_every_page_is_in_the_index():
@@ -81,11 +75,12 @@ def test_the_make_commands_are_targets_of_the_makefile():
 
 
 def test_all_python_on_the_pages_is_run_by_a_test():
-    """README's by test_readme.py; here those of three pages, each by a test below. The chapters quote code only."""
+    """README's by test_readme.py, those on symptoms by test_pages.py; here those of three pages, each by a test below. The
+    chapters quote code only."""
     blocks = {str(page.relative_to(ROOT)): len(code_blocks(own_text(page.read_text(encoding="utf-8")), "python"))
               for page in PAGES if page != README}
     assert {name: number for name, number in blocks.items() if number} == {
-        "docs/structure.md": 4, "docs/tasks.md": 1, "docs/usage.md": 2}
+        "docs/structure.md": 4, "docs/tasks.md": 1, "docs/troubleshooting.md": 16, "docs/usage.md": 2}
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------

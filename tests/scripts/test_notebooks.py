@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from documents import ROOT, links
+from documents import NOTEBOOKS, ROOT, dead_links, markdown_cells
 
 from minipeft import GPT2ForSequenceClassification, load_adapter
 
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -55,9 +54,9 @@ def test_a_notebook_is_stored_with_its_outputs_which_are_small_and_of_no_one_mac
 def test_texts_and_cells_are_short_and_links_lead_somewhere(path):
     for cell in cells(path, "code"):
         assert text_of(cell).count("\n") < 40
-    for cell in cells(path, "markdown"):
-        assert len(text_of(cell)) < 1200
-        assert not [target for target in links(text_of(cell)) if not (path.parent / target).exists()]
+    for text in markdown_cells(path):
+        assert len(text) < 1200
+        assert not dead_links(text, path)
 
 
 def test_the_comparison_s_text_names_no_result():

@@ -39,6 +39,7 @@ def shown_commands(page):
 
 # --- troubleshooting.md -----------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_the_code_on_symptoms_prints_what_stands_below_it(tmp_path, monkeypatch, capsys):
     """From top to bottom, in one namespace, as the page says."""
     monkeypatch.chdir(tmp_path)

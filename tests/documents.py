@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -38,6 +39,13 @@ def shell_lines(text):
         elif language in ("", "bash") or line.strip().startswith("$ "):
             found.append(line.strip().removeprefix("$ "))
     return found
+
+
+def commands(text):
+    """Each (script, options) that a page shows behind `python` or `torchrun`."""
+    found = re.findall(r"(?:python|torchrun\b.*?) scripts/(\S+?\.py)\b(.*?)(?:`|$)", text.replace("\\\n", ""),
+                       re.MULTILINE)
+    return [(script, shlex.split(options, comments=True)) for script, options in found]
 
 
 def tables(text):

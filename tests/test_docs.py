@@ -8,7 +8,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 
 import pytest
 import torch
-from documents import PAGES, README, ROOT, code_blocks, dead_links, links, own_text, results_changed
+from documents import PAGES, README, ROOT, code_blocks, commands, dead_links, links, own_text, results_changed
 from helpers import ScriptRunner, write_csv, write_tiny_model
 from models import IDS, MASK, adapter_modules, assert_same_tensors, build, perturb, with_new_head
 from tables import write_speed
@@ -51,13 +51,6 @@ def test_every_page_is_in_the_index():
     assert {path.name for path in (ROOT / "docs").glob("*.md")} - links(read("docs/README.md")) == {"README.md"}
 
 
-def commands(text):
-    """Each (script, options) that a page shows behind `python` or `torchrun`."""
-    found = re.findall(r"(?:python|torchrun\b.*?) scripts/(\S+?\.py)\b(.*?)(?:`|$)", text.replace("\\\n", ""),
-                       re.MULTILINE)
-    return [(script, shlex.split(options, comments=True)) for script, options in found]
-
-
 @each_page
 def test_the_commands_of_a_page_have_options_that_there_are(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -75,8 +68,8 @@ def test_the_make_commands_are_targets_of_the_makefile():
 
 
 def test_all_python_on_the_pages_is_run_by_a_test():
-    """README's by test_readme.py, those on symptoms by test_pages.py; here those of three pages, each by a test below. The
-    chapters quote code only."""
+    """README's by test_readme.py, those on symptoms by test_pages.py; here those of three pages, each by a test below.
+    The chapters quote code only."""
     blocks = {str(page.relative_to(ROOT)): len(code_blocks(own_text(page.read_text(encoding="utf-8")), "python"))
               for page in PAGES if page != README}
     assert {name: number for name, number in blocks.items() if number} == {

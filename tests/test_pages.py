@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from documents import NOTEBOOKS, PAGES, ROOT, code_blocks, markdown_cells, shell_lines
+from documents import NOTEBOOKS, PAGES, ROOT, code_blocks, commands, markdown_cells, shell_lines
 from helpers import ScriptRunner
 
 from minipeft import GPT2ForSequenceClassification, LoraConfig, inject, trainable_parameters
@@ -195,6 +195,22 @@ def test_the_exercises_commands_and_files_that_a_text_calls_are_there(text):
         assert re.search(rf"^{first}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE), first
     for first, *_ in commands_of(text, "python"):
         assert first == "-m" or (ROOT / first).is_file(), first
+
+
+HELPS = {name: re.sub(r"\bminipeft (\w+)", r"python scripts/\1.py", ast.get_docstring(ast.parse(
+    (ROOT / f"minipeft/commands/{name}.py").read_text(encoding="utf-8")))) for name in COMMANDS}
+
+
+@pytest.mark.parametrize("text", [*HELPS.values(), *(TEXTS[name] for name in TEXTS if name.endswith(".ipynb"))],
+                         ids=[*HELPS, *(name for name in TEXTS if name.endswith(".ipynb"))])
+def test_the_commands_in_a_help_or_a_notebook_have_options_that_there_are(text, tmp_path, monkeypatch, capsys):
+    """Those of pages are held by test_docs.py."""
+    monkeypatch.chdir(tmp_path)
+    for name, options in [(name, options) for name, options in commands(text) if options]:
+        outcome = ScriptRunner(monkeypatch, capsys)(name, *options, "--help")
+        assert outcome.code == 0, outcome.err
+        for option in options:
+            assert not option.startswith("--") or re.search(rf"{option}\b", outcome.out), f"{name} has no {option}"
 
 
 def test_commands_are_found_in_lines_and_in_blocks():

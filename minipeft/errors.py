@@ -33,6 +33,10 @@ class HardwareError(MinipeftError):
     """The device or precision asked for is not available on this machine."""
 
 
+class TrainingError(MinipeftError):
+    """Training came to nothing that could be used."""
+
+
 class OutputError(MinipeftError):
     """An output folder or file cannot be written."""
 

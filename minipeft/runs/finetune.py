@@ -6,6 +6,7 @@ This is what `scripts/train.py` calls. The library's parts (inject, train, save_
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 import time
 from contextlib import nullcontext
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from minipeft.errors import TrainingError
 from minipeft.files import check_writable, locked, write_json_file
 from minipeft.methods import inject
 from minipeft.methods.injection import ParameterCount, fingerprint, trainable_parameters
@@ -47,6 +49,7 @@ def finetune(options: Options, say: Say = silent) -> dict[str, Any]:
     Raises:
         Stopped: Ctrl-C or a like signal ended the training; the state to resume from is saved. It is a
             KeyboardInterrupt.
+        TrainingError: the loss became no number before the first validation.
         MinipeftError: whatever is wrong with the request, before anything is written.
     """
     say = say if parallel.rank() == 0 else silent
@@ -57,10 +60,23 @@ def finetune(options: Options, say: Say = silent) -> dict[str, Any]:
         if history.stopped_by:
             say(f"interrupted: {plan.folder} holds the best model so far; --resume goes on from here")
             raise Stopped(history.stopped_by)
+        check_result(history, plan)
         say(f"trained in {history.seconds:.0f} s, best validation {plan.best_by} {history.best[plan.best_by]:.4f}; "
             "testing")
         metrics, seconds = test(plan, run.model, run.task)
         return write(run, history, metrics, seconds, say)
+
+
+def check_result(history: History, plan: RunPlan) -> None:
+    """Refuse a training that left nothing of use.
+
+    Raises:
+        TrainingError: the loss was no number at every validation.
+    """
+    loss = history.best["loss"]
+    if not math.isfinite(loss):
+        raise TrainingError(f"the loss is {loss} at every validation, and {plan.folder} holds nothing of use: take a "
+                            "lower --learning-rate, or --precision fp32")
 
 
 @dataclass

@@ -19,8 +19,8 @@ State        The trained values, the best ones, AdamW's means, scale, random sta
              one process that goes on from it ends as if it had never stopped, bit for bit.
 Randomness   The caller seeds torch before it makes the model; the data's order follows from seed and epoch. So a run
              can be repeated on one machine, but for GPU kernels that add in another order each time.
-Not checked  A NaN loss outside of fp16 makes NaN of all that is trained: the curve shows it, and the values of an
-             earlier validation may still be the best. If nothing requires a gradient, torch raises a ValueError.
+NaN          A NaN loss outside of fp16 makes NaN of all that is trained, and it stays so: the curve shows it. Such a
+             validation is the worst there is, so the values of an earlier one come back at the end.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from minipeft.data.batches import Batch, BucketedBatches
+from minipeft.errors import ConfigError
 from minipeft.settings import NOT_NEGATIVE, POSITIVE, POSITIVE_INTEGER, SEED, SHARE, Settings, setting
 from minipeft.training import distributed as parallel
 from minipeft.training.hardware import computing_in, out_of_memory, ran_out_of_memory
@@ -140,6 +141,7 @@ class Learner:
         self.loss_sum, self.precision, self.max_grad_norm = loss_sum, precision, config.max_grad_norm
         self.tokens_per_micro_batch = tokens_per_micro_batch
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        check_trained(trained)
         self.trained = [parameter for _, parameter in trained]
         self.optimizer = adamw(trained, model, config.learning_rate, config.weight_decay,
                                loraplus_lr_ratio=config.loraplus_lr_ratio)
@@ -169,6 +171,16 @@ class Learner:
             rows, length = max((part.attention_mask.shape for part in self.micro_batches(batches)), key=math.prod)
             checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
             raise out_of_memory(self.device, rows, length, checkpointing) from error
+
+
+def check_trained(trained: list[tuple[str, nn.Parameter]]) -> None:
+    """Refuse to train nothing.
+
+    Raises:
+        ConfigError: no parameter requires a gradient.
+    """
+    if not trained:
+        raise ConfigError("nothing to train: no parameter of the model requires a gradient; inject a method first")
 
 
 def optimizer_step(learner: Learner, batches: list[Batch], rate: float) -> list[Tensor]:
@@ -236,6 +248,7 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: LossSum, validat
         The history. After Ctrl-C or a like signal `stopped_by` is its number, and `state_folder` can be resumed from.
 
     Raises:
+        ConfigError: no parameter requires a gradient.
         HardwareError: the memory is not enough.
     """
     schedule = Schedule.of(config, len(batches))

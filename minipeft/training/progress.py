@@ -140,7 +140,10 @@ class Progress:
         return is_best
 
     def _score(self, found: dict[str, Any]) -> tuple[float, float]:
-        """How good a validation is; of two with the same metric, the one of lower loss is better."""
+        """How good a validation is; of two with the same metric, the one of lower loss is better. A loss that is no
+        number is the worst: what was trained is broken, even where its guesses happen to be right."""
+        if not math.isfinite(found["loss"]):
+            return -math.inf, -math.inf
         return -found["loss"] if self.best_by == "loss" else found[self.best_by], -found["loss"]
 
     def since_best(self) -> int:

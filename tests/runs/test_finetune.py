@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 
@@ -11,7 +12,7 @@ from helpers import files_below, load, logits_of, read_json, write_tiny_model
 from safetensors.torch import load_file
 
 from minipeft import GPT2ForSequenceClassification
-from minipeft.errors import ConfigError, OutputError
+from minipeft.errors import ConfigError, OutputError, TrainingError
 from minipeft.methods import METHODS
 from minipeft.methods.injection import fingerprint
 from minipeft.runs.finetune import finetune
@@ -72,6 +73,18 @@ def test_a_place_that_cannot_be_written_is_known_before_training_starts(options,
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(OutputError, match="cannot write to"):
         finetune(options(**{place: str(tmp_path / "file" / "below")}))
+
+
+def test_a_training_that_ends_in_no_number_is_an_error_and_no_result(options, tmp_path, monkeypatch):
+    """As from a rate that is far too high: the trained values are NaN from the first step on."""
+    def broken(parameters, max_norm):
+        for parameter in parameters:
+            parameter.data.fill_(math.nan)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", broken)
+    with pytest.raises(TrainingError, match=r"the loss is nan at every validation, .* lower --learning-rate"):
+        finetune(options("lora"))
+    assert not list(tmp_path.glob("results/*.json"))
 
 
 def test_gradient_checkpointing_changes_no_number(options, tmp_path):

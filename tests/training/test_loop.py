@@ -162,6 +162,13 @@ def test_of_validations_with_the_same_figure_the_one_of_lower_loss_is_kept(toy, 
     assert history.best == {"step": history.curve[1]["step"], "accuracy": 0.0, "loss": 0.5}
 
 
+def test_with_nothing_to_train_one_line_says_so(toy):
+    task = toy("lora")
+    task.model.requires_grad_(False)
+    with pytest.raises(ConfigError, match=r"nothing to train: .* inject a method first"):
+        run(task)
+
+
 def test_the_rate_rises_to_its_peak_and_falls_to_nothing(toy):
     task = toy(epochs=2, evaluations_per_epoch=8, warmup_ratio=0.25)
     rates = [point["learning_rate"] for point in run(task).curve]

@@ -54,7 +54,8 @@ def test_a_point_of_the_curve_has_the_means_since_the_last_one():
     ("accuracy", [found(0.5, 0.9), found(0.6, 1.9)], 1), ("loss", [found(0.5, 0.9), found(0.6, 1.9)], 0),
     ("accuracy", [found(0.5, 0.9), found(0.5, 0.8), found(0.5, 0.8)], 1),
     ("f1", [found(0.9, 0.1, f1=0.0), found(0.8, 0.3, f1=0.2)], 1),
-    ("loss", [found(0.5, 0.9), found(0.9, math.nan)], 0)])
+    ("loss", [found(0.5, 0.9), found(0.9, math.nan)], 0), ("loss", [found(0.5, math.nan), found(0.4, 0.9)], 1),
+    ("accuracy", [found(0.5, 0.9), found(0.9, math.nan)], 0), ("accuracy", [found(0.6, math.inf), found(0.5, 0.9)], 1)])
 def test_the_best_validation_is_the_first_of_the_highest_figure_or_the_lowest_loss(best_by, validations, best):
     progress = new_progress(best_by=best_by)
     improved = []

@@ -63,8 +63,7 @@ def finetune(options: Options, say: Say = silent) -> dict[str, Any]:
         check_result(history, plan)
         say(f"trained in {history.seconds:.0f} s, best validation {plan.best_by} {history.best[plan.best_by]:.4f}; "
             "testing")
-        metrics, seconds = test(plan, run.model, run.task)
-        return write(run, history, metrics, seconds, say)
+        return write(run, history, *test(plan, run.model, run.task), say)
 
 
 def check_result(history: History, plan: RunPlan) -> None:

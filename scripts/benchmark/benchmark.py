@@ -86,8 +86,9 @@ def measure(options: argparse.Namespace) -> Path:
             results |= benchmark_headline(results)
             write_json_file(path, results)
             if not options.quick:
-                draw_benchmark(results, options.results_dir / "benchmark.png")
-                write_text_file(options.results_dir / "benchmark.md", benchmark_tables(results))
+                written = read_json_file(path)  # whose rows are sorted: the page has their order
+                draw_benchmark(written, options.results_dir / "benchmark.png")
+                write_text_file(options.results_dir / "benchmark.md", benchmark_tables(written))
     return path
 
 

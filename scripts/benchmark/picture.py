@@ -63,6 +63,6 @@ def _draw_bars(axis: Axes, title: str, names: list[str], bars_of: dict[str, tupl
     axis.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names])
     axis.set_title(title)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.margins(y=0.2)  # room for the legend
+    axis.margins(y=0.3)  # room for the legend
     if bars_of:
         axis.legend(frameon=False)

@@ -1,7 +1,7 @@
 """BitFit: training the bias terms, and nothing else.
 
-The weight matrices stay as they are; every vector that is added somewhere is trained. The variant "layer_norm" trains
-the LayerNorms' gains and offsets instead. No layer is added or replaced.
+The weight matrices and the embeddings stay as they are; the bias vectors of linear layers and LayerNorms are trained.
+The variant "layer_norm" trains the LayerNorms' gains and offsets instead. No layer is added or replaced.
 
     y = x W^T + b                                     linear layers
     y = g * (x - mean(x)) / sqrt(var(x) + eps) + b    LayerNorms
@@ -14,6 +14,9 @@ the LayerNorms' gains and offsets instead. No layer is added or replaced.
                 |
                 y (batch, seq, out)
 
+By hand: W = [[1, 2], [3, 4]], b = [0, 1], x = [1, 1] give
+x W^T = [3, 7], y = [3, 8].
+
 Symbols
     x (batch, seq, in) the layer's input      y (batch, seq, out) its output      W (out, in) frozen
     b (out,) the layer's own `bias`, trained
@@ -22,15 +25,17 @@ Symbols
     sqrt the square root; in a LayerNorm in = out = width, 768 for GPT-2
 Trained
     b of every linear layer and LayerNorm of the base; a new classification head. With train="layer_norm" instead g and
-    b of the LayerNorms. Embeddings have no bias.
+    b of the LayerNorms. Embeddings have no bias. On a half-precision base what is trained is float32.
 Frozen
-    Everything else, W first of all: `inject` sets requires_grad to False when it carries out the plan.
+    Everything else, W first of all, 124,337,664 numbers: `inject`, which puts the method into a model, sets
+    requires_grad to False. With train="layer_norm" 124,439,808 - 38,400 = 124,401,408 numbers.
 At step 0
     BitFitConfig()                      is the base model, bit for bit: nothing is added, and nothing has moved yet
     BitFitConfig(train="layer_norm")    is the base model, bit for bit: for the same reason
     Both have the same new head, which is random.
 Positions and mask
     Untouched. The same b is added to every token; a text has as many positions as before.
+    KV cache. As large as the base's. It holds adapted keys and values: when the adapter changes, begin a new one.
 Saved
     In adapter_model.safetensors:
     base_model.model.transformer.h.0.ln_1.bias (768,)
@@ -46,8 +51,11 @@ Saved
     peft_type MINIPEFT_BITFIT and, as train, what is trained. peft has no such method and cannot read the folder.
 Merging
     Not possible, and not needed: no layer is added, and the trained model costs at inference what the base does.
-    Switching exchanges the vectors: what is trained starts as a copy, each adapter has its own, and `disable_adapter`
-    and `remove` put back the base's, which are kept for that.
+    What is trained is a copy, one per adapter. The base's own vectors are kept, and `disable_adapter` and `remove` put
+    them back.
+    Several adapters. A second `inject` of the same method is refused. `load_adapter(model, folder, name)` adds a saved
+    adapter, of this method or another, under another name and makes it the active one, the one that computes; the
+    others stay, switched off. `set_adapter(model, name)` makes another one active.
 Cost
     Per block of GPT-2 768 + 2304 + 768 + 768 + 3072 + 768 = 8,448, and 768 of ln_f: 12 * 8,448 + 768 = 102,144.
     With the head 102,144 + 1,536 = 103,680 trained. With train="layer_norm" (12 * 2 + 1) * 2 * 768 = 38,400, with the
@@ -59,12 +67,18 @@ Cost
     Optimizer: 8 bytes per trained parameter for AdamW's two means, 829,440 bytes. The base's own
     values of all that is trained, the head's included, are kept aside: 4 * 103,680 = 414,720 bytes in float32.
 Errors
+    The class of each error stands before its message. A wrong value is found when the configuration is made; `inject`
+    raises before it changes anything. `load_adapter` raises an AdapterError, and leaves the model as it was, where a
+    tensor is missing, unexpected or of another shape (it is named), where minipeft.json has the fingerprint of another
+    base model, or where peft_type is unknown. There a field that minipeft does not implement is a ConfigError, and an
+    adapter's name that is taken is an InjectionError.
     BitFitConfig(train="all")
-        train must be one of bias, layer_norm, got 'all'
+        ConfigError: train must be one of bias, layer_norm, got 'all'
     inject(inject(model, BitFitConfig()), BitFitConfig(train="layer_norm"))
-        this model already carries bitfit, which does not combine with bitfit: remove it, or start from a fresh model
+        InjectionError: this model already carries bitfit, which does not combine with bitfit: remove it, or start from
+        a fresh model
     merge(inject(model, BitFitConfig()))
-        there is nothing to merge: bitfit trains the model's own tensors
+        InjectionError: there is nothing to merge: bitfit trains the model's own tensors
 Differs from the paper
     The paper fine-tunes BERT, whose query, key and value have a bias each; in GPT-2 the three are one vector, that of
     c_attn. The paper also tries two biases per block alone, the query's and that of the feed-forward layer's first

@@ -19,6 +19,9 @@ other; LoRA alone tends to change them together.
                 |
                 y (batch, seq, out)
 
+By hand: r = 1, s = 1, m = [5, 2], W = [[3, 4], [0, 2]], bias = [0, 1], A = [[1, 0]], B = [[-3], [0]], x = [1, 1] give
+W + s B A = [[0, 4], [0, 2]], ||W + s B A|| = [4, 2], c = [1.25, 1], x W^T = [7, 2], x A^T B^T = [-3, 0], y = [5, 3].
+
 Symbols
     x (batch, seq, in) the layer's input      y (batch, seq, out) its output      r the rank, lora_alpha a number
     W (out, in), bias (out,) frozen           A (r, in) is lora_A.weight, B (out, r) is lora_B.weight, both trained
@@ -31,8 +34,9 @@ Symbols
     leave the base's own x W^T alone. z = dropout(x) (batch, seq, in) is x with a share lora_dropout of it set to zero
     and the rest divided by 1 - lora_dropout.
 Trained
-    A, B and m of each target; a new classification head. By default the targets are all modules called c_attn. With
-    `bias` "lora_only" the targets' biases too, with "all" every bias of the base, those of LayerNorms included.
+    A, B and m of each target, a linear layer that is adapted; a new classification head. By default the targets are all
+    modules called c_attn. With `bias` "lora_only" the targets' biases too, with "all" every bias of the base, those of
+    LayerNorms included.
 Frozen
     Everything else, W and bias first of all, 124,439,808 numbers: `inject`, which puts the method into a model, sets
     requires_grad to False. The norm is computed in every forward pass, as A and B move, but without a gradient
@@ -46,7 +50,8 @@ At step 0
     DoraConfig(init_lora_weights=False)         is not the base model: A is as by default, B uniform between
                                                   -1 / sqrt(r) and 1 / sqrt(r), and m = ||W + s B A||
     The comparison is with the base model under the same new head, which is random. While B = 0, A's gradient is 0 too:
-    the first step learns B and m alone.
+    the first step learns B, m, the new head and trained biases, not A. With PiSSA, lora_dropout drops a part of s B A:
+    then training does not start as the base model.
 Positions and mask
     Untouched. Each token is updated by itself; a text has as many positions as before.
     KV cache. As large as the base's. It holds adapted keys and values: when the adapter changes, begin a new one.
@@ -56,15 +61,33 @@ Saved
     base_model.model.transformer.h.0.attn.c_attn.lora_B.weight (2304, 8)
     base_model.model.transformer.h.0.attn.c_attn.lora_magnitude_vector (2304,)
     base_model.model.score.weight (2, 768)
-    and so for every target. A target's trained bias is ...c_attn.base_layer.bias, others keep the base's names.
+    and so A, B and m for every target.
     adapter_config.json must say peft_type LORA, use_dora true, r, lora_alpha and target_modules, and use_rslora,
     rank_pattern and alpha_pattern where they are not the default; peft wants fan_in_fan_out true for GPT-2, whose
-    matrices it keeps as (in, out). LoraConfig(use_dora=True) is the same method. With PiSSA, loading needs the base's
-    own W and init_lora_weights pissa: A and B are added to what the start left of W, which is not in the file.
+    matrices it keeps as (in, out). LoraConfig(use_dora=True) is the same method.
+    With `bias` "lora_only" also the bias of every target, with "all" every bias of the base. In block 0, and last:
+        base_model.model.transformer.h.0.attn.c_attn.base_layer.bias (2304,)
+        base_model.model.transformer.h.0.ln_1.bias (768,)
+        base_model.model.transformer.h.0.attn.c_proj.bias (768,)
+        base_model.model.transformer.h.0.ln_2.bias (768,)
+        base_model.model.transformer.h.0.mlp.c_fc.bias (3072,)
+        base_model.model.transformer.h.0.mlp.c_proj.bias (768,)
+        base_model.model.transformer.ln_f.bias (768,)
+    `base_layer` stands in the names of targets alone. adapter_config.json must then say `bias`.
+    With PiSSA it must say init_lora_weights pissa. The tensors are the trained A and B, not the frozen W - s B A of the
+    start. Loading computes that again from the base's own W, then puts the saved A and B in. On another machine it
+    agrees up to rounding.
 Merging
-    W <- c * (W + s B A), row by row; the bias stays. `merge` keeps the W it found (with PiSSA, what the start left of
-    it), and `unmerge` puts it back, bit for bit. On a half-precision base A, B and m are float32; the product is
-    rounded once, to W's type. Of several adapters the active one is merged; before another can be, `unmerge`.
+    W <- c * (W + s B A), row by row; the bias stays. `merge` keeps the W it found, and `unmerge` puts it back, bit for
+    bit. With PiSSA the layer's `weight` is W - s B A of the start, also after `unmerge`; `remove` and `disable_adapter`
+    bring back the base's own W. On a half-precision base A, B and m are float32; the product is rounded once, to W's
+    type.
+    Order. `merge` folds in the active adapter. InjectionError: `merge` when it is merged already, `unmerge` when
+    nothing is, and, until `unmerge`, `inject`, `load_adapter`, `set_adapter` and `disable_adapter`. `save_adapter` is
+    an AdapterError until then. `remove` unmerges first.
+    Several adapters. A second `inject` of the same method is refused. `load_adapter(model, folder, name)` adds a saved
+    adapter, of this method or another, under another name and makes it the active one, the one that computes; the
+    others stay, switched off. `set_adapter(model, name)` makes another one active.
 Cost
     r (in + out) + out parameters per target: 8 * (768 + 2304) + 2304 = 26,880 for a c_attn of GPT-2.
     In all 12 * 26,880 + 1,536 = 324,096 trained, with a new head's 2 * 768 = 1,536; a language model has no new head.
@@ -72,24 +95,33 @@ Cost
     DoraConfig(bias="all")                     trains 426,240: 12 * 8,448 + 768 = 102,144 more
     DoraConfig(target_modules="all-linear")    trains 1,264,128: targets are c_attn, both c_proj and c_fc of each block
     Forward: 2 r (in + out) operations per token and target, and for the norm the whole product B A once per forward
-    pass: 2 r in out operations, as many as W takes for r tokens, and (out, in) matrices in memory. A model that writes
-    text with a KV cache pays this for every token; merged, it pays nothing. With lora_dropout, training multiplies by W
-    twice: x W^T and z W^T.
+    pass: 2 r in out operations, as many as W takes for r tokens. For the norm two (out, in) matrices are in memory, on
+    a half-precision base three, in float32; none is kept for the backward pass. A model that writes text with a KV
+    cache pays this for every token; merged, it pays nothing. With lora_dropout, training multiplies by W twice: x W^T
+    and z W^T.
     Backward: full fine-tuning computes the gradients of x and of W, 2 in out operations each; here the second is never
     computed. A and B take 4 r (in + out) per token and target: half for the gradient of x, half for their own. With
-    lora_dropout the gradient of x passes through W twice. Kept: z (batch, seq, in), which is x without dropout, and
-    s z A^T (batch, seq, r); for m's gradient z W^T and s z A^T B^T, both (batch, seq, out); with dropout its mask, a
-    byte per number of x. Optimizer: 8 bytes per trained parameter for AdamW's two means, 2,592,768 bytes.
+    lora_dropout the gradient of x passes through W twice. Kept, z being equal to x where nothing is dropped:
+    z (batch, seq, in) and s z A^T (batch, seq, r); for m's gradient z W^T and s z A^T B^T, both (batch, seq, out); with
+    dropout its mask, a byte per number of x. On a half-precision base z is a float32 copy. Optimizer: 8 bytes per
+    trained parameter for AdamW's two means, 2,592,768 bytes.
 Errors
+    The class of each error stands before its message. A wrong value is found when the configuration is made; `inject`
+    raises before it changes anything. `load_adapter` raises an AdapterError, and leaves the model as it was, where a
+    tensor is missing, unexpected or of another shape (it is named), where minipeft.json has the fingerprint of another
+    base model, or where peft_type is unknown. There a field that minipeft does not implement is a ConfigError, and an
+    adapter's name that is taken is an InjectionError.
     DoraConfig(r=0)
-        r must be a positive integer, got 0
+        ConfigError: r must be a positive integer, got 0
+    DoraConfig(lora_dropout=1.0)
+        ConfigError: lora_dropout must be a probability in [0, 1), got 1.0
     inject(model, DoraConfig(r=1024))
-        r=1024 is larger than transformer.h.0.attn.c_attn, a 2304 x 768 matrix
+        ConfigError: r=1024 is larger than transformer.h.0.attn.c_attn, a 2304 x 768 matrix
     inject(model, DoraConfig(target_modules=["wte"]))
-        target transformer.wte is of class Embedding; only linear layers can be targeted: attn.c_attn, attn.c_proj,
-        mlp.c_fc, mlp.c_proj
+        InjectionError: target transformer.wte is of class Embedding; only linear layers can be targeted: attn.c_attn,
+        attn.c_proj, mlp.c_fc, mlp.c_proj
     inject(inject(model, LoraConfig()), DoraConfig())
-        transformer.h.0.attn.c_attn already carries a LoRALinear: remove or merge it first
+        InjectionError: transformer.h.0.attn.c_attn already carries a LoRALinear: remove or merge it first
 Differs from the paper
     The paper writes the length of each column of W; here, as in peft, it is that of each row of W (out, in), one per
     output. By default only c_attn is adapted; the paper adapts the feed-forward matrices too. rsLoRA and PiSSA together

@@ -16,15 +16,21 @@ block has few trained parameters, and they can be multiplied into its weights.
                 |                                    |
                 y (batch, seq, out)                  y (batch, seq, out)       l starts at one: the base model, exactly
 
+By hand: W = [[1, 2], [3, 4]], bias = [0, 1], l = [2, 0.5], x = [1, 1] give
+x W^T + bias = [3, 8], y = [6, 4] where the output is rescaled; l * x = [2, 0.5], y = [3, 9] where the input is.
+
 Symbols
     x (batch, seq, in) the layer's input      y (batch, seq, out) its output
     W (out, in), bias (out,) frozen
-    l is ia3_l, trained. It is stored as (out, 1) or (1, in): the shape says whether it scales the rows or the columns
-    of W. The equation uses it flat, as (out,) or (in,). Which targets are feed-forward modules, feedforward_modules
-    says; c_fc and attn.c_proj are none by default.
+    l is ia3_l, trained. In the equation it is flat: (out,) where the output is rescaled, (in,) where the input is. On
+    disk it is (out, 1), which scales the rows of W, or (1, in), which scales the columns.
+    feedforward_modules says which targets are feed-forward modules. A list names any ending of a name, also without a
+    dot: "proj" fits mlp.c_proj and attn.c_proj. A string is a regular expression for the whole name. By default
+    mlp.c_proj is the only one; c_fc and attn.c_proj, where they are targets, are none.
     A c_attn's output holds queries, keys and values, a third each. The input of mlp.c_proj is what comes out of GELU.
 Trained
-    l of each target; a new classification head. By default the targets are all modules called c_attn and mlp.c_proj.
+    l of each target, a linear layer that is adapted; a new classification head. By default the targets are all modules
+    called c_attn and mlp.c_proj.
 Frozen
     Everything else, W and bias first of all, 124,439,808 numbers: `inject`, which puts the method into a model, sets
     requires_grad to False.
@@ -43,12 +49,18 @@ Saved
     and so for every block. adapter_config.json must say peft_type IA3, target_modules and feedforward_modules. Both
     list full names, such as transformer.h.0.mlp.c_proj, and all of the second list are in the first: peft, Hugging
     Face's library, compares them word for word. It wants fan_in_fan_out true for GPT-2, whose matrices it keeps as
-    (in, out).
+    (in, out). Without feedforward_modules, loading takes the default, mlp.c_proj alone; an l of the other shape is then
+    an AdapterError.
 Merging
     W <- l * W. As stored, l (out, 1) scales the rows and l (1, in) the columns. Where the output is rescaled, as in
     c_attn, bias <- l * bias too; the bias of mlp.c_proj stays. `merge` keeps the W and bias it found, and `unmerge`
-    puts them back, bit for bit. On a half-precision base l is float32; each product is rounded once, to W's type. Of
-    several adapters the active one is merged; before another can be, `unmerge`.
+    puts them back, bit for bit. On a half-precision base l is float32; each product is rounded once, to W's type.
+    Order. `merge` folds in the active adapter. InjectionError: `merge` when it is merged already, `unmerge` when
+    nothing is, and, until `unmerge`, `inject`, `load_adapter`, `set_adapter` and `disable_adapter`. `save_adapter` is
+    an AdapterError until then. `remove` unmerges first.
+    Several adapters. A second `inject` of the same method is refused. `load_adapter(model, folder, name)` adds a saved
+    adapter, of this method or another, under another name and makes it the active one, the one that computes; the
+    others stay, switched off. `set_adapter(model, name)` makes another one active.
 Cost
     out parameters for a c_attn, in for an mlp.c_proj: 2304 + 3072 = 5,376 per block of GPT-2, 12 * 5,376 = 64,512 in
     twelve. With the new head, which a language model lacks, 12 * 5,376 + 1,536 = 66,048 trained.
@@ -58,20 +70,30 @@ Cost
     Forward: one multiplication per number that is rescaled, 5,376 per token and block, beside the 14,155,776 operations
     of the block's four matrices. At inference the same; merged, not one more.
     Backward: full fine-tuning computes the gradients of x and of W, 2 in out operations each; here the second is never
-    computed. Kept for l's gradient: of c_attn x W^T + bias (batch, seq, 2304), of mlp.c_proj x (batch, seq, 3072).
-    Optimizer: 8 bytes per trained parameter for AdamW's two means, 528,384 bytes.
+    computed. Beside the forward pass's one operation per rescaled number there are three: a multiplication for the
+    gradient that goes on, and for l's own a multiplication and an addition, the sum over batch and seq. Kept for l's
+    gradient: of c_attn x W^T + bias (batch, seq, 2304), of mlp.c_proj x (batch, seq, 3072). Optimizer: 8 bytes per
+    trained parameter for AdamW's two means, 528,384 bytes.
 Errors
+    The class of each error stands before its message. A wrong value is found when the configuration is made; `inject`
+    raises before it changes anything. `load_adapter` raises an AdapterError, and leaves the model as it was, where a
+    tensor is missing, unexpected or of another shape (it is named), where minipeft.json has the fingerprint of another
+    base model, or where peft_type is unknown. There a field that minipeft does not implement is a ConfigError, and an
+    adapter's name that is taken is an InjectionError.
     IA3Config(target_modules=["c_attn"], feedforward_modules=["mlp.c_proj"])
-        feedforward_modules ['mlp.c_proj'] must be among the target_modules ['c_attn']
+        ConfigError: feedforward_modules ['mlp.c_proj'] must be among the target_modules ['c_attn']
+    IA3Config(init_ia3_weights="no")
+        ConfigError: init_ia3_weights must be bool, got 'no'
     inject(model, IA3Config(target_modules=["ln_1"]))
-        target transformer.h.0.ln_1 is of class LayerNorm; only linear layers can be targeted: attn.c_attn,
-        attn.c_proj, mlp.c_fc, mlp.c_proj
+        InjectionError: target transformer.h.0.ln_1 is of class LayerNorm; only linear layers can be targeted:
+        attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj
     inject(inject(model, LoraConfig()), IA3Config())
-        transformer.h.0.attn.c_attn already carries a LoRALinear: remove or merge it first
+        InjectionError: transformer.h.0.attn.c_attn already carries a LoRALinear: remove or merge it first
 Differs from the paper
     The paper rescales keys, values and inner activations. GPT-2 has queries, keys and values in one matrix, c_attn, so
-    here, as in peft, the queries are rescaled too. The paper adds two losses (unlikelihood, length-normalized); here
-    the task's own loss is the only one. The paper's T0 answers in words and needs no new head.
+    here, as in peft, the queries are rescaled too. The paper's model, T0, answers in words and needs no new head. To
+    the loss of the right answer the paper adds two: one makes wrong answers less likely (unlikelihood), one compares
+    answers by their mean log-probability per token (length-normalized). Here the task's own loss is the only one.
 
 Paper: Liu, Tam, Muqeeth, Mohta, Huang, Bansal, Raffel (2022), "Few-Shot Parameter-Efficient Fine-Tuning is Better and
 Cheaper than In-Context Learning", arXiv 2205.05638.

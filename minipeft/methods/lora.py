@@ -15,14 +15,18 @@ task is learned in r (in + out) numbers instead of in * out, and after training 
                 |
                 y (batch, seq, out)
 
+By hand: r = 1, s = 2, W = [[1, 2], [3, 4]], bias = [0, 1], A = [[1, 2]], B = [[1], [0]], x = [1, 1] give
+x W^T = [3, 7], x A^T = [3], s * x A^T B^T = [6, 0], y = [9, 8].
+
 Symbols
     x (batch, seq, in) the layer's input      y (batch, seq, out) its output      r the rank, lora_alpha a number
     W (out, in), bias (out,) frozen           A (r, in) is lora_A.weight, B (out, r) is lora_B.weight, both trained
     s = lora_alpha / r, a number; with use_rslora (rsLoRA) lora_alpha / sqrt(r): the update keeps its size as r grows
     dropout(x) is x, in training with a share lora_dropout of it set to zero and the rest divided by 1 - lora_dropout
 Trained
-    A and B of each target; a new classification head. By default the targets are all modules called c_attn. With `bias`
-    "lora_only" the targets' biases too, with "all" every bias of the base, those of LayerNorms included.
+    A and B of each target, a linear layer that is adapted; a new classification head. By default the targets are all
+    modules called c_attn. With `bias` "lora_only" the targets' biases too, with "all" every bias of the base, those of
+    LayerNorms included.
 Frozen
     Everything else, W and bias first of all, 124,439,808 numbers: `inject`, which puts the method into a model, sets
     requires_grad to False. So no gradient is computed for W and the optimizer never sees it.
@@ -35,8 +39,8 @@ At step 0
     LoraConfig(init_lora_weights=False)         is not the base model: A is uniform as by default, B is uniform between
                                                   -1 / sqrt(r) and 1 / sqrt(r)
     The comparison is with the base model under the same new head, which is random. While B = 0, A's gradient is 0 too:
-    the first step learns B alone. With PiSSA, lora_dropout drops a part of s B A: then training does not start as the
-    base model.
+    the first step learns B, the new head and trained biases, not A. With PiSSA, lora_dropout drops a part of s B A:
+    then training does not start as the base model.
 Positions and mask
     Untouched. Each token is updated by itself; a text has as many positions as before.
     KV cache. As large as the base's. It holds adapted keys and values: when the adapter changes, begin a new one.
@@ -45,18 +49,33 @@ Saved
     base_model.model.transformer.h.0.attn.c_attn.lora_A.weight (8, 768)
     base_model.model.transformer.h.0.attn.c_attn.lora_B.weight (2304, 8)
     base_model.model.score.weight (2, 768)
-    and so for every target. A target's trained bias is ...c_attn.base_layer.bias, others keep the base's names.
+    and so A and B for every target.
     adapter_config.json must say peft_type LORA, r, lora_alpha and target_modules, and use_rslora, rank_pattern and
     alpha_pattern where they are not the default, as s depends on them. peft, Hugging Face's library, wants
     fan_in_fan_out true for GPT-2, whose matrices it keeps as (in, out).
-    With PiSSA the file holds the trained A and B, and not the matrix they are added to, which the start left of W. So
-    loading needs the base's own W and init_lora_weights pissa: it takes the singular values out of W again, and then
-    puts the saved A and B in. On another machine that agrees up to rounding.
+    With `bias` "lora_only" also the bias of every target, with "all" every bias of the base. In block 0, and last:
+        base_model.model.transformer.h.0.attn.c_attn.base_layer.bias (2304,)
+        base_model.model.transformer.h.0.ln_1.bias (768,)
+        base_model.model.transformer.h.0.attn.c_proj.bias (768,)
+        base_model.model.transformer.h.0.ln_2.bias (768,)
+        base_model.model.transformer.h.0.mlp.c_fc.bias (3072,)
+        base_model.model.transformer.h.0.mlp.c_proj.bias (768,)
+        base_model.model.transformer.ln_f.bias (768,)
+    `base_layer` stands in the names of targets alone. adapter_config.json must then say `bias`.
+    With PiSSA it must say init_lora_weights pissa. The tensors are the trained A and B, not the frozen W - s B A of the
+    start. Loading computes that again from the base's own W, then puts the saved A and B in. On another machine it
+    agrees up to rounding.
 Merging
     W <- W + s B A, the layer's own `weight`; its bias stays. `merge` keeps the W it found, and `unmerge` puts it back,
-    bit for bit. With PiSSA that is what the start left of W; `remove` or `disable_adapter` bring the base's own back.
-    On a half-precision base A and B are float32. The sum is rounded once, to W's type: an element of the update that is
-    too small beside W's is lost. Of several adapters the active one is merged; before another can be, `unmerge`.
+    bit for bit. With PiSSA the layer's `weight` is W - s B A of the start, also after `unmerge`; `remove` and
+    `disable_adapter` bring back the base's own W. On a half-precision base A and B are float32. The sum is rounded
+    once, to W's type: an element of the update that is too small beside W's is lost.
+    Order. `merge` folds in the active adapter. InjectionError: `merge` when it is merged already, `unmerge` when
+    nothing is, and, until `unmerge`, `inject`, `load_adapter`, `set_adapter` and `disable_adapter`. `save_adapter` is
+    an AdapterError until then. `remove` unmerges first.
+    Several adapters. A second `inject` of the same method is refused. `load_adapter(model, folder, name)` adds a saved
+    adapter, of this method or another, under another name and makes it the active one, the one that computes; the
+    others stay, switched off. `set_adapter(model, name)` makes another one active.
 Cost
     r (in + out) parameters per target: 8 * (768 + 2304) = 24,576 for a c_attn of GPT-2 beside 1,769,472 in its W.
     In all 12 * 24,576 + 1,536 = 296,448 trained, with a new head's 2 * 768 = 1,536; a language model has no new head.
@@ -64,27 +83,38 @@ Cost
     LoraConfig(bias="all")                     trains 398,592: 12 * 8,448 + 768 = 102,144 more
     LoraConfig(target_modules="all-linear")    trains 1,181,184: targets are c_attn, both c_proj and c_fc of each block
     Forward: 2 r (in + out) operations per token and target beside 2 in out, 1.4 % more at r = 8. At inference the same;
-    merged, not one more.
+    merged, not one more, but the kept W takes 4 * 1,769,472 = 7,077,888 bytes more per c_attn in float32.
     Backward: full fine-tuning computes the gradients of x and of W, 2 in out operations each; here the second is never
     computed, and needs nothing kept. A and B take 4 r (in + out) per token and target: half for the gradient of x, half
     for their own. Kept for these: x (batch, seq, in), s x A^T (batch, seq, r), and with dropout its mask, a byte per
-    number of x. Optimizer: 8 bytes per trained parameter for AdamW's two means, 2,371,584 bytes.
+    number of x. On a half-precision base A works on a float32 copy of x, and this copy is kept: 4 bytes per number, not
+    2. Optimizer: 8 bytes per trained parameter for AdamW's two means, 2,371,584 bytes.
 Errors
+    The class of each error stands before its message. A wrong value is found when the configuration is made; `inject`
+    raises before it changes anything. `load_adapter` raises an AdapterError, and leaves the model as it was, where a
+    tensor is missing, unexpected or of another shape (it is named), where minipeft.json has the fingerprint of another
+    base model, or where peft_type is unknown. There a field that minipeft does not implement is a ConfigError, and an
+    adapter's name that is taken is an InjectionError.
     LoraConfig(r=0)
-        r must be a positive integer, got 0
+        ConfigError: r must be a positive integer, got 0
+    LoraConfig(lora_dropout=1.0)
+        ConfigError: lora_dropout must be a probability in [0, 1), got 1.0
     LoraConfig(init_lora_weights="pissa", lora_alpha=0)
-        PiSSA divides by the scale: lora_alpha must be positive, got 0
+        ConfigError: PiSSA divides by the scale: lora_alpha must be positive, got 0
     inject(model, LoraConfig(target_modules=["q_proj"]))
-        target_modules 'q_proj' match nothing; nearest names: c_proj, mlp.c_proj, attn.c_proj
+        InjectionError: target_modules 'q_proj' match nothing; nearest names: c_proj, mlp.c_proj, attn.c_proj
     inject(model, LoraConfig(r=1024))
-        r=1024 is larger than transformer.h.0.attn.c_attn, a 2304 x 768 matrix
+        ConfigError: r=1024 is larger than transformer.h.0.attn.c_attn, a 2304 x 768 matrix
     inject(model, LoraConfig(layers_to_transform=12))
-        layers_to_transform=[12]: this model has the blocks 0 to 11
+        ConfigError: layers_to_transform=[12]: this model has the blocks 0 to 11
 Differs from the paper
     The paper adapts the query and the value matrix; GPT-2 has query, key and value in one matrix, c_attn, which is
     adapted whole. A starts uniform, as in peft and loralib, not normal. Dropout on x, rsLoRA, PiSSA and LoRA+ came
-    later. LoRA+ is a rule of the optimizer: B's learning rate is `loraplus_lr_ratio` times A's. Here the layer only
-    names B, in `raised_rate`.
+    later.
+    rsLoRA: the same s as in its paper, but use_rslora is off by default.
+    PiSSA: its paper has no s; here A and B start divided by sqrt(s), so that s B A is the same.
+    LoRA+: a rule of the optimizer. B's learning rate is `loraplus_lr_ratio` times A's; the layer only names B, in
+    `raised_rate`.
 
 Papers: Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang, Chen (2021), "LoRA: Low-Rank Adaptation of Large Language Models",
 arXiv 2106.09685. Kalajdzievski (2023), "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", 2312.03732.
@@ -215,8 +245,8 @@ class LoRALinear(ReplacementLayer):
 
 def low_rank_pair(base_layer: nn.Linear, r: int, init: bool | str) -> tuple[nn.Linear, nn.Linear]:
     """A (r, in) and B (out, r) as they start; for PiSSA see `take_over_largest`."""
-    # nn.Linear's own start is U(-1/sqrt(in), 1/sqrt(in)), in being r for B: what peft gives A, and B when nothing is to
-    # be zero. Both are float32, whatever W is: most small steps would change no number in half precision.
+    # nn.Linear draws uniformly between -1/sqrt(k) and 1/sqrt(k), k being its number of inputs: `in` for A, r for B. So
+    # peft starts A, and B too where init is False. Both are float32: half precision would lose most small steps.
     lora_A = Linear(base_layer.in_features, r, bias=False, device=base_layer.weight.device)
     lora_B = Linear(r, base_layer.out_features, bias=False, device=base_layer.weight.device)
     if init == "gaussian":

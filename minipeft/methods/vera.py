@@ -16,24 +16,28 @@ target, one between the matrices and one after them. The matrices follow from a 
                 |
                 y (batch, seq, out)
 
+By hand: r = 1, W = [[1, 0], [0, 1]], bias = [0, 0], A = [[1, 2]], d = [0.5], B = [[2], [1]], b = [1, 3], x = [1, 1]
+give x A^T = [3], d * (x A^T) = [1.5], y = [4, 5.5].
+
 Symbols
     x (batch, seq, in) the layer's input      y (batch, seq, out) its output      * multiplies number by number
     W (out, in), bias (out,) frozen           r the rank; it may be larger than in and out
     A (r, in) is vera_A, uniform between -sqrt(6 / in) and sqrt(6 / in); B (out, r) is vera_B, uniform between
-    -sqrt(6 / r) and sqrt(6 / r). They are made for the widest input and the widest output among the targets; a smaller
-    target uses A's first `in` columns and B's first `out` rows.
+    -sqrt(6 / r) and sqrt(6 / r). There is one pair: its `in` and `out` are the largest of all targets, also under the
+    root. A smaller target uses A's first columns and B's first rows.
     d (r,) is vera_lambda_d, b (out,) is vera_lambda_b: trained, each target has its own
     dropout(x) is x, in training with a share vera_dropout of it set to zero and the rest divided by 1 - vera_dropout
 Trained
-    d and b of each target; a new classification head. By default the targets are all modules called c_attn. With `bias`
-    "vera_only" the targets' biases too, with "all" every bias of the base, those of LayerNorms included.
+    d and b of each target, a linear layer that is adapted; a new classification head. By default the targets are all
+    modules called c_attn. With `bias` "vera_only" the targets' biases too, with "all" every bias of the base, those of
+    LayerNorms included.
 Frozen
     Everything else, the base's 124,439,808 numbers: `inject`, which puts the method into a model, sets requires_grad to
     False. A and B are buffers, not parameters: no optimizer sees them, and the model's state_dict does not hold them.
 At step 0
     VeraConfig()                 is the base model, bit for bit: b = 0, so the update is 0
     VeraConfig(d_initial=1.0)    is the base model, bit for bit: b = 0, whatever d is. b always starts at 0.
-    While b = 0, d's gradient is 0 too: in the first step only b moves.
+    While b = 0, d's gradient is 0 too: the first step learns b, the new head and trained biases, not d.
     The comparison is with the base model under the same new head, which is random.
 Positions and mask
     Untouched. Each token is updated by itself; a text has as many positions as before.
@@ -45,15 +49,33 @@ Saved
     base_model.vera_A (256, 768)
     base_model.vera_B (2304, 256)
     base_model.model.score.weight (2, 768)
-    and so d and b for every target. A target's trained bias is ...c_attn.base_layer.bias, others keep the base's names.
+    and so d and b for every target.
+    adapter_config.json must say peft_type VERA, r, target_modules, projection_prng_key and save_projection. d_initial
+    need not be there, since d is. peft, Hugging Face's library, wants fan_in_fan_out true for GPT-2, whose matrices it
+    keeps as (in, out).
+    With `bias` "vera_only" also the bias of every target, with "all" every bias of the base. In block 0, and last:
+        base_model.model.transformer.h.0.attn.c_attn.base_layer.bias (2304,)
+        base_model.model.transformer.h.0.ln_1.bias (768,)
+        base_model.model.transformer.h.0.attn.c_proj.bias (768,)
+        base_model.model.transformer.h.0.ln_2.bias (768,)
+        base_model.model.transformer.h.0.mlp.c_fc.bias (3072,)
+        base_model.model.transformer.h.0.mlp.c_proj.bias (768,)
+        base_model.model.transformer.ln_f.bias (768,)
+    `base_layer` stands in the names of targets alone. adapter_config.json must then say `bias`.
     With save_projection=False the file holds no A and B: loading draws them again from projection_prng_key, the seed.
-    adapter_config.json must say peft_type VERA, r, target_modules, projection_prng_key and save_projection. peft,
-    Hugging Face's library, wants fan_in_fan_out true for GPT-2, whose matrices it keeps as (in, out).
+    peft draws the same numbers from it. A version of PyTorch that draws others gives another update, and nothing
+    notices.
 Merging
     W <- W + diag(b) B diag(d) A, the layer's own `weight`; its bias stays. `merge` keeps the W it found, and `unmerge`
     puts it back, bit for bit. On a half-precision base d, b, A and B are float32. The sum is rounded once, to W's type:
-    an element of the update that is too small beside W's is lost. Of several adapters, each with an A and B of its own,
-    the active one is merged; before another can be, `unmerge`.
+    an element of the update that is too small beside W's is lost.
+    Order. `merge` folds in the active adapter. InjectionError: `merge` when it is merged already, `unmerge` when
+    nothing is, and, until `unmerge`, `inject`, `load_adapter`, `set_adapter` and `disable_adapter`. `save_adapter` is
+    an AdapterError until then. `remove` unmerges first.
+    Several adapters. A second `inject` of the same method is refused. `load_adapter(model, folder, name)` adds a saved
+    adapter, of this method or another, under another name and makes it the active one, the one that computes; the
+    others stay, switched off. `set_adapter(model, name)` makes another one active.
+    Each adapter has an A and a B of its own.
 Cost
     r + out parameters per target: 256 + 2304 = 2,560 for a c_attn of GPT-2, and for all twelve 12 * 2,560 = 30,720.
     With the new head, which a language model lacks, 12 * 2,560 + 1,536 = 32,256 trained. A and B are
@@ -68,15 +90,22 @@ Cost
     and with dropout its mask, a byte per number of x; x itself is not needed. Optimizer: 8 bytes per trained parameter
     for AdamW's two means, 258,048 bytes.
 Errors
+    The class of each error stands before its message. A wrong value is found when the configuration is made; `inject`
+    raises before it changes anything. `load_adapter` raises an AdapterError, and leaves the model as it was, where a
+    tensor is missing, unexpected or of another shape (it is named), where minipeft.json has the fingerprint of another
+    base model, or where peft_type is unknown. There a field that minipeft does not implement is a ConfigError, and an
+    adapter's name that is taken is an InjectionError.
     VeraConfig(projection_prng_key=-1)
-        projection_prng_key must be a number from 0 to 2**63 - 1, got -1
+        ConfigError: projection_prng_key must be a number from 0 to 2**63 - 1, got -1
+    VeraConfig(vera_dropout=1.0)
+        ConfigError: vera_dropout must be a probability in [0, 1), got 1.0
     VeraConfig(bias="lora_only")
-        bias must be one of none, vera_only, all, got 'lora_only'
+        ConfigError: bias must be one of none, vera_only, all, got 'lora_only'
     inject(model, VeraConfig(target_modules=["score"]))
-        target_modules 'score' match nothing; nearest names: attn.c_attn, attn.c_proj, c_attn, c_fc, c_proj, mlp.c_fc,
-        mlp.c_proj
+        InjectionError: target_modules 'score' match nothing; nearest names: attn.c_attn, attn.c_proj, c_attn, c_fc,
+        c_proj, mlp.c_fc, mlp.c_proj
     inject(inject(model, LoraConfig()), VeraConfig())
-        transformer.h.0.attn.c_attn already carries a LoRALinear: remove or merge it first
+        InjectionError: transformer.h.0.attn.c_attn already carries a LoRALinear: remove or merge it first
 Differs from the paper
     The paper adapts the query and the value matrix; GPT-2 has query, key and value in one matrix, c_attn, which is
     adapted whole. The paper keeps only the seed; here, as in peft, A and B are stored too by default, since another

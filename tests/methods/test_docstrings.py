@@ -2,8 +2,10 @@
 
 Conventions of the block, as lora.py has it: the equation is the first indented paragraph (what follows three spaces on
 its line is a remark), a picture comes after it, and the text under a heading is indented by four. Under "Saved" a line
-`NAME (shape)` is a tensor, under "At step 0" a line begins with a configuration, and under "Errors" a message is
-indented by four more than the call that raises it. Sizes are those of GPT-2 124M with a classifier of two labels.
+`NAME (shape)` is a tensor (indented by four more, one that `bias` adds), under "At step 0" a line begins with a
+configuration, and under "Errors" a message is indented by four more than the call that raises it; any other line there
+is text. "By hand: SYMBOL = VALUE, ... give TERM = VALUE, ..." is an example of numbers. Sizes are those of GPT-2 124M
+with a classifier of two labels.
 """
 
 import copy
@@ -21,14 +23,18 @@ from minipeft import (
     METHODS,
     GPT2Config,
     GPT2ForSequenceClassification,
+    LoraConfig,
+    VeraConfig,
     inject,
+    load_adapter,
     merge,
     save_adapter,
+    set_adapter,
     trainable_parameters,
     unmerge,
 )
-from minipeft.errors import MinipeftError
-from minipeft.explain.equation import equation_of, heading_lines
+from minipeft.errors import AdapterError, InjectionError, MinipeftError
+from minipeft.explain.equation import compute, equation_of, heading_lines, symbols_in
 from minipeft.explain.equation import text_under as paragraph_under
 from minipeft.methods.dora import DoraConfig
 from minipeft.methods.injection import active_injections
@@ -40,6 +46,7 @@ NAMES = {**vars(minipeft), "DoraConfig": DoraConfig}
 TINY = GPT2Config(vocab_size=97, n_positions=40, n_embd=24, n_layer=2, n_head=3)
 
 MERGED = ["lora", "dora", "vera", "ia3"]
+LINEAR = [*MERGED, "bitfit"]  # these say in the same words what is the same for them
 
 each_method = pytest.mark.parametrize("method", METHODS)
 
@@ -110,7 +117,36 @@ def test_every_symbol_of_the_equation_is_explained(method):
         assert used <= symbols, f"not explained: {used - symbols}"
 
 
+@pytest.mark.parametrize("method", LINEAR)
+def test_what_is_the_same_for_several_methods_is_said_in_the_same_words(method):
+    parts = {"Errors": "The class of each error .*? is taken is an InjectionError",
+             "Merging": "Several adapters[.] .* another one active"}
+    for heading, part in parts.items():
+        assert re.search(part, text_under(method, heading))[0] == re.search(part, text_under("lora", heading))[0]
+    if method in MERGED:
+        order = "Order[.] .* unmerges first"
+        assert re.search(order, text_under(method, "Merging"))[0] == re.search(order, text_under("lora", "Merging"))[0]
+
+
 # --- facts ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("method", LINEAR)
+def test_the_example_worked_by_hand_comes_to_what_it_says(method):
+    """Each term that is printed, and y as every line of the equation has it that needs nothing but what is given."""
+    given, results = re.search(r"^By hand: (.*?)\sgive\s(.*?)\.$", docstring(method), re.M | re.S).groups()
+    values = {name: torch.tensor(json.loads(value), dtype=torch.float32)
+              for name, value in re.findall(r"(\w+) = (\[[^=]*\]|[\d.]+)", given)} | {"dropout": lambda x: x}
+    lines = []
+    for line in reversed(equation_of(docstring(method))):  # DoRA's second line makes the c of its first
+        if symbols_in(line.right) <= values.keys():
+            values[line.left] = compute(line.right, values)[-1].value
+            lines.append((line.left, values[line.left]))
+    printed = re.findall(r"(?:^|, |; )([A-Za-z|][^=,;]*) = (\[[^=;]*\])", " ".join(results.split()))
+    for term, value in printed:
+        found = [computed for left, computed in lines if left == term] or [compute(term, values)[-1].value]
+        assert json.loads(value) in [computed.tolist() for computed in found], term
+    assert sorted(term for term, _ in printed if term in "yc") == sorted(left for left, _ in lines)
+
 
 @each_method
 def test_at_step_0_the_model_is_the_base_or_not_as_it_says(method):
@@ -175,10 +211,19 @@ def test_the_costs_are_right(method):
     assert f"{trained:,}" in {right for _, right in sums}, "the sum of the trained parameters"
 
 
-@pytest.mark.parametrize("method", MERGED)
-def test_the_frozen_numbers_and_the_options_counts_are_right(method):
+@pytest.mark.parametrize("method", LINEAR)
+def test_the_frozen_numbers_are_right(method):
     count = trainable_parameters(default_injection(method))
     assert f" {count.total - count.trainable:,} numbers" in text_under(method, "Frozen")
+
+
+def test_bitfit_s_frozen_numbers_with_layer_norm_are_right():
+    count = trainable_parameters(inject(on_meta(), minipeft.BitFitConfig(train="layer_norm")))
+    assert f"= {count.total - count.trainable:,} numbers" in text_under("bitfit", "Frozen")
+
+
+@pytest.mark.parametrize("method", MERGED)
+def test_the_options_counts_are_right(method):
     lines = re.findall(r"^(\w+\(.*?\)) +trains ([\d,]+):", "\n".join(lines_under(method, "Cost")), re.M)
     assert len(lines) == 3
     for call, figure in lines:
@@ -224,28 +269,73 @@ def test_on_a_half_precision_base_merging_rounds_once_and_unmerging_restores_eve
     assert all(torch.equal(layer.base_layer.weight, before[name]) for name, layer in layers.items())
 
 
-@pytest.mark.parametrize("call", ['LoraConfig(bias="all")', 'DoraConfig(bias="all")', 'VeraConfig(bias="all")'])
-def test_trained_biases_have_the_names_on_disk_that_it_says(call):
-    model = inject(on_meta(), eval(call, NAMES))
-    (injection,) = active_injections(model)
-    assert "...c_attn.base_layer.bias, others keep the base's names" in text_under(injection.method, "Saved")
-    biases = {name.removeprefix("base_model.model.transformer.h.0.") for name in _stored(model, injection)
-              if ".h.0." in name and name.endswith("bias")}
-    assert biases == {"attn.c_attn.base_layer.bias", "ln_1.bias", "attn.c_proj.bias", "ln_2.bias", "mlp.c_fc.bias",
-                      "mlp.c_proj.bias"}
+@pytest.mark.parametrize("config_class", [LoraConfig, DoraConfig, VeraConfig])
+def test_trained_biases_have_the_names_and_shapes_on_disk_that_it_says(config_class, tmp_path):
+    def stored(bias):
+        model = inject(on_meta(), config_class(bias=bias))
+        return {name: tuple(tensor.shape) for name, tensor in _stored(model, active_injections(model)[0]).items()}
+
+    method = config_class().method
+    lines = re.findall(r"^    (\S+) \((\d+),\)$", "\n".join(lines_under(method, "Saved")), re.M)
+    biases = {name: shape for name, shape in stored("all").items() if name not in stored("none")}
+    assert {name: (int(shape),) for name, shape in lines} == {
+        name: shape for name, shape in biases.items() if ".h.0." in name or ".h." not in name}
+    only = "vera_only" if method == "vera" else "lora_only"
+    assert f'With `bias` "{only}"' in text_under(method, "Saved")
+    assert {name for name in biases if ".base_layer." in name} == stored(only).keys() - stored("none").keys()
+
+    assert "adapter_config.json must then say `bias`." in text_under(method, "Saved")
+    save_adapter(inject(build(GPT2ForSequenceClassification, TINY), config_class(bias="all")), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"bias": None}), encoding="utf-8")
+    (tmp_path / "minipeft.json").unlink()
+    with pytest.raises(AdapterError, match=r"unexpected .*bias"):
+        load_adapter(build(GPT2ForSequenceClassification, TINY), tmp_path)
+
+
+def disabled(model):
+    with minipeft.disable_adapter(model):
+        pass
+
+
+@pytest.mark.parametrize("method", LINEAR)
+def test_several_adapters_and_the_order_of_merging_are_as_it_says(method, tmp_path):
+    model = inject(build(GPT2ForSequenceClassification, TINY), METHODS[method].config_class())
+    save_adapter(model, tmp_path)
+    with pytest.raises(InjectionError, match=f"already carries {method}"):
+        inject(model, METHODS[method].config_class())
+    load_adapter(model, tmp_path, "second")
+    assert [injection.name for injection in active_injections(model)] == ["second"]
+    set_adapter(model, "default")
+    assert [injection.name for injection in active_injections(model)] == ["default"]
+    if method in MERGED:
+        merge(model)
+        for refused in (merge, disabled, lambda model: inject(model, minipeft.BitFitConfig()),
+                        lambda model: load_adapter(model, tmp_path, "third"),
+                        lambda model: set_adapter(model, "second")):
+            with pytest.raises(InjectionError, match="merged"):
+                refused(model)
+        with pytest.raises(AdapterError, match="merged"):
+            save_adapter(model, tmp_path)
+        unmerge(model)
+    with pytest.raises(InjectionError, match="nothing is merged"):
+        unmerge(model)
 
 
 @each_method
 def test_the_errors_are_raised_with_these_words(method):
+    """Where a message begins with a class, it is the error's."""
+    lines = lines_under(method, "Errors")
     calls, messages = [], []
-    for line in lines_under(method, "Errors"):
-        if not line.startswith("    "):
+    for line, after in zip(lines, [*lines[1:], ""]):
+        if line.startswith("    "):
+            messages[-1].append(line.strip())
+        elif after.startswith("    "):
             calls.append(line)
             messages.append([])
-        else:
-            messages[-1].append(line.strip())
     assert len(calls) >= 3
     for call, message in zip(calls, messages):
         with pytest.raises(MinipeftError) as raised, torch.device("meta"):
             eval(call, {**NAMES, "model": on_meta()})
-        assert str(raised.value) == " ".join(message), call
+        words, named = str(raised.value), f"{type(raised.value).__name__}: {raised.value}"
+        assert " ".join(message) in ([named] if method in LINEAR else [words, named]), call

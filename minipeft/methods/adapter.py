@@ -18,7 +18,9 @@ task needs is learned in the bottleneck of m channels, while attention and feed-
             |
             y (batch, seq, C)       what the block adds to x instead of h
 
-`architecture` says which sub-layers of a block get an adapter, and what z is:
+A block makes x + attn(ln_1(x)) of x, and then x + mlp(ln_2(x)) of this new x: attn is the attention, mlp the
+feed-forward layer, ln_1 and ln_2 are the LayerNorms before them. `architecture` says which of the two get an adapter,
+and what z is:
 
     houlsby     after attention, h = z = attn(ln_1(x)), and after the feed-forward layer, h = z = mlp(ln_2(x))
     pfeiffer    after the feed-forward layer only, h = z = mlp(ln_2(x))
@@ -29,7 +31,9 @@ W_up = (2, 3)^T, b_up = (0.5, -0.5) give (6.5, 8.5). So y = (3, 1) + 2 * (6.5, 8
 relu makes 0 of 1 - 3 + 1 = -1, and only b_up is left: y = (1, 3) + 2 * (0.5, -0.5) = (2, 2).
 
 Symbols
-    z (batch, seq, C) the adapter's input     h (batch, seq, C) the sub-layer's output     y (batch, seq, C) the new one
+    h (batch, seq, C) the sub-layer's output: c_proj's, in training after the sub-layer's own dropout
+    z (batch, seq, C) the adapter's input, as above; with layer_norm=True z = LN(h), for parallel z = LN(ln_2(x)), where
+    LN is a LayerNorm of the adapter's own                    y (batch, seq, C) what the sub-layer puts out in h's place
     W_down (m, C), b_down (m,) are down       W_up (C, m), b_up (C,) are up                all four trained
     m = bottleneck_size, or C / reduction_factor rounded        s = scaling, a number      C = n_embd, the channels
     act is non_linearity: relu(a) = max(a, 0), swish(a) = a / (1 + exp(-a)), none(a) = a, tanh, or the exact
@@ -38,11 +42,11 @@ Symbols
     1 - adapter_dropout; in training only
     x (batch, seq, C) the residual stream: the block's input for ln_1, and for ln_2 that plus what attention added
 Trained
-    W_down, b_down, W_up and b_up of every adapter, in float32 whatever the base's dtype; a new classification head.
-    With layer_norm=True z first passes a LayerNorm of the adapter's own, which is trained, too; h stays as it is.
+    W_down, b_down, W_up and b_up of every adapter, in float32 whatever the base's dtype; with layer_norm=True LN's
+    weight and bias, too; a new classification head.
 Frozen
-    Everything else, the base's own LayerNorms among it: `inject` sets requires_grad to False when it carries out the
-    plan, so no gradient is computed for it and the optimizer never sees it.
+    Everything else, the base's own LayerNorms among it: `inject`, which puts the method into a model, sets
+    requires_grad to False, so no gradient is computed for it and the optimizer never sees it.
 At step 0
     BottleneckConfig()                                            is the base model, bit for bit: W_up and b_up are 0
     BottleneckConfig(layer_norm=True)                             is the base model, bit for bit: for the same reason
@@ -50,7 +54,7 @@ At step 0
     No setting changes that. W_down starts uniform between -1 / sqrt(C) and 1 / sqrt(C), b_down at 0, and a LayerNorm
     with weight 1 and bias 0. The first step's gradient reaches W_up and b_up only: on its way to W_down it is
     multiplied by W_up, which is still zero.
-    The comparison is with the base model under the same new head, which is random.
+    Both models, this one and the base, have the same new head here; it is random.
 Positions and mask
     Untouched. Each token is changed by itself, pads too, which no real token sees, on the left or on the right. A text
     may have all 1,024 positions, and a KV cache holds what it holds without adapters: one key and one value per token
@@ -71,16 +75,18 @@ Saved
     base_model.model.transformer.h.0.mlp.adapter.layer_norm.weight. adapter_config.json must say peft_type
     MINIPEFT_BOTTLENECK, and each field that is not at its default. It need not say task_type: the head's name shows it.
     score is the new head; tagging has base_model.model.classifier.weight and .bias there, a language model nothing.
-    peft has no such method: only this library reads the folder.
+    Only this library reads the folder: peft, Hugging Face's library, has no such method.
 Merging
     Not possible: act stands between the two matrices, so no weight of the base can take in what is added. The adapters
-    stay and are computed at each prediction. `merge` refuses non_linearity none, too. Then the adapter is one matrix.
-    Behind a sub-layer, and without a LayerNorm of its own, it could be multiplied into the sub-layer's last matrix,
-    c_proj; this library does not do that. Beside a sub-layer (parallel) there is no such matrix.
+    stay and are computed at each prediction. `merge` is refused with non_linearity none, too. There the adapter is a
+    single matrix and, after a sub-layer and without LN, could be multiplied into c_proj, the sub-layer's last one; this
+    library does not do that. A parallel one could not: its input is not c_proj's.
     Off: within `disable_adapter`, and for good after `remove`, the model is the base model, bit for bit, under the head
     as it was before training.
-    Several: `load_adapter` adds adapters under other names, each with tensors and a head of its own. One name is active
-    at a time. Under it other methods may work along, such as a prompt, but no second BottleneckConfig.
+    Several adapters. A second `inject` of the same method is refused. `load_adapter(model, folder, name)` adds a saved
+    adapter, of this method or another, under another name and makes it the active one, the one that computes; the
+    others stay, switched off. `set_adapter(model, name)` makes another one active. Under one name other methods may
+    work along, such as a prompt, but no second BottleneckConfig.
 Cost
     2 C m + C + m parameters per adapter, 2 * 768 * 48 + 768 + 48 = 74,544; a LayerNorm has 2 C more. Two adapters per
     block for houlsby, 24 * 74,544 = 1,789,056, one for the others. In all 24 * 74,544 + 1,536 = 1,790,592 trained, the
@@ -90,26 +96,40 @@ Cost
     2 * 12 * 768 * 768 = 14,155,776 of its four matrices; pfeiffer and parallel take half of it. Each adapter is two
     products that wait for each other; parallel does not wait for h.
     Backward: from the loss down to the lowest adapter the gradient passes through the frozen matrices as in full
-    fine-tuning. Of the three products per matrix (forward, the input's gradient, the matrix's own gradient) the third
-    is never computed for a frozen matrix. So its input is not kept. Kept are, per token, in each adapter z and act's
-    output, C + m numbers (gelu and swish m more, a LayerNorm C more), in each block above the lowest adapter the inputs
-    of both LayerNorms, q, k, v, attention's output and gelu's input, (2 + 3 + 1 + 4) C. What a dropout
-    keeps for itself comes on top.
+    fine-tuning. Of the three products that full fine-tuning takes per matrix (forward, the gradient of the matrix's
+    input, the gradient of the matrix itself) the third is never computed for a frozen matrix. It alone needs the
+    matrix's input, which is therefore not kept. Kept are, per token, in each adapter z and act's output, C + m numbers
+    (gelu and swish m more, LN C more), in each block above the lowest adapter the inputs of both LayerNorms, q, k, v,
+    attention's output and gelu's input, (2 + 3 + 1 + 4) C. The softmax's shares are not kept: attention computes them
+    again. In training the base's dropout adds one byte per number, 2 C in a block. In attention (attn_pdrop) a CPU
+    keeps a byte per share in place of attention's output, and a GPU's fused attention nothing. Adapter dropout adds C
+    bytes per token and adapter.
     Optimizer: 8 bytes per trained parameter for AdamW's two means, 14,324,736 bytes; gradients take half of that.
 Errors
+    The class of each error stands before its message. A wrong value is found when the configuration is made; `inject`
+    raises before it changes anything. `load_adapter` raises an AdapterError, and leaves the model as it was, where a
+    tensor is missing, unexpected or of another shape (it is named), where the folder is from another base model (other
+    weights), or where its peft_type is unknown. A field that minipeft does not implement is a ConfigError, a name that
+    is taken an InjectionError. A folder for another task is an AdapterError, too. A text with more tokens than
+    positions is a ConfigError when the model reads it.
     BottleneckConfig(non_linearity="silu")
-        non_linearity must be one of relu, gelu, swish, tanh, none, got 'silu'
+        ConfigError: non_linearity must be one of relu, gelu, swish, tanh, none, got 'silu'
     inject(model, BottleneckConfig(layers_to_transform=[12]))
-        layers_to_transform=[12]: this model has the blocks 0 to 11
+        ConfigError: layers_to_transform=[12]: this model has the blocks 0 to 11
     inject(model, BottleneckConfig(reduction_factor=1000))
-        reduction_factor must lie between 0 and the model's width 768, got 1000
+        ConfigError: reduction_factor must lie between 0 and the model's width 768, got 1000
+    inject(inject(model, BottleneckConfig()), BottleneckConfig())
+        InjectionError: this model already carries adapter, which does not combine with adapter: remove it, or start
+        from a fresh model
     merge(inject(model, BottleneckConfig()))
-        BottleneckAdapter cannot be merged: it is not a change of weights
+        InjectionError: BottleneckAdapter cannot be merged: it is not a change of weights
 Differs from the paper
     Houlsby et al. adapt BERT, whose LayerNorms follow the sub-layers, and train these LayerNorms, too; GPT-2's come
-    before the sub-layers and stay frozen here. Their W_up starts near zero, here at zero. He et al. set s = 4 for
-    parallel, here s is 1 unless `scaling` says otherwise. Pfeiffer et al. go on to combine the adapters of several
-    tasks by a trained attention, AdapterFusion, which is not in this file.
+    before the sub-layers and stay frozen here. Their W_up starts near zero, here at zero. The adapter of Pfeiffer et
+    al. reads what BERT's LayerNorm makes of the sum of the feed-forward layer's input and output; here it reads that
+    layer's output alone, before the sum. He et al. set s = 4 for parallel, here s is 1 unless `scaling` says otherwise.
+    Pfeiffer et al. go on to combine the adapters of several tasks by a trained attention, AdapterFusion, which is not
+    in this file.
 
 Papers: Houlsby, Giurgiu, Jastrzebski, Morrone, de Laroussilhe, Gesmundo, Attariyan, Gelly (2019), "Parameter-Efficient
 Transfer Learning for NLP", arXiv 1902.00751. Pfeiffer, Kamath, Rueckle, Cho, Gurevych (2020), "AdapterFusion:

@@ -20,49 +20,68 @@ Symbols
     x (batch, seq, in) a layer's input      y (batch, seq, out) its output      W (out, in), bias (out,) trained
     theta any tensor of the model, theta_next what a step of AdamW makes of it; both in its own shape
     t the number of this step, 1 for the first      g the gradient of theta, in its shape. Training clips it before the
-    step: all gradients together have a length of max_grad_norm at most.
+    step: all gradients together have a length of max_grad_norm at most, by default 1.
     mean, square AdamW's running means of g and g^2, each in theta's shape and 0 before the first step; mean_next,
-    square_next are those after this step. They start too small: the divisions by 1 - 0.9^t and 1 - 0.999^t correct it.
-    At t = 1 they give g and g^2: the quotient is about 1 or -1, so theta moves by rate, against the sign of g.
-    rate the learning rate of this step      decay the weight decay, for the matrices of linear layers, else 0
+    square_next are those after this step. As they begin at 0, they are too small in the first steps; to divide by
+    1 - 0.9^t and 1 - 0.999^t corrects that. At t = 1 the quotients are g and g^2, so theta moves by about rate, against
+    the sign of g.
+    rate the learning rate of this step: it rises to `learning_rate`, then falls; `scripts/train.py --method full` takes
+    3e-4 for classification. decay is `weight_decay`, by default 0.01, for the matrices of linear layers, and 0 for all
+    else.
     eps = 1e-8      sqrt the square root, number by number
 Trained
     Everything: embeddings, matrices, biases, LayerNorms, and a new classification head. A model in half precision
     becomes float32: most small steps would change no half-precision number.
 Frozen
-    Nothing: `inject` sets requires_grad to True on every parameter.
+    Nothing: `inject`, which puts the method into a model, sets requires_grad to True on every parameter.
 At step 0
     FullConfig()    is the base model, bit for bit: nothing is added, and nothing has moved yet
-    Both have the same new head, which is random.
+    Both models, this one and the base, have the same new head here; it is random.
 Positions and mask
-    Untouched.
+    Untouched: positions, masks, the KV cache and the longest text, 1,024 tokens, are the base's.
 Saved
     No adapter folder and no adapter_config.json: `save_adapter` answers "full has no adapter to save: use
-    save_pretrained". `save_pretrained` writes the whole model, config.json and model.safetensors, which transformers
-    loads: all 124,441,344 numbers, in the official layout: names such as
-    transformer.h.0.attn.c_attn.weight (768, 2304), the blocks' matrices as (in, out), and score.weight (2, 768), the
-    head's, as (out, in).
+    save_pretrained". `save_pretrained` writes the whole model, all 124,441,344 numbers, as config.json and
+    model.safetensors, which transformers loads. Among its tensors are
+    transformer.wte.weight (50257, 768)
+    transformer.wpe.weight (1024, 768)
+    transformer.h.0.ln_1.weight (768,)
+    transformer.h.0.attn.c_attn.weight (768, 2304)
+    transformer.h.0.attn.c_attn.bias (2304,)
+    transformer.h.0.mlp.c_fc.weight (768, 3072)
+    transformer.ln_f.weight (768,)
+    score.weight (2, 768)
+    The blocks' matrices are stored as (in, out), as GPT-2's always were, and score, the head, as (out, in).
 Merging
     Not possible, and not needed: the trained weights are the model's own. No copy of the base is kept, so `remove`,
-    `disable_adapter` and `load_adapter` are refused, each by the last message under "Errors".
+    `disable_adapter` and `load_adapter` are refused, each by the last message under "Errors". A model that is
+    fine-tuned whole carries no second method: for each task there is a whole model of its own.
 Cost
     wte 50,257 * 768 = 38,597,376, wpe 1,024 * 768 = 786,432, ln_f 2 * 768 = 1,536, the head 2 * 768 = 1,536, and per
     block (768 * 2304 + 2304) + (768 * 768 + 768) + (768 * 3072 + 3072) + (3072 * 768 + 768) + 4 * 768 = 7,087,872.
     In all 38,597,376 + 786,432 + 12 * 7,087,872 + 1,536 + 1,536 = 124,441,344 trained.
-    Forward: what the base takes, 2 in out operations per token and matrix (in out products, as many sums), and those of
-    attention. Backward: twice as many, half of them for the gradient of x, half for that of W. The second half needs x,
-    so every layer keeps its input. Methods that leave W frozen save both.
+    Forward: what the base takes, 2 * in * out operations per token and matrix (in * out products, as many sums), and
+    those of attention. Backward: twice as many, half of them for the gradient of x, half for that of W. The second half
+    needs x, so every layer keeps its input. A method that leaves W frozen neither computes this half nor keeps x for
+    it. Kept are, per block and token, the inputs of both LayerNorms (2 C, C = 768 channels) and of the four matrices
+    (7 C), q, k, v (3 C) and gelu's input (4 C): 16 C numbers, where frozen matrices leave 10 C. The softmax's shares
+    are not kept: attention computes them again. In training the base's dropout adds one byte per number, 2 C in a
+    block. In attention (attn_pdrop) a CPU keeps a byte per share, and a GPU's fused attention nothing.
     Optimizer: 8 bytes per parameter for AdamW's two means, 995,530,752 bytes. With the gradient that is 12 bytes per
     parameter, beside 4 of its own: 16 * 124,441,344 = 1,991,061,504 bytes before any activation.
 Errors
+    The class of each error stands before its message. A wrong value is found when the configuration is made; `inject`
+    raises before it changes anything. `load_adapter` needs the base's own weights and raises an InjectionError;
+    `disable_adapter` does, too. A text with more tokens than positions is a ConfigError when the model reads it.
     inject(inject(model, LoraConfig()), FullConfig())
-        this model already carries lora, which does not combine with full: remove it, or start from a fresh model
+        InjectionError: this model already carries lora, which does not combine with full: remove it, or start from a
+        fresh model
     merge(inject(model, FullConfig()))
-        there is nothing to merge: full trains the model's own tensors
+        InjectionError: there is nothing to merge: full trains the model's own tensors
     save_adapter(inject(model, FullConfig()), "folder")
-        full has no adapter to save: use save_pretrained
+        AdapterError: full has no adapter to save: use save_pretrained
     remove(inject(model, FullConfig()))
-        full keeps no copy of the base model's weights: load it anew
+        InjectionError: full keeps no copy of the base model's weights: load it anew
 Differs from the paper
     The first paper unfreezes layer by layer, from the last one down, and gives lower layers smaller learning rates.
     Here all layers are trained from the start, at one rate. Loshchilov and Hutter let every weight decay, by an amount

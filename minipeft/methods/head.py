@@ -1,7 +1,8 @@
 """Head-only training: the base model is a fixed feature extractor, and a linear classifier is trained on its output.
 
-Nothing below the head changes, so each text's feature has to be computed only once, however many epochs follow. Also
-known as linear probing. What it reaches is what the base already knows; the other methods are compared with it.
+Nothing below the head changes. So in text classification each text's feature has to be computed only once, however many
+epochs follow. Also known as linear probing. What it reaches is what the base already knows; the other methods are
+compared with it.
 
     logits = h_last W^T               text classification
     logits = dropout(h) W^T + bias    tagging
@@ -12,11 +13,13 @@ known as linear probing. What it reaches is what the base already knows; the oth
                 |
          h (batch, seq, width)  the hidden states
                 |
-         h_last (batch, width)  that of the last real token; in tagging every token's
+         h_last (batch, width)  that of the last real token
                 |
          W (labels, width)  trained, starts random
                 |
          logits (batch, labels)
+
+The picture shows text classification. In tagging W reads dropout(h), all tokens' hidden states.
 
 Symbols
     h (batch, seq, width) the base model's output, after its last LayerNorm; width is 768 for GPT-2
@@ -28,22 +31,28 @@ Trained
     The new head alone: W and, in tagging, bias. Every other method trains it too, beside its own parameters. W starts
     normal, with deviation 0.02 (initializer_range), and bias at 0.
 Frozen
-    The whole base model: `inject` sets requires_grad to False when it carries out the plan.
+    The whole base model: `inject`, which puts the method into a model, sets requires_grad to False, so no gradient is
+    computed for it and the optimizer never sees it.
 At step 0
     HeadConfig()    is the base model, bit for bit: no layer is added
-    Both have the same new head. It is random, so the first predictions are guesses.
+    Both models, this one and the base, have the same new head here; it is random. So the first predictions are guesses.
 Positions and mask
     Untouched. The attention mask also says which token is a text's last real one, on whichever side the padding is.
-    Without a mask it is the last token, padding or not.
+    Without a mask it is the last token, padding or not. position_ids count as in the base, a text may have all 1,024
+    positions, and a KV cache holds what it holds without the method: one key and one value per token and block.
 Saved
     In adapter_model.safetensors:
     base_model.model.score.weight (2, 768)
     In tagging base_model.model.classifier.weight (2, 768) and base_model.model.classifier.bias (2,) take its place.
-    adapter_config.json must say peft_type MINIPEFT_HEAD; there are no settings. peft has no such method and cannot
-    read the folder.
+    adapter_config.json must say peft_type MINIPEFT_HEAD; there are no settings. It need not say task_type: the head's
+    name shows it. Only this library reads the folder: peft, Hugging Face's library, has no such method.
 Merging
     Not possible, and not needed: no layer is added. Switching exchanges heads: each adapter has one of its own, and
     `disable_adapter` and `remove` put back the one that the model had before, which is kept for that.
+    Several adapters. A second `inject` of the same method is refused. `load_adapter(model, folder, name)` adds a saved
+    adapter, of this method or another, under another name and makes it the active one, the one that computes; the
+    others stay, switched off. `set_adapter(model, name)` makes another one active. Under one name no other method works
+    along.
 Cost
     labels * width parameters: 2 * 768 = 1,536 trained and 124,441,344 - 1,536 = 124,439,808 frozen. Tagging has a bias
     besides: 2 * 768 + 2 = 1,538.
@@ -55,12 +64,19 @@ Cost
     passes through the base, and none of its activations are kept. Optimizer: 8 bytes per trained parameter for AdamW's
     two means, 12,288 bytes. The earlier head, kept aside: 4 * 1,536 = 6,144 bytes in float32.
 Errors
+    The class of each error stands before its message. A wrong value is found when the configuration is made; `inject`
+    raises before it changes anything. `load_adapter` raises an AdapterError, and leaves the model as it was, where a
+    tensor is missing, unexpected or of another shape (it is named), where the folder is from another base model (other
+    weights), or where its peft_type is unknown. A field that minipeft does not implement is a ConfigError, a name that
+    is taken an InjectionError. A folder for another task is an AdapterError, too. A text with more tokens than
+    positions is a ConfigError when the model reads it.
     inject(GPT2LMHeadModel(model.config), HeadConfig())
-        GPT2LMHeadModel has no classification head to train
+        InjectionError: GPT2LMHeadModel has no classification head to train
     inject(inject(model, HeadConfig()), LoraConfig())
-        this model already carries head, which does not combine with lora: remove it, or start from a fresh model
+        InjectionError: this model already carries head, which does not combine with lora: remove it, or start from a
+        fresh model
     merge(inject(model, HeadConfig()))
-        there is nothing to merge: head trains the model's own tensors
+        InjectionError: there is nothing to merge: head trains the model's own tensors
 Differs from the paper
     The paper puts a probe on every layer, to see what each of them holds, and on image classifiers. Here there is one
     probe, on the last layer, and its labels are the result.

@@ -1,8 +1,8 @@
 r"""Prefix tuning: learned keys and values before the text, in every block.
 
-Attention finds, before the text's own keys and values, V more that no token produced: a learned key-value cache. They
-are all that is trained. A prompt's vectors enter at the bottom and pass through all blocks; a prefix acts on every
-block directly and passes through none.
+For every block V keys and V values are learned. Attention reads them before the text's own, as it reads a key-value
+cache; but no token produced them. A prompt's vectors enter at the bottom and pass through all blocks; a prefix acts on
+every block directly and passes through none.
 
     o = softmax(q [P_k; k]^T / sqrt(D) + mask) [P_v; v]
 
@@ -19,36 +19,39 @@ block directly and passes through none.
             was sees      all V                x     x      x                    and so on
 
 By hand, one head with D = 1 and V = 1: P_k = 0, P_v = 4, and one token of the text with q = 1, k = ln 3, v = 1. The
-scores are 0 and ln 3, their exponentials 1 and 3, so o = 1/4 * 4 + 3/4 * 1 = 1.75. Without the prefix o = 1.
+attention scores are 0 and ln 3, their exponentials 1 and 3, so o = 1/4 * 4 + 3/4 * 1 = 1.75. Without the prefix o = 1.
 
 Symbols
-    q, k, v (batch, H, seq, D) the text's queries, keys, values in one block; H heads of D = 64 make C = n_embd = 768
+    seq how many tokens the text has       q, k, v (batch, H, seq, D) their queries, keys, values in one block
+    H heads of D = 64 make C = n_embd = 768       L = n_layer, the number of blocks       sqrt is the square root
     P_k, P_v (batch, H, V, D) that block's part of the table, the same for every text        V = num_virtual_tokens
-    [P_k; k] stacks along the sequence: (batch, H, V + seq, D)      mask (seq, V + seq): 0 where seen, else -infinity
-    o (batch, H, seq, D) what attention's last matrix, c_proj, gets     L = n_layer, the number of blocks
-    softmax makes shares of the V + seq scores that add up to 1     sqrt is the square root
+    [P_k; k] stacks along the sequence: (batch, H, V + seq, D)
+    mask (seq, V + seq), where texts have pads (batch, 1, seq, V + seq): 0 where a query sees a key, else -infinity
+    The attention scores are what softmax gets, (batch, H, seq, V + seq). It makes shares of the V + seq scores of each
+    query; they add up to 1.                      o (batch, H, seq, D) what attention's last matrix, c_proj, gets
     P (V, 2 L C) the table, trained, or made by a network if prefix_projection is true:
     P = tanh(E W_1^T + b_1) W_2^T + b_2, with E (V, C), W_1 (h, C), b_1 (h,), W_2 (2 L C, h), b_2 (2 L C,) trained and
     h = encoder_hidden_size, by default C
 Trained
-    P, called prefix_tuning.encoder.weight, in float32 whatever the base's dtype; a new classification head. With
-    prefix_projection, E and the network instead of P; a model that loads a saved adapter has P as a plain table, and
-    trains that.
+    P, called transformer.prefix_tuning.encoder.weight, in float32 whatever the base's dtype; a new classification head.
+    With prefix_projection, E and the network instead of P; a model that loads a saved adapter has P as a plain table,
+    and trains that.
 Frozen
-    Everything else: `inject` sets requires_grad to False when it carries out the plan, so no gradient is computed for
-    it and the optimizer never sees it.
+    Everything else: `inject`, which puts the method into a model, sets requires_grad to False, so no gradient is
+    computed for it and the optimizer never sees it.
 At step 0
     PrefixTuningConfig()                            is not the base model: P is standard normal
     PrefixTuningConfig(init_weights="zero")         is not the base model: a key of zeros takes its share, see below
     PrefixTuningConfig(prefix_projection=True)      is not the base model: E and the network are random
-    No setting starts as the base model. A key of zeros scores 0 with every query, and exp(0) = 1. So V of them take
-    V / (V + Z) of the softmax, where Z is the sum of exp(score) over the text's tokens that the query sees. If the
-    scores of t such tokens are 0, too, Z is t, and the prefix takes V of V + t shares: 20 of 25 at the fifth token. Its
-    values are zeros, so a fifth of the base's attention output is left.
+    No setting starts as the base model. A key of zeros has the attention score 0 with every query, and exp(0) = 1. So V
+    of them take V / (V + Z) of the softmax, where Z is the sum of exp(attention score) over the text's tokens that the
+    query sees. An example: the text's fifth token sees five tokens of the text. If its attention scores with them are
+    0, too, then Z = 5, and the prefix takes 20 of 25 shares. Its values are zeros, so a fifth of the base's attention
+    output is left.
     E starts standard normal. W_1, b_1, W_2 and b_2 start uniform between -1 / sqrt(n) and 1 / sqrt(n), where n is how
     many numbers the matrix reads: C for W_1 and b_1, h for W_2 and b_2. With prefix_projection init_weights is not
     read; without it encoder_hidden_size is not.
-    The comparison is with the base model under the same new head, which is random.
+    Both models, this one and the base, have the same new head here; it is random.
 Positions and mask
     With V = 20 and a text of 5 tokens:
     Positions. The text stands at 20 to 24; 20 is added to a caller's position_ids, 0 to 4. Nothing stands at 0 to 19:
@@ -60,11 +63,12 @@ Positions and mask
     them. Without position_ids pads count, and this text starts at 22. The prefix has no queries, so attention puts out
     one vector per token of the text, and nothing is cut off.
     KV cache. Before the first call's tokens every block's cache is filled with the 20 keys and values; after them it
-    holds 25. A call without a cache is given one that is dropped afterwards. A later call with one token finds 25 in
-    the cache and puts nothing in: the token gets position 25, a mask (batch, 6) becomes (batch, 26), and the cache then
-    holds 26.
-    Gradient checkpointing. A block is computed twice, and adds its 5 keys and values to a copy of the cache each time.
-    So the second computation, in the backward pass, finds the 20 alone, as the first did.
+    holds 25. A later call with one token finds 25 in the cache and puts nothing in: the token gets position 25, a mask
+    (batch, 6) becomes (batch, 26), and the cache then holds 26. In that call q is (batch, H, 1, D), [P_k; k] and
+    [P_v; v] are (batch, H, 26, D), and the scores (batch, H, 1, 26). A call without a cache gets a temporary one: the
+    blocks find the 20 there, and it is dropped when the call ends.
+    Gradient checkpointing. A block is computed twice, the second time in the backward pass. Both times it starts from
+    the 20 keys and values alone: the 5 of the text are added to a copy, not to the cache itself.
 Saved
     In adapter_model.safetensors:
     prompt_embeddings (20, 18432)
@@ -75,8 +79,8 @@ Saved
     to 1,535 the value of block 0, 1,536 to 2,303 the key of block 1. Within 768 the heads follow each other, 64 each.
     adapter_config.json must say peft_type PREFIX_TUNING, task_type and num_virtual_tokens. task_type is SEQ_CLS for
     this classifier, TOKEN_CLS for tagging and CAUSAL_LM for a language model. token_dim 768, num_layers 12,
-    num_attention_heads 12 and num_transformer_submodules 1 are written for peft. What is there must be the model's:
-    "the adapter was made for another num_layers; this model's is 12".
+    num_attention_heads 12 and num_transformer_submodules 1 are written for peft, Hugging Face's library. What is there
+    must be the model's: "the adapter was made for another num_layers; this model's is 12".
     prefix_projection and encoder_hidden_size stay in a loaded configuration. They say how P was made, and change
     nothing: loading builds that network, and a table with the saved P takes its place.
 Merging
@@ -85,33 +89,49 @@ Merging
     `merge` is refused: "Prefix cannot be merged: it is not a change of weights".
     Off: within `disable_adapter`, and for good after `remove`, the model is the base model bit for bit: the text stands
     at 0 of 1,024 positions, under the head as it was before training. A KV cache keeps the prefix: start a new one.
-    Several: `load_adapter` adds adapters under other names, each with a P and a head of its own. One name is active at
-    a time. Under it other methods may work along, such as LoRA, but no second one that puts something before the text.
+    Several adapters. A second `inject` of the same method is refused. `load_adapter(model, folder, name)` adds a saved
+    adapter, of this method or another, under another name and makes it the active one, the one that computes; the
+    others stay, switched off. `set_adapter(model, name)` makes another one active. Under one name other methods may
+    work along, such as LoRA, but no second one that puts something before the text.
 Cost
     2 V L C parameters: 2 * 20 * 12 * 768 = 368,640. In all 2 * 20 * 12 * 768 + 1,536 = 370,176 trained, the head's
     2 * 768 = 1,536 among them. With prefix_projection V C + C h + h + 2 L C h + 2 L C and the head:
     20 * 768 + 768 * 768 + 768 + 18,432 * 768 + 18,432 + 1,536 = 14,781,696; once saved and loaded 370,176 again.
-    Forward: not a token more. Each query scores V keys more and adds V values more: 4 V C operations per token and
-    block, 4 * 20 * 768 = 61,440, which is 0.4 % of what the block's four matrices (12 C^2 numbers) take,
+    Forward: not a token more. Each query has V attention scores more and adds V values more: 4 V C operations per token
+    and block, 4 * 20 * 768 = 61,440, which is 0.4 % of what the block's four matrices (12 C^2 numbers) take,
     2 * 12 * 768 * 768 = 14,155,776. Attention is given a mask where the base needs none. The network, if there is one,
     runs once per call, 2 V (C h + h 2 L C) operations: 2 * 20 * (768 * 768 + 768 * 18,432) = 589,824,000, as many as
     the matrices of all blocks take for 3.5 tokens of text. A loaded adapter has no network. A KV cache holds 2 V L C
     numbers more per text, 4 * 368,640 = 1,474,560 bytes in float32.
     Backward: the gradient passes through all blocks down to the first one's attention. Of the three products that full
-    fine-tuning takes per matrix (forward, the input's gradient, the matrix's own gradient) the third is never computed
-    for a frozen matrix. So its input is not kept. Kept are, per block and token, the inputs of both LayerNorms, q, k,
-    v, attention's output and gelu's input, (2 + 3 + 1 + 4) C numbers. [P_k; k] and [P_v; v] are copies, and kept
-    as well: 2 C (V + seq) numbers per block and text. What the base's dropout keeps for itself comes on top.
+    fine-tuning takes per matrix (forward, the gradient of the matrix's input, the gradient of the matrix itself) the
+    third is never computed for a frozen matrix. It alone needs the matrix's input, which is therefore not kept. Kept
+    are, per block and token, the inputs of both LayerNorms, q, k, v, attention's output and gelu's input,
+    (2 + 3 + 1 + 4) C numbers. [P_k; k] and [P_v; v], copies, are kept as well: 2 C (V + seq) numbers per block and
+    text. k and v stay beside their copies, as they are one tensor with q, c_attn's output, and attention keeps q. The
+    softmax's shares are not kept: attention computes them again. In training the base's dropout adds one byte per
+    number, 2 C in a block. In attention (attn_pdrop) a CPU keeps a byte per share in place of attention's output, and a
+    GPU's fused attention nothing. The network keeps tanh's output, V h numbers per call.
     Optimizer: 8 bytes per trained parameter for AdamW's two means, 2,961,408 bytes; with prefix_projection
     8 * 14,781,696 = 118,253,568 bytes. Gradients take half of that.
 Errors
+    The class of each error stands before its message. A wrong value is found when the configuration is made; `inject`
+    raises before it changes anything. `load_adapter` raises an AdapterError, and leaves the model as it was, where a
+    tensor is missing, unexpected or of another shape (it is named), where the folder is from another base model (other
+    weights), or where its peft_type is unknown. A field that minipeft does not implement is a ConfigError, a name that
+    is taken an InjectionError. Other dimensions than the model's, such as token_dim, are a ConfigError. A folder for
+    another task is an AdapterError, too. A text with more tokens than positions is a ConfigError when the model reads
+    it.
     PrefixTuningConfig(init_weights="zeros")
-        init_weights must be one of None, zero, got 'zeros'
+        ConfigError: init_weights must be one of None, zero, got 'zeros'
+    PrefixTuningConfig(num_virtual_tokens=0)
+        ConfigError: num_virtual_tokens must be a positive integer, got 0
     inject(model, PrefixTuningConfig(num_virtual_tokens=1024))
-        num_virtual_tokens=1024: this model has 1024 positions left, so between 1 and 1023 virtual tokens fit before a
-        text
+        ConfigError: num_virtual_tokens=1024: this model has 1024 positions left, so between 1 and 1023 virtual tokens
+        fit before a text
     inject(inject(model, PromptTuningConfig()), PrefixTuningConfig())
-        this model already carries prompt, which does not combine with prefix: remove it, or start from a fresh model
+        InjectionError: this model already carries prompt, which does not combine with prefix: remove it, or start from
+        a fresh model
 Differs from the paper
     Li and Liang train the network, as they find the training of P alone unstable; peft's default, and this one, is P
     alone. With little data they start from the keys and values of real words; here P starts random or zero. They

@@ -1,11 +1,11 @@
 r"""Prompt tuning: learned input vectors before the text.
 
-The frozen model is given V vectors that are no words' embeddings, and reads them before the text. They are all that is
-trained, and every text gets the same ones. What the model puts out at their positions is cut off, so heads and losses
-see the text alone.
+The frozen model is given V vectors that are no words' embeddings, and reads them before the text. They are learned, and
+every text gets the same ones. What the model puts out at their positions is cut off, so heads and losses see the text
+alone.
 
-    x = [P; wte[ids]] + wpe[positions]
-    y = blocks(x)[V:]
+    x = [P; wte[ids]] + wpe[positions]      stacked along the sequence
+    y = blocks(x)[V:]                       [V:] along the sequence: (batch, V + seq, C) -> (batch, seq, C)
 
     position     0     1   ...   19     20     21     22     23     24         V = 20, a text of 5 tokens
     x            P_0   P_1 ...   P_19   The    film   was    very   good       each + wpe[position]
@@ -20,25 +20,27 @@ By hand, with C = 2, V = 1: P = (0.5, -1), wpe[0] = (0.1, 0), wpe[1] = (0, 0.2) 
 Symbols
     ids (batch, seq) the text's token ids       wte (vocabulary, C), wpe (n_positions, C) the frozen embeddings
     P (V, C) the prompt, trained                V = num_virtual_tokens       C = n_embd, 768 in GPT-2 124M
-    [P; ...] stacks along the sequence          positions (V + seq,) are 0, 1, 2, ...
+    seq how many tokens the text has            [P; ...] (batch, V + seq, C): P before each text of the batch
+    [V:] cuts the first V of the V + seq vectors of each text off; the batch stays whole
+    positions 0, 1, 2, ..., (V + seq,); with position_ids from a caller (batch, V + seq), or (1, V + seq) for all texts
     x (batch, V + seq, C) what enters the blocks, in training after the base's own dropout
     blocks the base's L = n_layer blocks and ln_f, its last LayerNorm      y (batch, seq, C) what the head gets
 Trained
-    P, a (V, C) table called prompt_tuning.encoder.weight, in float32 whatever the base's dtype; a new classification
-    head.
+    P, a (V, C) table called transformer.prompt_tuning.encoder.weight, in float32 whatever the base's dtype; a new
+    classification head.
 Frozen
-    Everything else, wte first of all: `inject` sets requires_grad to False when it carries out the plan, so no gradient
-    is computed for it and the optimizer never sees it. A prompt that starts from words is a copy of their rows of wte:
-    training it does not move the words.
+    Everything else, wte first of all: `inject`, which puts the method into a model, sets requires_grad to False, so no
+    gradient is computed for it and the optimizer never sees it. A prompt that starts from words is a copy of their rows
+    of wte: training it does not move the words.
 At step 0
     PromptTuningConfig()                                      is not the base model: P is standard normal
     PromptTuningConfig(prompt_tuning_init="SAMPLE_VOCAB")     is not the base model: P is V rows of wte, drawn at random
     With prompt_tuning_init="TEXT" P is the rows of prompt_tuning_init_text's tokens, repeated or cut to V: the base
     model with these words before each text, which is not the base model on the text either. No setting starts as the
     base model: a text's tokens stand V positions later, and each spends a part of its attention on the prompt. Where
-    all scores are equal, token number t of the text, which sees V + t tokens, spends V of V + t shares on the prompt:
-    the first token 20 of 21.
-    The comparison is with the base model under the same new head, which is random.
+    all attention scores are equal, token number t of the text, which sees V + t tokens, spends V of V + t shares on the
+    prompt: the first token 20 of 21.
+    Both models, this one and the base, have the same new head here; it is random.
 Positions and mask
     With V = 20 and a text of 5 tokens:
     Positions. The prompt stands at 0 to 19, the text at 20 to 24. 20 is added to a caller's position_ids, 0 to 4, and
@@ -60,38 +62,52 @@ Saved
     The second is the new head; tagging has base_model.classifier.weight and .bias there, a language model nothing.
     adapter_config.json must say peft_type PROMPT_TUNING, task_type and num_virtual_tokens. task_type is SEQ_CLS for
     this classifier, TOKEN_CLS for tagging and CAUSAL_LM for a language model. token_dim 768, num_layers 12,
-    num_attention_heads 12 and num_transformer_submodules 1 are written for peft. What is there must be the model's:
-    "the adapter was made for another token_dim; this model's is 768". With prompt_tuning_init TEXT peft wants
-    tokenizer_name_or_path, too.
+    num_attention_heads 12 and num_transformer_submodules 1 are written for peft, Hugging Face's library. What is there
+    must be the model's: "the adapter was made for another token_dim; this model's is 768". With prompt_tuning_init TEXT
+    peft wants tokenizer_name_or_path, too.
     In a loaded configuration prompt_tuning_init is RANDOM, whatever was saved: P comes from the file.
 Merging
     Not possible: the prompt is input, not a change of weights. It is read before each text.
     `merge` is refused: "Prompt cannot be merged: it is not a change of weights".
     Off: within `disable_adapter`, and for good after `remove`, the model is the base model bit for bit: the text stands
     at 0 of 1,024 positions, under the head as it was before training. A KV cache keeps the prompt: start a new one.
-    Several: `load_adapter` adds adapters under other names, each with a P and a head of its own. One name is active at
-    a time. Under it other methods may work along, such as LoRA, but no second one that puts something before the text.
+    Several adapters. A second `inject` of the same method is refused. `load_adapter(model, folder, name)` adds a saved
+    adapter, of this method or another, under another name and makes it the active one, the one that computes; the
+    others stay, switched off. `set_adapter(model, name)` makes another one active. Under one name other methods may
+    work along, such as LoRA, but no second one that puts something before the text.
 Cost
     V C parameters: 20 * 768 = 15,360. In all 20 * 768 + 1,536 = 16,896 trained, the head's 2 * 768 = 1,536 among them.
     Forward: V tokens more per text in every block: 276 instead of 256 is 8 % more, 25 instead of 5 five times as much.
     With a KV cache a text pays for them once, in its first call. The cache holds their 2 V L C numbers per text,
     4 * 2 * 20 * 12 * 768 = 1,474,560 bytes in float32.
     Backward: the gradient passes through all blocks down to the input. Of the three products that full fine-tuning
-    takes per matrix (forward, the input's gradient, the matrix's own gradient) the third is never computed for a frozen
-    matrix. So its input is not kept. Kept are, per block and token, virtual or not, the inputs of both LayerNorms, q,
-    k, v, attention's output and gelu's input, (2 + 3 + 1 + 4) C numbers; what the base's dropout keeps for itself comes
-    on top.
+    takes per matrix (forward, the gradient of the matrix's input, the gradient of the matrix itself) the third is never
+    computed for a frozen matrix. It alone needs the matrix's input, which is therefore not kept. Kept are, per block
+    and token, virtual or not, the inputs of both LayerNorms, q, k, v, attention's output and gelu's input,
+    (2 + 3 + 1 + 4) C numbers. The softmax's shares are not kept: attention computes them again. In training the base's
+    dropout adds one byte per number, 2 C in a block. In attention (attn_pdrop) a CPU keeps a byte per share in place of
+    attention's output, and a GPU's fused attention nothing.
     Optimizer: 8 bytes per trained parameter for AdamW's two means, 135,168 bytes; gradients take half of that.
 Errors
+    The class of each error stands before its message. A wrong value is found when the configuration is made; `inject`
+    raises before it changes anything. `load_adapter` raises an AdapterError, and leaves the model as it was, where a
+    tensor is missing, unexpected or of another shape (it is named), where the folder is from another base model (other
+    weights), or where its peft_type is unknown. A field that minipeft does not implement is a ConfigError, a name that
+    is taken an InjectionError. Other dimensions than the model's, such as token_dim, are a ConfigError. A folder for
+    another task is an AdapterError, too. A text with more tokens than positions is a ConfigError when the model reads
+    it. With TEXT a vocabulary that cannot be read is a WeightsError.
     PromptTuningConfig(prompt_tuning_init="random")
-        prompt_tuning_init must be one of RANDOM, SAMPLE_VOCAB, TEXT, got 'random'
+        ConfigError: prompt_tuning_init must be one of RANDOM, SAMPLE_VOCAB, TEXT, got 'random'
     inject(model, PromptTuningConfig(prompt_tuning_init="TEXT"))
-        prompt_tuning_init TEXT needs a prompt_tuning_init_text, and it is empty
+        ConfigError: prompt_tuning_init TEXT needs a prompt_tuning_init_text, and it is empty
+    PromptTuningConfig(num_virtual_tokens=0)
+        ConfigError: num_virtual_tokens must be a positive integer, got 0
     inject(model, PromptTuningConfig(num_virtual_tokens=1024))
-        num_virtual_tokens=1024: this model has 1024 positions left, so between 1 and 1023 virtual tokens fit before a
-        text
+        ConfigError: num_virtual_tokens=1024: this model has 1024 positions left, so between 1 and 1023 virtual tokens
+        fit before a text
     inject(inject(model, PromptTuningConfig()), PrefixTuningConfig())
-        this model already carries prompt, which does not combine with prefix: remove it, or start from a fresh model
+        InjectionError: this model already carries prompt, which does not combine with prefix: remove it, or start from
+        a fresh model
 Differs from the paper
     Lester et al. tune T5, which writes the label as a word and needs no new head. T5's positions are relative, so that
     a prompt uses none up; here, as in peft, virtual tokens have positions as words have. They start P from the labels'

@@ -1,12 +1,12 @@
 r"""P-tuning (v1): a prompt that a small network produces.
 
 V learned vectors stand before every text, as in prompt tuning. They are not trained directly: they are what a network,
-an MLP or an LSTM, makes of V trained embeddings. The network's weights tie the vectors together. After training only
-what it makes is kept.
+an MLP or an LSTM, makes of V trained embeddings. All V come out of the same network, so a change of its weights moves
+all of them at once. After training only what it makes is kept.
 
     P = relu(relu(E W_1^T + b_1) W_2^T + b_2) W_3^T + b_3        MLP, the default
-    x = [P; wte[ids]] + wpe[positions]
-    y = blocks(x)[V:]
+    x = [P; wte[ids]] + wpe[positions]      stacked along the sequence
+    y = blocks(x)[V:]                       [V:] along the sequence: (batch, V + seq, C) -> (batch, seq, C)
 
                  E (V, C)      trained, starts standard normal
                  |
@@ -29,34 +29,42 @@ By hand, with V = 1, C = 2, h = 1: E = (1, 2), W_1 = (1, 1), b_1 = 1 give 1 + 2 
 -3 + 1 + 1 = -1 becomes 0, then 2 * 0 - 1 = -1 becomes 0, and P = (0, 10).
 
 Symbols
-    E (V, C) is encoder.embedding.weight        h = encoder_hidden_size, the network's width, by default C
-    W_1 (h, C), b_1 (h,), W_2 (h, h), b_2 (h,), W_3 (C, h), b_3 (C,) are the linear layers of encoder.mlp_head; with the
-    LSTM W_1 is (2 h, 2 h) and W_2 (C, 2 h)     E, the W and the b are all trained, and so is the LSTM
-    lstm is PyTorch's nn.LSTM(C, h, encoder_num_layers, bidirectional=True). Each layer has for each direction
-    weight_ih (4 h, C), above the first layer (4 h, 2 h), weight_hh (4 h, h), bias_ih (4 h,) and bias_hh (4 h,). It goes
-    from row to row with a state c (h,) and an output s (h,), both 0 at first. The quarters of
-    weight_ih row + bias_ih + weight_hh s + bias_hh are i, f, g, o. c becomes sigmoid(f) c + sigmoid(i) tanh(g), and
-    then s becomes sigmoid(o) tanh(c). Both directions' s stand side by side in the layer's output (V, 2 h).
+    E (V, C) is transformer.prompt_tuning.encoder.embedding.weight, not on disk
+    h = encoder_hidden_size, the network's width, by default C
+    W_1 (h, C), b_1 (h,), W_2 (h, h), b_2 (h,), W_3 (C, h), b_3 (C,) are the linear layers of encoder.mlp_head. With the
+    LSTM there are two, W_1 (2 h, 2 h), b_1 (2 h,), W_2 (C, 2 h), b_2 (C,). E, the W and the b are all trained, and so
+    is the LSTM.
+    lstm is PyTorch's nn.LSTM(C, h, encoder_num_layers, bidirectional=True). Each layer has for each direction weight_ih
+    (4 h, C), above the first layer (4 h, 2 h), weight_hh (4 h, h), bias_ih (4 h,) and bias_hh (4 h,). It goes from row
+    to row with a state c (h,) and an output s (h,), both 0 at first. At each row weight_ih row + bias_ih + weight_hh s
+    + bias_hh are 4 h numbers: the first h of them are i, the next f, then g, then o. With
+    sigmoid(a) = 1 / (1 + exp(-a)), c becomes sigmoid(f) c + sigmoid(i) tanh(g), and then s becomes sigmoid(o) tanh(c).
+    Both directions' s stand side by side in the layer's output (V, 2 h). Between two layers numbers are dropped with
+    the probability encoder_dropout, in training. Where that is not 0 and the LSTM has one layer, nothing is dropped,
+    and torch warns: "dropout option adds dropout after all but last recurrent layer, so non-zero dropout expects
+    num_layers greater than 1".
     relu(x) = max(x, 0)       P (V, C) the prompt       V = num_virtual_tokens       C = n_embd, 768 in GPT-2 124M
     ids (batch, seq) the text's token ids       wte (vocabulary, C), wpe (n_positions, C) the frozen embeddings
-    [P; ...] stacks along the sequence          positions (V + seq,) are 0, 1, 2, ...     sigmoid(a) = 1 / (1 + exp(-a))
+    seq how many tokens the text has            [P; ...] (batch, V + seq, C): P before each text of the batch
+    [V:] cuts the first V of the V + seq vectors of each text off; the batch stays whole
+    positions 0, 1, 2, ..., (V + seq,); with position_ids from a caller (batch, V + seq), or (1, V + seq) for all texts
     x (batch, V + seq, C) what enters the blocks, in training after the base's own dropout
     blocks the base's L = n_layer blocks and ln_f, its last LayerNorm      y (batch, seq, C) what the head gets
 Trained
     E and the network, in float32 whatever the base's dtype; a new classification head. A model that loads a saved
     adapter has P as a plain table: if it is trained further, then P itself is, as in prompt tuning.
 Frozen
-    Everything else, wte first of all: `inject` sets requires_grad to False when it carries out the plan, so no gradient
-    is computed for it and the optimizer never sees it.
+    Everything else, wte first of all: `inject`, which puts the method into a model, sets requires_grad to False, so no
+    gradient is computed for it and the optimizer never sees it.
 At step 0
     PromptEncoderConfig()                                          is not the base model: E and the network are random
     PromptEncoderConfig(encoder_reparameterization_type="LSTM")    is not the base model: for the same reason
     E starts standard normal. Matrix and bias of a linear layer with n inputs start uniform between -1 / sqrt(n) and
     1 / sqrt(n), all of the LSTM's tensors between -1 / sqrt(h) and 1 / sqrt(h).
     No setting starts as the base model: a text's tokens stand V positions later, and each spends a part of its
-    attention on the prompt. Where all scores are equal, token number t of the text, which sees V + t tokens, spends V
-    of V + t shares on the prompt: the first token 20 of 21.
-    The comparison is with the base model under the same new head, which is random.
+    attention on the prompt. Where all attention scores are equal, token number t of the text, which sees V + t tokens,
+    spends V of V + t shares on the prompt: the first token 20 of 21.
+    Both models, this one and the base, have the same new head here; it is random.
 Positions and mask
     With V = 20 and a text of 5 tokens:
     Positions. The prompt stands at 0 to 19, the text at 20 to 24. 20 is added to a caller's position_ids, 0 to 4, and
@@ -80,16 +88,18 @@ Saved
     P alone: E and the network are not kept, and P is made without dropout. adapter_config.json must say peft_type
     P_TUNING, task_type and num_virtual_tokens. task_type is SEQ_CLS for this classifier, TOKEN_CLS for tagging and
     CAUSAL_LM for a language model. token_dim 768, num_layers 12, num_attention_heads 12 and num_transformer_submodules
-    1 are written for peft. What is there must be the model's: "the adapter was made for another token_dim; this model's
-    is 768".
+    1 are written for peft, Hugging Face's library. What is there must be the model's: "the adapter was made for another
+    token_dim; this model's is 768".
     The encoder_* fields stay in a loaded configuration and change nothing: a table with P is in the network's place.
 Merging
     Not possible: the prompt is input, not a change of weights. It is read before each text.
     `merge` is refused: "Prompt cannot be merged: it is not a change of weights".
     Off: within `disable_adapter`, and for good after `remove`, the model is the base model bit for bit: the text stands
     at 0 of 1,024 positions, under the head as it was before training. A KV cache keeps the prompt: start a new one.
-    Several: `load_adapter` adds adapters under other names, each with a P and a head of its own. One name is active at
-    a time. Under it other methods may work along, such as LoRA, but no second one that puts something before the text.
+    Several adapters. A second `inject` of the same method is refused. `load_adapter(model, folder, name)` adds a saved
+    adapter, of this method or another, under another name and makes it the active one, the one that computes; the
+    others stay, switched off. `set_adapter(model, name)` makes another one active. Under one name other methods may
+    work along, such as LoRA, but no second one that puts something before the text.
 Cost
     V C + (C h + h) + (h^2 + h) + (h C + C) parameters: 20 * 768 + 3 * (768 * 768 + 768) = 1,787,136 by default.
     In all 1,787,136 + 1,536 = 1,788,672 trained, the head's 2 * 768 = 1,536 among them. Once saved and loaded,
@@ -105,20 +115,34 @@ Cost
     of 12 C^2 numbers each, one token takes 2 * 12 * 12 * 768 * 768 = 169,869,312. The LSTM takes as many as 6.4 tokens,
     2 * 20 * (9,437,184 + 14,155,776 + 3,538,944) = 1,085,276,160 in layer 0, layer 1 and W.
     Backward: the gradient passes through all blocks down to the input, and then through the network. Of the three
-    products that full fine-tuning takes per matrix (forward, the input's gradient, the matrix's own gradient) the third
-    is never computed for a frozen matrix. So its input is not kept. Kept are, per block and token, virtual or not, the
-    inputs of both LayerNorms, q, k, v, attention's output and gelu's input, (2 + 3 + 1 + 4) C numbers; what the base's
-    dropout keeps for itself comes on top.
+    products that full fine-tuning takes per matrix (forward, the gradient of the matrix's input, the gradient of the
+    matrix itself) the third is never computed for a frozen matrix. It alone needs the matrix's input, which is
+    therefore not kept. Kept are, per block and token, virtual or not, the inputs of both LayerNorms, q, k, v,
+    attention's output and gelu's input, (2 + 3 + 1 + 4) C numbers. The softmax's shares are not kept: attention
+    computes them again. In training the base's dropout adds one byte per number, 2 C in a block. In attention
+    (attn_pdrop) a CPU keeps a byte per share in place of attention's output, and a GPU's fused attention nothing. The
+    MLP keeps both relus' outputs, 2 V h numbers per call; the LSTM its inputs, gates and states per row, layer and
+    direction, and the one relu's output, 2 V h.
     Optimizer: 8 bytes per trained parameter for AdamW's two means, 14,309,376 bytes; with the LSTM
     8 * 27,175,680 = 217,405,440 bytes. Gradients take half of that.
 Errors
+    The class of each error stands before its message. A wrong value is found when the configuration is made; `inject`
+    raises before it changes anything. `load_adapter` raises an AdapterError, and leaves the model as it was, where a
+    tensor is missing, unexpected or of another shape (it is named), where the folder is from another base model (other
+    weights), or where its peft_type is unknown. A field that minipeft does not implement is a ConfigError, a name that
+    is taken an InjectionError. Other dimensions than the model's, such as token_dim, are a ConfigError. A folder for
+    another task is an AdapterError, too. A text with more tokens than positions is a ConfigError when the model reads
+    it.
     PromptEncoderConfig(encoder_reparameterization_type="GRU")
-        encoder_reparameterization_type must be one of MLP, LSTM, got 'GRU'
+        ConfigError: encoder_reparameterization_type must be one of MLP, LSTM, got 'GRU'
+    PromptEncoderConfig(num_virtual_tokens=0)
+        ConfigError: num_virtual_tokens must be a positive integer, got 0
     inject(model, PromptEncoderConfig(num_virtual_tokens=1024))
-        num_virtual_tokens=1024: this model has 1024 positions left, so between 1 and 1023 virtual tokens fit before a
-        text
+        ConfigError: num_virtual_tokens=1024: this model has 1024 positions left, so between 1 and 1023 virtual tokens
+        fit before a text
     inject(inject(model, PromptTuningConfig()), PromptEncoderConfig())
-        this model already carries prompt, which does not combine with ptuning: remove it, or start from a fresh model
+        InjectionError: this model already carries prompt, which does not combine with ptuning: remove it, or start from
+        a fresh model
 Differs from the paper
     Liu et al. place the vectors anywhere in a template, before, between and after the words, with single words of the
     task among them, and have the model fill in a word. Here, as in peft, all stand before the text, and a new head

@@ -88,6 +88,7 @@ def test_lora_keeps_what_its_formula_needs():
 
 
 @pytest.mark.parametrize(("method", "fields", "kept"), [
+    ("full", {}, lambda C, V, m: 16 * C * LENGTH),
     ("prompt", {}, lambda C, V, m: 10 * C * (LENGTH + V)), ("ptuning", {}, lambda C, V, m: 10 * C * (LENGTH + V)),
     ("prefix", {}, lambda C, V, m: 10 * C * LENGTH + 2 * C * (V + LENGTH)),
     ("adapter", {"architecture": "houlsby"}, lambda C, V, m: (10 * C + 2 * (C + m)) * LENGTH),
@@ -96,7 +97,7 @@ def test_lora_keeps_what_its_formula_needs():
     ("adapter", {"layer_norm": True}, lambda C, V, m: (10 * C + 2 * (2 * C + m)) * LENGTH)], ids=str)
 def test_one_more_block_keeps_the_numbers_that_the_method_files_say(method, fields, kept):
     C, V, m = SMALL["n_embd"], 20, 32
-    sizes = {"bottleneck_size": m} if method == "adapter" else {"num_virtual_tokens": V}
+    sizes = {"adapter": {"bottleneck_size": m}, "full": {}}.get(method, {"num_virtual_tokens": V})
     four, five = (training_memory(GPT2Config(**{**SMALL, "n_layer": layers}), method, BATCH, LENGTH, **sizes,
                                   **fields).activations for layers in (4, 5))
     assert (five - four) / 4 / BATCH == pytest.approx(kept(C, V, m), rel=0.01)

@@ -1,5 +1,7 @@
 """P-tuning: the prompt is what an MLP or an LSTM makes of trained embeddings; only the prompt is kept."""
 
+import re
+
 import pytest
 import torch
 import torch.nn as nn
@@ -15,6 +17,7 @@ from minipeft import (
     save_adapter,
     trainable_parameters,
 )
+from minipeft.methods import ptuning
 from minipeft.methods.injection import active_injections
 from minipeft.methods.ptuning import PromptEncoder
 from minipeft.methods.virtual_tokens import Table
@@ -168,3 +171,10 @@ def test_the_count_at_gpt2s_size():
         model = GPT2LMHeadModel(GPT2Config.official("gpt2"))
     trained = trainable_parameters(inject(model, PromptEncoderConfig())).trainable
     assert trained == 20 * 768 + 3 * 768 * 768 + 3 * 768 == 1_787_136
+
+
+def test_dropout_within_an_lstm_of_one_layer_does_nothing_and_torch_warns_in_the_words_of_the_docstring():
+    words = re.search(r'torch warns: "(.*?)"', " ".join(ptuning.__doc__.split()))[1]
+    with pytest.warns(UserWarning, match=re.escape(words)):
+        made = encoder(**LSTM, encoder_num_layers=1, encoder_dropout=0.5)
+    assert torch.equal(made.train()(), made.eval()())

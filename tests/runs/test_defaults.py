@@ -8,7 +8,7 @@ import re
 import pytest
 from helpers import ROOT
 
-from minipeft.methods import METHODS
+from minipeft.methods import METHODS, full
 from minipeft.runs import defaults
 from minipeft.tasks import TASKS
 from minipeft.training.loop import TrainingConfig
@@ -50,3 +50,11 @@ def test_the_documentation_says_what_few_examples_are():
     assert set(defaults.RATES_ON_FEW) == {"lora", "dora"} and "LoRA and DoRA at a lower rate" in text
     assert all(rate < defaults.table(method)["training"]["learning_rate"]
                for method, rate in defaults.RATES_ON_FEW.items())
+
+
+def test_the_file_of_full_fine_tuning_says_the_defaults_of_its_step():
+    text, config = " ".join(full.__doc__.split()), TrainingConfig()
+    assert f"max_grad_norm at most, by default {config.max_grad_norm:g}." in text
+    assert f"`weight_decay`, by default {config.weight_decay:g}, for the matrices" in text
+    rate = defaults.table("full")["training"]["learning_rate"]
+    assert float(re.search(r"--method full` takes (\S+) for classification", text)[1]) == rate

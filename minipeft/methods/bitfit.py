@@ -32,7 +32,7 @@ Frozen
 At step 0
     BitFitConfig()                      is the base model, bit for bit: nothing is added, and nothing has moved yet
     BitFitConfig(train="layer_norm")    is the base model, bit for bit: for the same reason
-    Both have the same new head, which is random.
+    Both models, this one and the base, have the same new head here; it is random.
 Positions and mask
     Untouched. The same b is added to every token; a text has as many positions as before.
     KV cache. As large as the base's. It holds adapted keys and values: when the adapter changes, begin a new one.

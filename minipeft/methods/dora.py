@@ -49,7 +49,7 @@ At step 0
                                                   singular values into s B A, and W - s B A in W's place
     DoraConfig(init_lora_weights=False)         is not the base model: A is as by default, B uniform between
                                                   -1 / sqrt(r) and 1 / sqrt(r), and m = ||W + s B A||
-    The comparison is with the base model under the same new head, which is random. While B = 0, A's gradient is 0 too:
+    Both models, this one and the base, have the same new head here; it is random. While B = 0, A's gradient is 0 too:
     the first step learns B, m, the new head and trained biases, not A. With PiSSA, lora_dropout drops a part of s B A:
     then training does not start as the base model.
 Positions and mask

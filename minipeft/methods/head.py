@@ -66,10 +66,10 @@ Cost
 Errors
     The class of each error stands before its message. A wrong value is found when the configuration is made; `inject`
     raises before it changes anything. `load_adapter` raises an AdapterError, and leaves the model as it was, where a
-    tensor is missing, unexpected or of another shape (it is named), where the folder is from another base model (other
-    weights), or where its peft_type is unknown. A field that minipeft does not implement is a ConfigError, a name that
-    is taken an InjectionError. A folder for another task is an AdapterError, too. A text with more tokens than
-    positions is a ConfigError when the model reads it.
+    tensor is missing, unexpected or of another shape (it is named), where minipeft.json has the fingerprint of another
+    base model, or where peft_type is unknown. There a field that minipeft does not implement is a ConfigError, and an
+    adapter's name that is taken is an InjectionError. A folder for another task is an AdapterError, too. A text with
+    more tokens than positions is a ConfigError when the model reads it.
     inject(GPT2LMHeadModel(model.config), HeadConfig())
         InjectionError: GPT2LMHeadModel has no classification head to train
     inject(inject(model, HeadConfig()), LoraConfig())

@@ -37,7 +37,7 @@ Frozen
 At step 0
     IA3Config()                          is the base model, bit for bit: l = 1
     IA3Config(init_ia3_weights=False)    is not the base model: l is normal, with mean 0 and deviation 1
-    The comparison is with the base model under the same new head, which is random.
+    Both models, this one and the base, have the same new head here; it is random.
 Positions and mask
     Untouched. Every token is rescaled by the same l; a text has as many positions as before.
     KV cache. As large as the base's. It holds rescaled keys and values: when the adapter changes, begin a new one.

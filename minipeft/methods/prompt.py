@@ -91,11 +91,11 @@ Cost
 Errors
     The class of each error stands before its message. A wrong value is found when the configuration is made; `inject`
     raises before it changes anything. `load_adapter` raises an AdapterError, and leaves the model as it was, where a
-    tensor is missing, unexpected or of another shape (it is named), where the folder is from another base model (other
-    weights), or where its peft_type is unknown. A field that minipeft does not implement is a ConfigError, a name that
-    is taken an InjectionError. Other dimensions than the model's, such as token_dim, are a ConfigError. A folder for
-    another task is an AdapterError, too. A text with more tokens than positions is a ConfigError when the model reads
-    it. With TEXT a vocabulary that cannot be read is a WeightsError.
+    tensor is missing, unexpected or of another shape (it is named), where minipeft.json has the fingerprint of another
+    base model, or where peft_type is unknown. There a field that minipeft does not implement is a ConfigError, and an
+    adapter's name that is taken is an InjectionError. Other dimensions than the model's, such as token_dim, are a
+    ConfigError. A folder for another task is an AdapterError, too. A text with more tokens than positions is a
+    ConfigError when the model reads it. With TEXT a vocabulary that cannot be read is a WeightsError.
     PromptTuningConfig(prompt_tuning_init="random")
         ConfigError: prompt_tuning_init must be one of RANDOM, SAMPLE_VOCAB, TEXT, got 'random'
     inject(model, PromptTuningConfig(prompt_tuning_init="TEXT"))

@@ -38,7 +38,7 @@ At step 0
     VeraConfig()                 is the base model, bit for bit: b = 0, so the update is 0
     VeraConfig(d_initial=1.0)    is the base model, bit for bit: b = 0, whatever d is. b always starts at 0.
     While b = 0, d's gradient is 0 too: the first step learns b, the new head and trained biases, not d.
-    The comparison is with the base model under the same new head, which is random.
+    Both models, this one and the base, have the same new head here; it is random.
 Positions and mask
     Untouched. Each token is updated by itself; a text has as many positions as before.
     KV cache. As large as the base's. It holds adapted keys and values: when the adapter changes, begin a new one.

@@ -40,6 +40,16 @@ def read(name):
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
+# --- what a default rests on ------------------------------------------------------------------------------------------
+
+def test_without_the_bases_dropout_lora_came_out_better_with_each_seed():
+    trials = read_json_file(ROOT / "results" / "dropout" / "tuning_lora.json")["trials"]
+    found = {(row["trial"]["seed"], row["trial"]["dropout"]): row["validation"]["accuracy"] for row in trials}
+    assert found.keys() == {(seed, dropout) for seed in range(3) for dropout in (0.0, 0.1)}
+    assert all(found[seed, 0.0] > found[seed, 0.1] for seed in range(3))
+    assert {row["trial"]["lora_dropout"] for row in trials} == {0.1} and trials[0]["sizes"]["train"] == 2000
+
+
 # --- all pages --------------------------------------------------------------------------------------------------------
 
 @each_page

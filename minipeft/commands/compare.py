@@ -52,7 +52,8 @@ def parse(words: Sequence[str], program: str) -> argparse.Namespace:
                       help=f"also train {', '.join(FEW_EXAMPLES.methods)} on {FEW_EXAMPLES.sizes[0]} to "
                            f"{FEW_EXAMPLES.sizes[-1]} examples")
     what.add_argument("--model", help="as train's")
-    what.add_argument("--dropout", type=float, help="in the base model; default: what its config.json says")
+    what.add_argument("--dropout", type=float, default=0.0, help="in the base model; default 0, whatever its "
+                                                                  "config.json says")
     budget = parser.add_argument_group("budget", "the same for every method; defaults are each dataset's own, in "
                                                  "minipeft/runs/budget.py")
     budget.add_argument("--train-size", nargs="+", default=[], metavar="[DATASET=]N",

@@ -38,7 +38,8 @@ def parse(words: Sequence[str], program: str) -> argparse.Namespace:
                       help=f"baseline: no training, only test; {summaries}; default lora")
     what.add_argument("--model", help="mini, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder; default: gpt2 on "
                                       "CUDA, mini on a CPU")
-    what.add_argument("--dropout", type=float, help="in the base model; default: what its config.json says")
+    what.add_argument("--dropout", type=float, default=0.0, help="in the base model; default 0, whatever its "
+                                                                  "config.json says")
     method = add_method_options(parser, words, also=("baseline",))
     add_data_options(parser)
     add_length_options(parser.add_argument_group("length and size"))

@@ -108,8 +108,7 @@ def prepare(plan: RunPlan, say: Say = silent) -> Run:
     """
     options, data = plan.options, plan.data
     torch.manual_seed(plan.training.seed)
-    dropouts = {} if options.dropout is None else dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"),
-                                                                options.dropout)
+    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), options.dropout)
     model = data.task.load_model(plan.model_name, data.label_names, **dropouts)
     request = request_of(plan, fingerprint(model))
     if plan.folder is not None:

@@ -16,12 +16,14 @@ from minipeft.data.tables import Reading
 from minipeft.errors import ConfigError
 from minipeft.methods import METHODS
 from minipeft.methods.injection import positions_left
+from minipeft.model.config import GPT2Config
 from minipeft.model.hub import find
 from minipeft.model.tokenizer import VOCABULARY_FILE, Tokenizer, get_tokenizer
+from minipeft.model.weights import read_config
 from minipeft.runs import defaults
 from minipeft.runs.places import RESULTS, default_folder, results_path
 from minipeft.runs.trained import check_vocabulary
-from minipeft.settings import POSITIVE, POSITIVE_INTEGER, SEED, setting
+from minipeft.settings import POSITIVE, POSITIVE_INTEGER, PROBABILITY, SEED, setting
 from minipeft.tasks import task_for
 from minipeft.tasks.task import Task
 from minipeft.training.hardware import (
@@ -42,7 +44,8 @@ def silent(line: str) -> None:
 class Options(Reading):
     """What a user asked for, of how to read files of their own and of all else; None means: choose, and say why.
 
-    `subset_seed` says which examples a size takes; None: training's seed.
+    `subset_seed` says which examples a size takes; None: training's seed. `dropout` is the base model's, in place of
+    what its config.json says: without it LoRA learned more with every seed (results/dropout/tuning_lora.json).
 
     Raises:
         ConfigError: a value of the wrong type, or out of range.
@@ -61,7 +64,7 @@ class Options(Reading):
     max_length: int | None = None
     truncation: str | None = None
     max_new_tokens: int | None = None
-    dropout: float | None = None
+    dropout: float = setting(0.0, within=PROBABILITY)
     device: str | None = None
     precision: str = "auto"
     matmul_precision: str | None = setting(None, choices=(None, *MATMUL_PRECISIONS))
@@ -145,6 +148,9 @@ def choose(options: Options, say: Say = silent, baseline: bool = False) -> RunPl
                "precision": _because(dtype_name(precision), options.precision != "auto", "best here"),
                "model": _because(model_name, options.model, f"default on {device.type}"),
                "dataset": f"{dataset} ({why})"}
+    own = GPT2Config.from_dict(read_config(folder)).resid_pdrop
+    if not baseline and own != options.dropout:
+        choices["dropout"] = f"{options.dropout:g} in the base (its config.json: {own:g})"
     if options.matmul_precision is not None:
         choices["matmul"] = f"{options.matmul_precision} (asked for)"
     say("\n".join(_line(*choice) for choice in choices.items()))

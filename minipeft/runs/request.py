@@ -41,7 +41,8 @@ def request_of(plan: RunPlan, base_fingerprint: str) -> dict[str, Any]:
         "method_config": dataclasses.asdict(plan.method_config) if trains else {},
         "training_config": dataclasses.asdict(plan.training) if trains else {"seed": plan.training.seed},
         "dataset": {"name": data.name, "fingerprints": plan.fingerprints, "sizes": plan.sizes}, "task": task.details(),
-        "dropout": options.dropout, "precision": dtype_name(plan.precision),
+        "dropout": options.dropout or None,  # 0 has always been noted so of mini, whose config.json says 0
+        "precision": dtype_name(plan.precision),
         "matmul_precision": options.matmul_precision}
     return json.loads(json.dumps(request, default=str))  # as it reads after a trip through a file
 

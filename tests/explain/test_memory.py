@@ -94,7 +94,8 @@ def test_lora_keeps_what_its_formula_needs():
     ("adapter", {"architecture": "houlsby"}, lambda C, V, m: (10 * C + 2 * (C + m)) * LENGTH),
     ("adapter", {"architecture": "parallel"}, lambda C, V, m: (10 * C + C + m) * LENGTH),
     ("adapter", {"non_linearity": "swish"}, lambda C, V, m: (10 * C + 2 * (C + 2 * m)) * LENGTH),
-    ("adapter", {"layer_norm": True}, lambda C, V, m: (10 * C + 2 * (2 * C + m)) * LENGTH)], ids=str)
+    ("adapter", {"layer_norm": True}, lambda C, V, m: (10 * C + 2 * (2 * C + m)) * LENGTH)],
+    ids=lambda value: "kept" if callable(value) else str(value))
 def test_one_more_block_keeps_the_numbers_that_the_method_files_say(method, fields, kept):
     C, V, m = SMALL["n_embd"], 20, 32
     sizes = {"adapter": {"bottleneck_size": m}, "full": {}}.get(method, {"num_virtual_tokens": V})

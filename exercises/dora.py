@@ -1,7 +1,8 @@
 """Exercise: DoRA. LoRA with the length of each row of the matrix trained apart from its direction.
 
     y = c * (x W^T + s * x A^T B^T) + bias             s = lora_alpha / r
-    c = m / ||W + s B A||                              ||...|| (out,): the Euclidean length of each row
+    c = m / ||W + s B A||                              ||...|| (out,): the Euclidean length of each row, so that
+                                                       c_i = m_i / ||row i||
 
     x (batch, seq, in)      W (out, in), bias (out,) frozen      A (r, in), B (out, r), m (out,) trained
 

@@ -1,15 +1,17 @@
 """Exercise: merging. A trained adapter is folded into the frozen weights, and taken out again.
 
-    LoRA                             W' = W + s B A                             s = lora_alpha / r
-    DoRA                             W' = m * (W + s B A) / ||W + s B A||       ||...|| (out,): each row's length
-    (IA)^3, an ordinary layer        W' = l * W by rows, bias' = l * bias       l (out,)
-    (IA)^3, a feed-forward layer     W' = l * W by columns, bias' = bias        l (in,)
+    LoRA                             W' = W + s B A                                         s = lora_alpha / r
+    DoRA                             W' = W + s B A, its row i times m_i / ||row i||       ||...||: the Euclidean length
+    (IA)^3, an ordinary layer        W' = W, its row i times l_i; bias' = l * bias         l (out,)
+    (IA)^3, a feed-forward layer     W' = W, its column j times l_j; bias' = bias          l (in,)
 
     W (out, in), bias (out,) frozen      A (r, in), B (out, r), m (out,), l trained
 
-A base model may be in half precision while the adapter is float32. Then the new matrix is computed in float32, rounded
-once, at the end, and has the dtype of W. Merging is undone bit for bit: W' - s B A is W up to rounding only, so the old
-values are kept aside.
+Step 0 is B = 0 for LoRA, B = 0 and m = ||W|| for DoRA, l = 1 for (IA)^3: then W' is W.
+
+A base model may be in half precision while the adapter is float32. Then the new matrix and the new bias are computed
+in float32, rounded once, at the end, and have the dtypes of W and bias. Merging is undone bit for bit: W' - s B A is W
+up to rounding only, so the old values are kept aside.
 
 Fill in the five holes. Then:  python -m minipeft.check merging FILE
 To read: docs/exercises.md, and afterwards `merged` in minipeft/methods/lora.py and minipeft/methods/switch.py.
@@ -47,5 +49,5 @@ def merge(layer: nn.Linear, weight: Tensor, bias: Tensor) -> dict[str, Tensor]:
 
 
 def unmerge(layer: nn.Linear, kept: dict[str, Tensor]) -> None:
-    """Put the values from before `merge` back, bit for bit. `kept` is what `merge` returned."""
+    """Copy the values from before `merge` back into the layer, bit for bit. `kept` is what `merge` returned."""
     raise NotImplementedError("unmerge")

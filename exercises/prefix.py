@@ -14,8 +14,9 @@ With V = 2 and a text of 3 tokens:
     t_1 sees      1    1     1    1    0
     t_2 sees      1    1     1    1    1         positions of t_0, t_1, t_2: 2, 3, 4
 
-attention_mask (batch, T) is 1 at the text's real tokens and 0 at pads, on either side; it does not know of the prefix,
-which is never hidden. No setting of the table gives the base model: a key of zeros takes its share, too.
+attention_mask (batch, T), torch.long, is 1 at the text's real tokens and 0 at pads, on either side; each text has its
+own pads. It does not know of the prefix, which is never hidden. No setting of the table gives the base model: a key of
+zeros takes its share, too.
 
 Fill in the four holes. Then:  python -m minipeft.check prefix FILE
 To read: docs/exercises.md, and afterwards minipeft/methods/prefix.py.

@@ -61,7 +61,8 @@ def shapes(answer: ModuleType) -> None:
     because = "visible says True and False; what is added to the scores is attend's own business"
     expect_shape("visible(3, 5)", answer.visible(3, 5, None), (3, 5), torch.bool, because=because)
     expect_shape("visible(3, 5, attention_mask)", answer.visible(3, 5, torch.ones(2, 5, dtype=torch.long)),
-                 (2, 1, 3, 5), torch.bool, "attention_mask (2, 5)")
+                 (2, 1, 3, 5), torch.bool, "attention_mask (2, 5)", wrong={
+                     (2, 3, 5): "the heads' axis is missing: (batch, T, S) would be taken for (heads, T, S)"})
     for dtype in (torch.float32, torch.float64):
         x = torch.randn(2, 5, C, dtype=dtype)
         module = answer.Attention(C, H).to(dtype)

@@ -97,6 +97,7 @@ def _wrong_matrices() -> dict[str, Tensor]:
             "c is applied to the columns, that is, to x: it belongs to the rows, to y": V * (M / norm[:, 0]),
             "the update is not scaled: s = lora_alpha / r is left out": m * F.normalize(W + BA, dim=1),
             "scaled by lora_alpha, not by lora_alpha / r": m * F.normalize(W + ALPHA * BA, dim=1),
+            "scaled by lora_alpha * r, not by lora_alpha / r": m * F.normalize(W + ALPHA * 2 * BA, dim=1),
             "s is left out within the length": m * V / (W + BA).norm(dim=1, keepdim=True),
             "s is left out of the update, not of the length": m / norm * (W + BA),
             "A B instead of B A": m * F.normalize(W + s * A @ B, dim=1),

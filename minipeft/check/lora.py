@@ -74,6 +74,7 @@ def _wrong(x: Tensor) -> dict[str, Tensor]:
     update = x @ A.T @ B.T
     return {"scaled by lora_alpha, not by lora_alpha / r": base + ALPHA * update,
             "not scaled: s = lora_alpha / r is left out": base + update,
+            "scaled by lora_alpha * r, not by lora_alpha / r": base + ALPHA * 2 * update,
             "scaled by lora_alpha / sqrt(r): that is rsLoRA": base + ALPHA / 2**0.5 * update,
             "scaled by r / lora_alpha: upside down": base + update / s,
             "scaled twice": base + s * s * update,

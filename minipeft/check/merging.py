@@ -9,7 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from minipeft.check.judging import Refused, expect, expect_shape, given, linear, pair, whole
+from minipeft.check.judging import Refused, close, expect, expect_shape, given, linear, pair, whole
 from minipeft.check.references import reference_case
 
 NAMES = {"merged_lora": 5, "merged_dora": 6, "merged_ia3": 4, "merge": 3, "unmerge": 2}
@@ -18,6 +18,11 @@ ALPHA, S = 4, 2
 W, BIAS = whole([1, 2], [1, 4]), torch.tensor([1.0, -1.0])
 A, B, M, L = whole([1, 1], [0, 1]), whole([1, 0], [2, 2]), torch.tensor([10.0, 39.0]), torch.tensor([2.0, 5.0])
 KINDS = {False: "an ordinary layer", True: "a feed-forward layer"}
+
+
+def same(got: object, expected: Tensor) -> bool:
+    """Whether an answer's value is a tensor with these numbers."""
+    return isinstance(got, Tensor) and close(got, expected)
 
 
 def shapes(answer: ModuleType) -> None:
@@ -61,6 +66,7 @@ def _wrong_lora() -> dict[str, Tensor]:
     BA = B @ A
     return {"not scaled: s = lora_alpha / r is left out": W + BA,
             "scaled by lora_alpha, not by lora_alpha / r": W + ALPHA * BA,
+            "scaled by lora_alpha * r, not by lora_alpha / r": W + ALPHA * 2 * BA,
             "scaled by r / lora_alpha: upside down": W + BA / S,
             "the update alone is returned: W has to be added": S * BA,
             "the update is subtracted": W - S * BA,
@@ -94,10 +100,14 @@ def formula(answer: ModuleType) -> None:
     expect("merged_dora(W, A, B, m, lora_alpha, r)", answer.merged_dora(W, A, B, M, ALPHA, 2),
            torch.tensor([[2.0], [3.0]]) * V, given(W=W, A=A, B=B, m=M, lora_alpha=ALPHA, r=2),
            {f"DoRA: {name}": value for name, value in _wrong_dora(V, M, B).items()})
+    rows, columns = L[:, None] * W, W * L
+    found = {feedforward: pair("merged_ia3(...)", answer.merged_ia3(W, BIAS, L, feedforward)) for feedforward in KINDS}
+    exchanged = same(found[False][0], columns) and same(found[True][0], rows)
     for feedforward, kind in KINDS.items():
-        rows, columns, text = L[:, None] * W, W * L, f"{given(W=W, bias=BIAS, l=L)}, {kind}"
-        weight, bias = pair("merged_ia3(...)", answer.merged_ia3(W, BIAS, L, feedforward))
+        (weight, bias), text = found[feedforward], f"{given(W=W, bias=BIAS, l=L)}, {kind}"
         expect("the weight of merged_ia3(W, bias, l, feedforward)", weight, columns if feedforward else rows, text, {
+            "(IA)^3: the two kinds of layer are exchanged: a feed-forward layer's columns are scaled, an ordinary "
+            "layer's rows": columns} if exchanged else {
             "(IA)^3: the columns are scaled: an output is a row of W": columns,
             "(IA)^3: the rows are scaled: an input is a column of W": rows,
             "(IA)^3: W is not scaled": W})
@@ -108,13 +118,33 @@ def formula(answer: ModuleType) -> None:
 
 
 def _rounding(answer: ModuleType) -> None:
-    """In bfloat16 257 lies between 256 and 258, and 1 + 1/1024 is 1: who rounds too early gets 256."""
+    """Computed in float32 and rounded once. With these numbers who rounds to bfloat16 too early gets others.
+
+    LoRA: 257 lies between 256 and 258, and 1 + 1/1024 is 1. DoRA: W + s B A is 257 times [3, 4], and 425 lies between
+    424 and 426. (IA)^3: 1.0039 is 1, and 254 times 1.0039 is 255.
+    """
     half = torch.tensor([[256.0]], dtype=torch.bfloat16)
     down, up = torch.ones(2, 1), torch.tensor([[1.0, 2.0**-10]])
     expect("merged_lora(W, A, B, 2, 2), W in bfloat16", answer.merged_lora(half, down, up, 2, 2),
            half + 2, given(W=half, A=down, B=up), {
                "the update is rounded to W's dtype before it is added: compute in float32 and round once": half},
            tolerance=0)
+    half, down, up, m = whole([768, 1024]).bfloat16(), whole([3, 4], [3, 4]), whole([1, 0]), torch.tensor([425.0])
+    right = whole([255, 340]).bfloat16()
+    expect("merged_dora(W, A, B, m, 2, 2), W in bfloat16", answer.merged_dora(half, down, up, m, 2, 2), right,
+           given(W=half, A=down, B=up, m=m), {
+               "DoRA: W + s B A, or its direction, is rounded to W's dtype first: compute in float32 and round once":
+                   whole([256, 340]).bfloat16(),
+               "DoRA: m is rounded to W's dtype first: compute in float32 and round once":
+                   whole([254, 340]).bfloat16()}, tolerance=0)
+    half, l = torch.tensor([[254.0]], dtype=torch.bfloat16), torch.tensor([1.0039])  # noqa: E741
+    for feedforward, kind in KINDS.items():
+        weight, bias = pair("merged_ia3(...)", answer.merged_ia3(half, half[0], l, feedforward))
+        text = f"{given(W=half, bias=half[0], l=l)}, {kind}"
+        for name, got, old in (("weight", weight, half), ("bias", bias, half[0])):
+            right = old if feedforward and name == "bias" else old + 1
+            expect(f"the {name} of merged_ia3(...), in bfloat16", got, right, text,
+                   {f"(IA)^3: l is rounded to the {name}'s dtype first: compute in float32 and round once": old}, 0)
 
 
 def _frozen_layer() -> tuple[nn.Linear, dict[str, Tensor]]:
@@ -159,6 +189,7 @@ def merged(answer: ModuleType) -> None:
         "merge changes nothing": F.linear(x, before["weight"], before["bias"]),
         "merge puts the weight in, and forgets the bias": F.linear(x, weight, before["bias"]),
         "merge adds the new weight to the old": F.linear(x, before["weight"] + weight, bias)})
+    parts = list(kept.values()) if isinstance(kept, dict) else []
     answer.unmerge(layer, kept)
     for name, values in before.items():
         got = getattr(layer, name)
@@ -173,6 +204,10 @@ def merged(answer: ModuleType) -> None:
     if not torch.equal(weight, given_weight):
         raise Refused("the weight given to merge, after unmerge", "other values", "those that were given",
                       because="the layer took over the given tensor itself: copy its values")
+    for name in before:
+        if any(isinstance(part, Tensor) and part.data_ptr() == getattr(layer, name).data_ptr() for part in parts):
+            raise Refused(f"layer.{name} after unmerge", "the kept tensor's memory", "its own memory",
+                          because=f"unmerge makes the kept tensor the layer's own: copy the values into the {name}")
 
 
 def reference(answer: ModuleType) -> None:

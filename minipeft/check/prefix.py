@@ -10,8 +10,10 @@ from torch import Tensor
 
 from minipeft.check.attention import softmax_attention, triangle
 from minipeft.check.judging import (
+    Refused,
     check_gradients,
     check_trained,
+    close,
     expect,
     expect_same,
     expect_shape,
@@ -88,11 +90,16 @@ def _wrong_attend(p_k: Tensor, p_v: Tensor) -> dict[str, Tensor]:
     """Misconception -> what it makes of Q, K and VALUES."""
     k, v = torch.cat((p_k, K), 2), torch.cat((p_v, VALUES), 2)
     alone = softmax_attention(Q, K, VALUES, triangle(2, 2))
+    hidden = (Q @ k.transpose(-1, -2) / 2).masked_fill(~SEEN, -torch.inf)
     return {"the triangle begins at the upper left corner, as is_causal's does: it hides prefix and text":
                 softmax_attention(Q, k, v, torch.ones(2, V + 2, dtype=torch.bool).tril()),
             "the prefix has no effect: it is not put in, or hidden by the mask": alone,
             "the mask itself is added, 1 and 0: where nothing is seen, -infinity is added, and else 0":
                 (Q @ k.transpose(-1, -2) / 2 + SEEN).softmax(-1) @ v,
+            "hidden scores are set to 0: exp(0) is 1, so they take a share; they are -infinity":
+                (Q @ k.transpose(-1, -2) / 2 * SEEN).softmax(-1) @ v,
+            "softmax over the queries: the shares of one query's keys add up to 1": hidden.softmax(-2) @ v,
+            "softmax over the heads: each head is by itself": hidden.softmax(1) @ v,
             "there is no causal mask within the text": softmax_attention(Q, k, v, torch.ones_like(SEEN)),
             "the prefix stands behind the text, with the mask of before":
                 softmax_attention(Q, torch.cat((K, p_k), 2), torch.cat((VALUES, p_v), 2), SEEN),
@@ -107,6 +114,24 @@ def _wrong_attend(p_k: Tensor, p_v: Tensor) -> dict[str, Tensor]:
                 alone + softmax_attention(Q, p_k, p_v, SEEN[:, :V]),
             "P_k and P_v are added to the text's keys and values: they stand before them":
                 softmax_attention(Q, K + p_k, VALUES + p_v, triangle(2, 2))}
+
+
+def _start(answer: ModuleType) -> None:
+    """The table as it starts: so many numbers that mean, deviation and range leave nothing to chance."""
+    table = parameter(answer.Prefix(64, 4, 2, 64), "table", 64, 512).detach().double()      # 32,768 numbers
+    mean, deviation, largest = table.mean().item(), table.std().item(), table.abs().max().item()
+    if abs(mean) < 0.1 and 0.9 < deviation < 1.1 and 3 < largest < 8:
+        return
+    because = "the table's mean is not 0: torch.rand is uniform from 0 to 1, torch.randn is standard normal"
+    if deviation < 1e-6:
+        because = "the table's numbers are all the same: then so are the virtual tokens; they start standard normal"
+    elif abs(mean) < 0.1 * deviation:
+        because = ("the table's numbers are too small: standard normal has deviation 1" if deviation < 0.9 else
+                   "the table's numbers are too large: standard normal has deviation 1" if deviation > 1.1 else
+                   "the table has the deviation of a standard normal, but not its range: it is another distribution")
+    raise Refused("self.table at the start", f"mean {mean:.2g}, deviation {deviation:.2g}, largest {largest:.2g}",
+                  "a standard normal's: mean 0, deviation 1, largest about 4", "Prefix(64, 4, 2, 64), 32,768 numbers",
+                  because)
 
 
 def formula(answer: ModuleType) -> None:
@@ -124,6 +149,7 @@ def formula(answer: ModuleType) -> None:
     expect("attend(1, q, k, v)", prefix.attend(1, Q, K, VALUES, None),
            softmax_attention(Q, torch.cat((p_k, K), 2), torch.cat((p_v, VALUES), 2), SEEN),
            given(P_k=p_k[0], P_v=p_v[0], q=Q[0], k=K[0], v=VALUES[0]), _wrong_attend(p_k, p_v))
+    _start(answer)
 
 
 def gradients(answer: ModuleType) -> None:
@@ -154,6 +180,7 @@ def padding(answer: ModuleType) -> None:
     text, pads = torch.randn(3, 1, H, 3, D).double(), 5 * torch.randn(3, 1, H, 2, D).double()
     alone = prefix.attend(1, *text, None)
     key, value = layout(table, 1)
+    _extended(prefix, text, alone)
     for side, mask in (("left", [0, 0, 1, 1, 1]), ("right", [1, 1, 1, 0, 0])):
         mask = torch.tensor([mask])
         q, k, v = torch.cat((pads, text) if side == "left" else (text, pads), dim=3)
@@ -174,6 +201,44 @@ def padding(answer: ModuleType) -> None:
         expect("attend(...) at real tokens, and the text alone", prefix.attend(1, q, k, v, mask)[0, :, real], alone[0],
                f"{given(attention_mask=mask)}, random q, k and v",
                {name: value for name, value in wrong.items() if not torch.allclose(value, alone[0])})
+    _batches(prefix, key, value)
+
+
+def _extended(prefix: Any, text: Tensor, alone: Tensor) -> None:
+    """Who forgets the prefix's ones finds a mask too short, and computes the right values where it has them already."""
+    mask = torch.ones(1, 3, dtype=torch.long)
+    try:
+        prefix.attend(1, *text, mask)
+    except RuntimeError as error:
+        longer = prefix.attend(1, *text, torch.ones(1, V + 3, dtype=torch.long))
+        if not close(longer, alone):
+            raise
+        raise Refused("attend(1, q, k, v, attention_mask)", f"{type(error).__name__}: {error}", "the text's output",
+                      given(attention_mask=mask), "the mask's V ones for the prefix are missing: attention_mask knows "
+                      "of the text's T tokens only, and the keys are V + T") from None
+
+
+def _batches(prefix: Any, key: Tensor, value: Tensor) -> None:
+    """Two texts, then three, each with its own pads. With H = 2 heads a batch of two can be mistaken for them."""
+    masks = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0], [0, 1, 1, 1, 1]])
+    for batch in (2, 3):
+        mask, text = masks[:batch], torch.randn(3, batch, H, 5, D).double()
+        q, k, v = text
+        keys, values = (torch.cat((own.expand(batch, -1, -1, -1), part), 2) for own, part in ((key, k), (value, v)))
+        ones = torch.ones(batch, V, dtype=torch.bool)
+        real, shown = mask.bool(), torch.cat((ones, mask.bool()), 1)[:, None, None]         # (batch, 1, 1, V + T)
+        seen = torch.cat((torch.ones(5, V, dtype=torch.bool), triangle(5, 5)), 1)           # (T, V + T)
+
+        def by(shown: Tensor) -> Tensor:
+            return softmax_attention(q, keys, values, seen & shown).transpose(1, 2)[real]   # (real tokens, H, D)
+
+        wrong = {"each text's mask is taken for a head's: attention_mask needs an axis for the heads and one for the "
+                 "queries, (batch, 1, 1, V + T)": by(shown[:, 0])} if batch == H else {}
+        wrong["every text gets the first one's mask"] = by(shown[:1])
+        got = prefix.attend(1, q, k, v, mask)
+        expect_shape("attend(...)", got, (batch, H, 5, D), torch.float64, given(attention_mask=mask))
+        expect(f"attend(...) at the real tokens of {batch} texts", got.transpose(1, 2)[real], by(shown),
+               f"{given(attention_mask=mask)}, random q, k and v", wrong)
 
 
 def causal(answer: ModuleType) -> None:

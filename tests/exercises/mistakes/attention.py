@@ -38,6 +38,8 @@ MISTAKES = [
     ("pads see nothing", "attention_mask[:, None, None, :].bool()) | itself",
      "attention_mask[:, None, None, :].bool())",
      "a pad sees no key at all"),
+    ("no axis for the heads", "attention_mask[:, None, None, :]", "attention_mask[:, None, :]",
+     "the heads' axis is missing"),
     ("attention_mask upside down", "attention_mask[:, None, None, :].bool()",
      "~attention_mask[:, None, None, :].bool()",
      "attention_mask is upside down"),

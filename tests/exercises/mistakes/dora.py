@@ -37,6 +37,7 @@ MISTAKES = [
      "c stretches the update only"),
     ("W stretched alone", "self.stretch() * (product + update)", "(self.stretch() * product + update)",
      "c stretches W only"),
+    ("alpha times r", "lora_alpha / r", "lora_alpha * r", "scaled by lora_alpha * r, not by lora_alpha / r"),
     ("alpha alone", "lora_alpha / r", "lora_alpha", "scaled by lora_alpha, not by lora_alpha / r"),
     ("s left out in the length", ADAPTED, ADAPTED.replace("self.scaling * ", ""), "s is left out within the length"),
     ("sum of absolute values", "adapted.norm(dim=1).detach()", "adapted.abs().sum(dim=1).detach()",

@@ -2,6 +2,7 @@
 
 MISTAKES = [
     ("alpha alone", "lora_alpha / r", "lora_alpha", "scaled by lora_alpha, not by lora_alpha / r"),
+    ("alpha times r", "lora_alpha / r", "lora_alpha * r", "scaled by lora_alpha * r, not by lora_alpha / r"),
     ("rsLoRA's scale", "lora_alpha / r", "lora_alpha / r**0.5", "scaled by lora_alpha / sqrt(r): that is rsLoRA"),
     ("upside down", "lora_alpha / r", "r / lora_alpha", "scaled by r / lora_alpha: upside down"),
     ("no scale in forward", "y + self.scaling * F.linear(inner, self.lora_B)", "y + F.linear(inner, self.lora_B)",

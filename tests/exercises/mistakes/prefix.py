@@ -4,11 +4,17 @@ VIEW = "self.table.view(self.V, self.L, 2, self.H, D)[:, layer]"
 KEYS = "block[:, 0].transpose(0, 1), block[:, 1].transpose(0, 1)"
 STACKED = ("        key = torch.cat((prefix_key, key), dim=2)\n"
            "        value = torch.cat((prefix_value, value), dim=2)\n")
+SIZE = "(num_virtual_tokens, 2 * n_layer * n_embd)"
+START = "torch.randn" + SIZE
 
 MISTAKES = [
     ("triangle at the upper left, as is_causal's", "tril(self.V)", "tril()",
      "the triangle begins at the upper left corner"),
     ("mask added", "scores.masked_fill(~mask, -torch.inf)", "(scores + mask)", "the mask itself is added, 1 and 0"),
+    ("zero instead of -infinity", "masked_fill(~mask, -torch.inf)", "masked_fill(~mask, 0.0)",
+     "hidden scores are set to 0"),
+    ("softmax over queries", "softmax(dim=-1)", "softmax(dim=-2)", "softmax over the queries"),
+    ("softmax over heads", "softmax(dim=-1)", "softmax(dim=1)", "softmax over the heads"),
     ("no causal mask", ".tril(self.V)", "", "there is no causal mask within the text"),
     ("prefix behind the text", STACKED, STACKED.replace("(prefix_key, key)", "(key, prefix_key)")
      .replace("(prefix_value, value)", "(value, prefix_value)"), "the prefix stands behind the text"),
@@ -42,6 +48,16 @@ MISTAKES = [
      "the mask's V ones stand on its right"),
     ("zeros for the prefix", "(ones, attention_mask.bool())", "(~ones, attention_mask.bool())",
      "the mask hides the prefix, too"),
+    ("no ones for the prefix", "torch.cat((ones, attention_mask.bool()), dim=1)", "attention_mask.bool()",
+     "the mask's V ones for the prefix are missing"),
+    ("mask one axis short", "[:, None, None, :]", "[:, None, :]", "each text's mask is taken for a head's"),
+    ("the first text's mask", "[:, None, None, :]", "[:1, None, None, :]", "every text gets the first one's mask"),
+    ("starts at zero", START, "torch.zeros" + SIZE, "the table's numbers are all the same"),
+    ("starts uniform", START, "torch.rand" + SIZE, "the table's mean is not 0"),
+    ("starts small", START, "0.02 * " + START, "the table's numbers are too small"),
+    ("starts large", START, "5 * " + START, "the table's numbers are too large"),
+    ("starts uniform with deviation 1", START, "3**0.5 * (2 * torch.rand" + SIZE + " - 1)",
+     "the table has the deviation of a standard normal, but not its range"),
     ("table no parameter", "nn.Parameter(torch.randn(num_virtual_tokens, 2 * n_layer * n_embd))",
      "torch.randn(num_virtual_tokens, 2 * n_layer * n_embd)", "table is a plain tensor"),
     ("table as data", "self.table.view(", "self.table.data.view(", "no gradient reaches the table"),

@@ -71,6 +71,7 @@ def _wrong_lora() -> dict[str, Tensor]:
             "the update alone is returned: W has to be added": S * BA,
             "the update is subtracted": W - S * BA,
             "A B instead of B A": W + S * A @ B,
+            "B and A are multiplied number by number: B A is a matrix product": W + S * B * A,
             "the update is transposed: W is (out, in), and so is B A": W + S * BA.T,
             "W is scaled, too": S * (W + BA)}
 
@@ -80,6 +81,8 @@ def _wrong_dora(V: Tensor, m: Tensor, up: Tensor) -> dict[str, Tensor]:
     norm = V.norm(dim=1, keepdim=True)
     wrong = {"the length is taken over the columns (dim=0)": m[:, None] * V / V.norm(dim=0),
              "the columns are stretched: m belongs to the rows": V / norm * m,
+             "m and the lengths meet the columns: they belong to the rows, so as (out, 1)": V * (m / norm[:, 0]),
+             "the lengths meet the columns: they belong to the rows, so as (out, 1)": m[:, None] * V / norm[:, 0],
              "one length for the whole matrix: there is one per row": m[:, None] * V / V.norm(),
              "not divided by the row's length": m[:, None] * V,
              "divided by the squared length": m[:, None] * V / norm**2}

@@ -56,9 +56,12 @@ def layout(table: Tensor, layer: int) -> tuple[Tensor, Tensor]:
 def shapes(answer: ModuleType) -> None:
     prefix, _ = make(answer)
     for name, tensor in zip(("P_k", "P_v"), pair("keys_and_values(1, 3)", prefix.keys_and_values(1, 3))):
-        expect_shape(f"{name} of keys_and_values(1, 3)", tensor, (3, H, V, D), torch.float32)
+        expect_shape(f"{name} of keys_and_values(1, 3)", tensor, (3, H, V, D), torch.float32, wrong={
+            (H, V, D): "the batch is missing: expand P_k and P_v to it"})
     expect_shape("positions(3)", prefix.positions(3), (3,), torch.long,
-                 wrong={(V + 3,): "virtual tokens get positions, too: they have none, only the text's tokens have"})
+                 wrong={(1, 3): "positions are the same for every text: (T,), without a batch",
+                        torch.float32: "positions are rows of wpe: whole numbers",
+                        (V + 3,): "virtual tokens get positions, too: they have none, only the text's tokens have"})
     prefix = prefix.double()
     text = torch.randn(3, 3, H, 5, D, dtype=torch.float64)
     expect_shape("attend(1, q, k, v)", prefix.attend(1, *text, None), (3, H, 5, D), torch.float64,
@@ -148,7 +151,9 @@ def formula(answer: ModuleType) -> None:
     p_k, p_v = layout(table, 1)
     expect("attend(1, q, k, v)", prefix.attend(1, Q, K, VALUES, None),
            softmax_attention(Q, torch.cat((p_k, K), 2), torch.cat((p_v, VALUES), 2), SEEN),
-           given(P_k=p_k[0], P_v=p_v[0], q=Q[0], k=K[0], v=VALUES[0]), _wrong_attend(p_k, p_v))
+           given(P_k=p_k[0], P_v=p_v[0], q=Q[0], k=K[0], v=VALUES[0]),
+           {**_wrong_attend(p_k, p_v), "attend takes block 0's P_k and P_v, not those of its block":
+               softmax_attention(Q, *(torch.cat(both, 2) for both in zip(layout(table, 0), (K, VALUES))), SEEN)})
     _start(answer)
 
 
@@ -193,10 +198,16 @@ def padding(answer: ModuleType) -> None:
             return softmax_attention(q, keys, values, seen & torch.cat(mask, 1).bool())[0, :, real]
 
         ones = torch.ones(1, V, dtype=torch.long)
-        added = (q @ keys.transpose(-1, -2) / 2 + (seen & torch.cat((ones, mask), 1).bool())).softmax(-1) @ values
+        scores, shown = q @ keys.transpose(-1, -2) / 2, torch.cat((ones, mask), 1)
+        added = (scores + (seen & shown.bool())).softmax(-1) @ values
+        past = scores.masked_fill(~seen, -torch.inf)                                  # the causal mask alone
         wrong = {"attention_mask has no effect: real tokens see pads": by(ones, torch.ones_like(mask)),
                  "the mask's V ones stand on its right: the prefix is on the left": by(mask, ones),
                  "the mask itself is added, 1 and 0: where nothing is seen, -infinity is added": added[0, :, real],
+                 "attention_mask is added, 1 and 0: at a pad -infinity is added, and else 0":
+                     ((past + shown).softmax(-1) @ values)[0, :, real],
+                 "the scores are multiplied by attention_mask: exp(0) is 1, so pads take a share; they are -infinity":
+                     ((scores * shown).masked_fill(~seen, -torch.inf).softmax(-1) @ values)[0, :, real],
                  "the mask hides the prefix, too: it gets ones for it, not zeros": by(1 - ones, mask)}
         expect("attend(...) at real tokens, and the text alone", prefix.attend(1, q, k, v, mask)[0, :, real], alone[0],
                f"{given(attention_mask=mask)}, random q, k and v",

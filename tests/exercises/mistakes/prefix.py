@@ -7,6 +7,8 @@ STACKED = ("        key = torch.cat((prefix_key, key), dim=2)\n"
 SIZE = "(num_virtual_tokens, 2 * n_layer * n_embd)"
 START = "torch.randn" + SIZE
 PADS = "            mask = mask & torch.cat((ones, attention_mask.bool()), dim=1)[:, None, None, :]\n"
+SHOWN = "            shown = torch.cat((ones, attention_mask), dim=1)[:, None, None, :]\n"
+REST = "            return scores.masked_fill(~mask, -torch.inf).softmax(dim=-1) @ value\n"
 
 MISTAKES = [
     ("triangle at the upper left, as is_causal's", "tril(self.V)", "tril()",
@@ -33,7 +35,8 @@ MISTAKES = [
     ("one block for all", "[:, layer]", "[:, 0]", "every block gets block 0's"),
     ("attend with block 0", "self.keys_and_values(layer, B)", "self.keys_and_values(0, B)",
      "attend takes block 0's P_k and P_v"),
-    ("no batch", "key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1)", "key, value", "the batch is missing"),
+    ("no batch", "key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1)", "key, value",
+     "the batch is missing"),
     ("table of one block", "2 * n_layer * n_embd", "2 * n_embd", "each block has its own keys and values"),
     ("keys without values", "2 * n_layer * n_embd", "n_layer * n_embd", "keys or values are missing"),
     ("positions from 0", "torch.arange(self.V, self.V + T)", "torch.arange(T)", "the text begins at position 0"),
@@ -52,11 +55,10 @@ MISTAKES = [
      "        return nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)\n",
      "P_k and P_v are added to the text's keys and values"),
     ("mask not used", "if attention_mask is not None", "if False", "attention_mask has no effect"),
-    ("attention_mask added", PADS, "            shown = torch.cat((ones, attention_mask), dim=1)[:, None, None, :]\n"
-     "            return (query @ key.transpose(2, 3) / D**0.5 + shown).masked_fill(~mask, -torch.inf).softmax(-1) @ value\n",
+    ("attention_mask added", PADS, SHOWN + "            scores = query @ key.transpose(2, 3) / D**0.5 + shown\n" + REST,
      "attention_mask is added, 1 and 0"),
-    ("scores times attention_mask", PADS, "            shown = torch.cat((ones, attention_mask), 1)[:, None, None, :]\n"
-     "            return (query @ key.transpose(2, 3) / D**0.5 * shown).masked_fill(~mask, -torch.inf).softmax(-1) @ value\n",
+    ("scores times attention_mask", PADS,
+     SHOWN + "            scores = query @ key.transpose(2, 3) / D**0.5 * shown\n" + REST,
      "the scores are multiplied by attention_mask"),
     ("ones on the right of the mask", "(ones, attention_mask.bool())", "(attention_mask.bool(), ones)",
      "the mask's V ones stand on its right"),

@@ -255,10 +255,15 @@ def test_what_was_chosen_is_printed_first_with_the_reason(train, tiny_model):
     assert re.fullmatch(r"precision +float32 \(asked for\)", lines[1])
     assert re.fullmatch(rf"model +{tiny_model} \(asked for\)", lines[2])
     assert re.fullmatch(r"dataset +films\.csv \(asked for\)", lines[3])
-    assert re.fullmatch(r"task +classification", lines[4])
-    assert re.fullmatch(r"sizes +32 train, 4 validation, 4 test", lines[5])
-    assert re.fullmatch(r"best +the lowest validation loss, as examples are few", lines[6])
-    assert "trainable params: " in lines[7]
+    assert re.fullmatch(r"dropout +0 in the base \(its config\.json: 0\.1\)", lines[4])
+    assert re.fullmatch(r"task +classification", lines[5])
+    assert re.fullmatch(r"sizes +32 train, 4 validation, 4 test", lines[6])
+    assert re.fullmatch(r"best +the lowest validation loss, as examples are few", lines[7])
+    assert "trainable params: " in lines[8]
+
+
+def test_a_dropout_that_is_what_the_base_has_is_not_worth_a_line(train):
+    assert "dropout" not in train("--dropout", 0.1).out
 
 
 def test_without_a_dataset_or_network_the_sample_is_used_and_the_reason_printed(script, tiny_model):

@@ -22,7 +22,14 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from minipeft.commands.options import LENGTH_HELP, add_data_options, add_machine_options, new_parser, options_of
+from minipeft.commands.options import (
+    DROPOUT_HELP,
+    LENGTH_HELP,
+    add_data_options,
+    add_machine_options,
+    new_parser,
+    options_of,
+)
 from minipeft.errors import ConfigError, InUseError
 from minipeft.methods import METHODS
 from minipeft.runs.budget import COMPARED, FEW_EXAMPLES
@@ -52,8 +59,7 @@ def parse(words: Sequence[str], program: str) -> argparse.Namespace:
                       help=f"also train {', '.join(FEW_EXAMPLES.methods)} on {FEW_EXAMPLES.sizes[0]} to "
                            f"{FEW_EXAMPLES.sizes[-1]} examples")
     what.add_argument("--model", help="as train's")
-    what.add_argument("--dropout", type=float, default=0.0, help="in the base model; default 0, whatever its "
-                                                                  "config.json says")
+    what.add_argument("--dropout", type=float, default=0.0, help=DROPOUT_HELP)
     budget = parser.add_argument_group("budget", "the same for every method; defaults are each dataset's own, in "
                                                  "minipeft/runs/budget.py")
     budget.add_argument("--train-size", nargs="+", default=[], metavar="[DATASET=]N",

@@ -21,6 +21,7 @@ from minipeft.tasks.task import MAX_LENGTH
 from minipeft.training.hardware import MATMUL_PRECISIONS
 from minipeft.training.loop import TrainingConfig
 
+DROPOUT_HELP = "in the base model; default 0, whatever its config.json says"
 LENGTH_HELP = f"tokens kept of a text; default {MAX_LENGTH}, of one to summarize {MAX_SUMMARY_LENGTH}"
 
 

@@ -13,6 +13,7 @@ import argparse
 from collections.abc import Sequence
 
 from minipeft.commands.options import (
+    DROPOUT_HELP,
     LENGTH_HELP,
     add_data_options,
     add_dataclass_options,
@@ -38,8 +39,7 @@ def parse(words: Sequence[str], program: str) -> argparse.Namespace:
                       help=f"baseline: no training, only test; {summaries}; default lora")
     what.add_argument("--model", help="mini, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder; default: gpt2 on "
                                       "CUDA, mini on a CPU")
-    what.add_argument("--dropout", type=float, default=0.0, help="in the base model; default 0, whatever its "
-                                                                  "config.json says")
+    what.add_argument("--dropout", type=float, default=0.0, help=DROPOUT_HELP)
     method = add_method_options(parser, words, also=("baseline",))
     add_data_options(parser)
     add_length_options(parser.add_argument_group("length and size"))

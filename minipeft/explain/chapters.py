@@ -21,7 +21,7 @@ from pathlib import Path
 from minipeft.errors import OutputError
 from minipeft.explain.equation import equation_text
 from minipeft.report.tables import replace_tables
-from minipeft.runs.results import WRITER, replace_blocks
+from minipeft.runs.results import BLOCK_START, WRITER, replace_blocks
 
 EQUATION = ("<!-- equation of {}: written by {} -->", "<!-- end of equation -->")
 LINES = ("<!-- lines of {}: written by {} -->", "<!-- end of lines -->")
@@ -42,7 +42,7 @@ def refreshed(text: str, place: Path, folder: Path, required: bool = True) -> st
     for markers, block in ((EQUATION, partial(_equation, place)), (LINES, partial(_lines, place))):
         if markers[0].partition("{}")[0] in text:
             text, done = replace_blocks(text, WRITER, block, markers), True
-    return text if done and "<!-- results on " not in text else replace_tables(text, folder)
+    return text if done and BLOCK_START.partition("{}")[0] not in text else replace_tables(text, folder)
 
 
 def _equation(place: Path, file: str) -> str:
@@ -55,7 +55,8 @@ def _lines(place: Path, subject: str) -> str:
     """Lines of a file, without their indentation, as a block of code below a link to them."""
     file, *names = subject.split(", ")
     source = _source(place / file)
-    found = [_definition(ast.parse(source), name, place / file) for name in names]
+    tree = ast.parse(source)
+    found = [_definition(tree, name, place / file) for name in names]
     first = min(node.lineno for node in (found[0], *found[0].decorator_list))
     last = found[-1].end_lineno
     code = textwrap.dedent("\n".join(source.split("\n")[first - 1:last]))

@@ -25,14 +25,17 @@ FAMILIES = (
     Family("low-rank updates", ("lora", "dora", "vera"), "#0072b2", "o"),
     Family("layers and factors inside", ("adapter", "ia3"), "#d55e00", "s"),
     Family("virtual tokens", ("prompt", "ptuning", "prefix"), "#007a5a", "^"))
-
-
-MAIN = "imdb"  # the dataset that is shown first and most
+MAIN = "imdb"
 
 
 def family_of(method: str) -> Family:
     """The family of one of this library's methods."""
     return next(family for family in FAMILIES if method in family.methods)
+
+
+def main_of(datasets: dict[str, Any]) -> str:
+    """The dataset that is shown first and most: `MAIN`, or the first one there is."""
+    return MAIN if MAIN in datasets else next(iter(datasets))
 
 
 def in_figures(content: dict[str, Any], value: float) -> float:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from minipeft.report.families import MAIN
+from minipeft.report.families import main_of
 from minipeft.runs.comparison import metric_of
 
 
@@ -33,6 +33,11 @@ class Found(NamedTuple):
     def methods(self) -> dict[str, dict[str, Any]]:
         return self.content["methods"]
 
+    @property
+    def top(self) -> list[str]:
+        """The methods that none is significantly better than; none without tests."""
+        return [method for method, row in self.methods.items() if row.get("rank", [0])[0] == 1]
+
     def shown(self, method: str) -> str:
         """A method's mean as the tables show it."""
         return metric_of(self.content).shown(self.methods[method]["mean"])
@@ -41,7 +46,7 @@ class Found(NamedTuple):
 def findings(comparison: dict[str, Any], tuning: dict[str, Any]) -> list[Finding]:
     """All that can be said, in a fixed order."""
     datasets = comparison["datasets"]
-    name = MAIN if MAIN in datasets else next(iter(datasets))
+    name = main_of(datasets)
     found = Found(datasets, name, datasets[name], tuning["datasets"].get(name, {}).get("methods", {}))
     return [finding for say in SENTENCES for finding in say(found)]
 
@@ -56,11 +61,10 @@ def listed(names: Any) -> str:
 
 def the_top(found: Found) -> Iterator[Finding]:
     """Which methods nothing is significantly better than."""
-    top = [method for method, row in found.methods.items() if row.get("rank", [0])[0] == 1]
+    top = sorted(found.top, key=lambda method: -found.methods[method]["mean"])
     if not top:
         return
     worse = [method for method in found.methods if method not in top]
-    top.sort(key=lambda method: -found.methods[method]["mean"])
     if len(top) == 1:
         said = f"On {found.name} {top[0]} is significantly better than all others ({found.shown(top[0])})"
     else:
@@ -71,7 +75,7 @@ def the_top(found: Found) -> Iterator[Finding]:
 
 
 def beside_full(found: Found) -> Iterator[Finding]:
-    """Where what trains less than 4 % of the values is not behind full fine-tuning."""
+    """On each dataset, what is better and what is worse than full fine-tuning."""
     said = []
     for name, content in found.datasets.items():
         full = content["methods"].get("full", {})
@@ -86,10 +90,9 @@ def beside_full(found: Found) -> Iterator[Finding]:
 
 def fewest_parameters(found: Found) -> Iterator[Finding]:
     """The smallest method at the top."""
-    top = [method for method, row in found.methods.items() if row.get("rank", [0])[0] == 1]
-    if not top:
+    if not found.top:
         return
-    smallest = min(top, key=lambda method: found.methods[method]["trained_parameters"])
+    smallest = min(found.top, key=lambda method: found.methods[method]["trained_parameters"])
     row = found.methods[smallest]
     yield Finding(f"The fewest trained parameters with which nothing on {found.name} is significantly better are "
                   f"{smallest}'s {row['trained_parameters']:,}, {100 * row['trained_share']:.2f} % of the model.",
@@ -126,7 +129,7 @@ def seeds_and_methods(found: Found) -> Iterator[Finding]:
 
 def forgetting(found: Found) -> Iterator[Finding]:
     """What the base forgets, from most to least."""
-    lost = {method: row["forgetting"]["nats"] for method, row in found.methods.items() if method != "baseline"}
+    lost = {method: row["forgetting"]["nats"] for method, row in found.methods.items()}
     if len(lost) < 2:
         return
     order = sorted(lost, key=lost.__getitem__)

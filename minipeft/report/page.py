@@ -12,10 +12,10 @@ from string import Template
 from typing import Any
 
 from minipeft.files import write_text_file
-from minipeft.report.families import FAMILIES, MAIN, family_of, in_figures
+from minipeft.report.families import FAMILIES, family_of, in_figures, main_of
 from minipeft.report.findings import findings
 from minipeft.report.tables import ELSEWHERE
-from minipeft.runs.comparison import metric_of, shown_rank
+from minipeft.runs.comparison import metric_of, shown_rank, shown_settings
 from minipeft.runs.results import BASELINES
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -38,10 +38,11 @@ def write_page(comparison: dict[str, Any], tuning: dict[str, Any], path: Path) -
 
 def page(comparison: dict[str, Any], tuning: dict[str, Any]) -> str:
     """The page's text."""
-    names = sorted(comparison["datasets"], key=lambda name: (name != MAIN, name))
+    main = main_of(comparison["datasets"])
+    names = sorted(comparison["datasets"], key=lambda name: (name != main, name))
     datasets = {name: dataset_of(name, comparison["datasets"][name]) for name in names}
     data = {"columns": COLUMNS, "axes": AXES, "families": [family.name for family in FAMILIES], "datasets": datasets}
-    first = comparison["datasets"][names[0]]
+    first = comparison["datasets"][main]
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         data=json.dumps(data).replace("</", "<\\/"), tables="\n".join(map(_plain_table, datasets.values())),
         machine=escape(first["machine"].get("processor", "")), cores=escape(str(first["machine"].get("cores", ""))),
@@ -72,7 +73,7 @@ def _row(name: str, row: dict[str, Any], content: dict[str, Any], kind: str) -> 
         "memory": None if memory is None else round(memory / 2**20, 1), "bytes": row["adapter_bytes"]["mean"],
         "forgotten": row["forgetting"]["nats"], "extra": None if extra is None else round(100 * extra, 1),
         "merges": row["inference"]["mergeable"], "seeds": len(row["seeds"]),
-        "settings": ", ".join(f"{key} {value:g}" for key, value in row["settings"].items())}
+        "settings": shown_settings(row)}
 
 
 def _plain_table(dataset: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from minipeft.files import replacing_folder
-from minipeft.report.families import FAMILIES, MAIN, family_of, in_figures
+from minipeft.report.families import FAMILIES, family_of, in_figures, main_of
 from minipeft.runs.comparison import metric_of
 from minipeft.runs.results import blank_figure
 
@@ -28,7 +28,7 @@ Rows = dict[str, dict[str, Any]]
 
 
 def draw_comparison(comparison: dict[str, Any], tuning: dict[str, Any], folder: Path) -> list[str]:
-    """Draw everything there is into `folder`, which is replaced: of `MAIN` all, of the other datasets "parameters".
+    """Draw what there is into `folder`, which is replaced: of the main dataset all, of the others "parameters".
 
     Returns:
         The pictures' names, without endings.
@@ -38,7 +38,7 @@ def draw_comparison(comparison: dict[str, Any], tuning: dict[str, Any], folder: 
         OutputError: the folder cannot be written.
     """
     datasets = comparison["datasets"]
-    main = MAIN if MAIN in datasets else next(iter(datasets))
+    main = main_of(datasets)
     content = datasets[main]
     drawn: dict[str, Figure | None] = {
         "parameters": parameters(main, content), "forgetting": forgetting(main, content),
@@ -87,19 +87,15 @@ def _quality(content: dict[str, Any]) -> str:
     return metric.heading + (" in %" if metric.share else "")
 
 
-def _axes(title: str, x: str, y: str, height: float = 5.2) -> tuple[Figure, Axes]:
-    figure = blank_figure(WIDTH, height, layout="constrained")
+def _axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
+    figure = blank_figure(WIDTH, 5.2, layout="constrained")
     axes = figure.subplots()
-    _label(axes, title, x, y)
-    return figure, axes
-
-
-def _label(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_title(title, loc="left", fontsize=12, color=INK)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#ececf0", zorder=0)
+    return figure, axes
 
 
 def _scatter(axes: Axes, content: dict[str, Any], x_of: Callable[[dict[str, Any]], float]) \

@@ -13,11 +13,19 @@ from minipeft.runs.comparison import (
     COMPARISON_FILE,
     TUNING_FILE,
     metric_of,
+    shown_interval,
     shown_rank,
     shown_with_deviation,
     table_of,
 )
-from minipeft.runs.results import BASELINES, WRITER, markdown_table, replace_blocks, results_block
+from minipeft.runs.results import (
+    BASELINES,
+    WRITER,
+    markdown_table,
+    replace_blocks,
+    results_block,
+    shown_parameters,
+)
 
 # Not measured here: reported elsewhere on IMDb's test reviews, by other code and on other terms.
 ELSEWHERE = {"imdb": (
@@ -107,7 +115,6 @@ def in_short(name: str, content: dict[str, Any]) -> str:
         rows.append([f"baseline: {BASELINES.get(best, best)}", "0", "-", metric.shown(found[metric.key]), "-"])
     for method, row in sorted(content["methods"].items(), key=lambda item: item[1]["mean"]):
         if method in IN_SHORT:
-            rows.append([method, f"{row['trained_parameters']:,} ({100 * row['trained_share']:.2f} %)",
-                         str(len(row["seeds"])), shown_with_deviation(metric, row),
-                         metric.shown(*row["interval_95"]) if row["interval_95"] else "-"])
+            rows.append([method, shown_parameters(row["trained_parameters"], row["trained_share"]),
+                         str(len(row["seeds"])), shown_with_deviation(metric, row), shown_interval(metric, row)])
     return markdown_table(["method", "trained parameters", "seeds", metric.heading, "95 % interval"], rows)

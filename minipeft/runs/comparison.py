@@ -52,7 +52,7 @@ from minipeft.errors import OutputError
 from minipeft.files import read_json_file, write_json_file
 from minipeft.runs.budget import ALL, NO_SIZE, SIZES
 from minipeft.runs.cells import score_of, unpacked, without_nan
-from minipeft.runs.results import METRICS, Metric, markdown_table
+from minipeft.runs.results import METRICS, Metric, markdown_table, shown_parameters
 from minipeft.runs.significance import compared, interval, ranks, resampled
 from minipeft.tasks import TASKS
 
@@ -246,10 +246,15 @@ def table_of(content: dict[str, Any], kinds: Sequence[str] = ("methods", "best")
     metric = metric_of(content)
     header = ["method", "settings", "trained parameters", metric.heading, "95 % interval", "rank",
               "core s per 1,000", "forgotten, nats", "extra inference"]
-    untrained = [(name.replace("_", " "), values[metric.key]) for name, values in content["baselines"].items()]
-    rows = [[name, "-", trained, metric.shown(value), "-", "-", "-", "-", "-"] for trained, found in (
-        ("-", others), ("0", untrained if "methods" in kinds else ())) for name, value in sorted(
-            found, key=lambda item: item[1])]
+
+    def untrained(found: Sequence[tuple[str, float]], parameters: str) -> list[list[str]]:
+        return [[name, "-", parameters, metric.shown(value), "-", "-", "-", "-", "-"]
+                for name, value in sorted(found, key=lambda item: item[1])]
+
+    rows = untrained(others, "-")
+    if "methods" in kinds:
+        rows += untrained([(name.replace("_", " "), values[metric.key])
+                           for name, values in content["baselines"].items()], "0")
     for kind in kinds:
         named = "{}" if kind == "methods" else "{}, best without the budget"
         rows += [_cells_of(named.format(name), row, metric) for name, row in sorted(
@@ -263,6 +268,16 @@ def shown_with_deviation(metric: Metric, row: dict[str, Any]) -> str:
     return mean if row["deviation"] is None else f"{mean} ± {metric.shown(row['deviation'])}"
 
 
+def shown_interval(metric: Metric, row: dict[str, Any]) -> str:
+    """The interval of a row's mean, or "-" where there is none."""
+    return metric.shown(*row["interval_95"]) if row["interval_95"] else "-"
+
+
+def shown_settings(row: dict[str, Any]) -> str:
+    """What was chosen for a row, by name."""
+    return ", ".join(f"{key} {value:g}" for key, value in row["settings"].items())
+
+
 def shown_rank(row: dict[str, Any]) -> str:
     """The rank that tests leave open: "3", "1 to 4", or "-" where there were none."""
     low, high = row.get("rank", (None, None))
@@ -270,9 +285,8 @@ def shown_rank(row: dict[str, Any]) -> str:
 
 
 def _cells_of(name: str, row: dict[str, Any], metric: Metric) -> list[str]:
-    return [name, ", ".join(f"{key} {value:g}" for key, value in row["settings"].items()),
-            f"{row['trained_parameters']:,} ({100 * row['trained_share']:.2f} %)", shown_with_deviation(metric, row),
-            metric.shown(*row["interval_95"]) if row["interval_95"] else "-", shown_rank(row),
+    return [name, shown_settings(row), shown_parameters(row["trained_parameters"], row["trained_share"]),
+            shown_with_deviation(metric, row), shown_interval(metric, row), shown_rank(row),
             f"{row['core_seconds_per_1000_examples']['mean']:.1f}", f"{row['forgetting']['nats']:+.3f}",
             _share(row["inference"]["extra"])]
 

@@ -88,6 +88,11 @@ def results_table(folder: Path, dataset: str = "imdb") -> str:
     return table_of(_results(folder, dataset))
 
 
+def shown_parameters(trained: int, share: float) -> str:
+    """How many parameters are trained, and their share of all."""
+    return f"{trained:,} ({100 * share:.2f} %)"
+
+
 def table_of(files: Sequence[dict[str, Any]]) -> str:
     """A Markdown table of results on one dataset: `files` is what their files hold."""
     tests = [test for results in files for test in _tests_in(results)]
@@ -106,7 +111,7 @@ def _cells(test: Test, first: Metric, others: Sequence[Metric]) -> list[str]:
     results, interval = test.results, test.metrics.get(f"{first.key}_95_interval")
     trainable, total = (results["parameters"][key] for key in ("trainable", "total"))
     return [test.name, results["base_model"]["name"],
-            f"{trainable:,} ({100 * trainable / total:.2f} %)" if trainable else "0", f"{test.examples:,}",
+            shown_parameters(trainable, trainable / total) if trainable else "0", f"{test.examples:,}",
             str(results["training_config"]["epochs"]) if test.trained else "-",
             first.shown(test.metrics[first.key]), first.shown(*interval) if interval else "-",
             *(metric.shown(test.metrics[metric.key]) for metric in others), _time(results["seconds"])]

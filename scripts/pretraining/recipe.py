@@ -193,8 +193,9 @@ def pretrain(model: GPT2LMHeadModel, train: PackedWindows, evaluate: Callable[[]
     """
     optimizer = make_optimizer(model, config)
     step, saved, _ = load_training_state(state_folder, model, optimizer)
-    begun = start["step"] if start else 0
-    if start and not saved:
+    start = start or {"step": 0}
+    begun = start["step"]
+    if not saved:
         step, saved = begun, start
     curve, losses = saved.get("curve", []), saved.get("losses", [])  # losses: of each step since the last evaluation
     body = _body(model, precision, compile_model)

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from pretrain import START_FILE
+from pretrain import CONFIG_FILE, START_FILE
 
 from minipeft.commands.start import run
 from minipeft.files import read_json_file, write_json_file
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("state", type=Path, help="the run's --state folder")
     parser.add_argument("output", type=Path, help="model folder to write")
     arguments = parser.parse_args()
-    model = GPT2LMHeadModel(GPT2Config.from_dict(read_json_file(arguments.state / "config.json")))
+    model = GPT2LMHeadModel(GPT2Config.from_dict(read_json_file(arguments.state / CONFIG_FILE)))
     # Only the weights are wanted; the optimizer takes in moments that nobody will use.
     step, saved, _ = load_training_state(arguments.state, model, torch.optim.SGD(model.parameters()))
     model.save_pretrained(arguments.output, dtype=torch.float16)

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from minipeft.data.batches import IGNORED_LABEL, Batch
 from minipeft.data.datasets import data_folder, load_dataset
@@ -32,6 +31,7 @@ from minipeft.runs.finetune import Run
 from minipeft.tasks import task_for
 from minipeft.tasks.evaluation import evaluation_batches, predicting, predictions
 from minipeft.training.hardware import cast_frozen
+from minipeft.training.vocabulary_loss import losses_and_hits
 
 # Of forgetting: so many held-out texts, so many of their first tokens; of the time at inference, so many of these.
 TEXTS, TOKENS, TIMED_TEXTS, TIMED_ROUNDS = 128, 256, 32, 5
@@ -83,12 +83,13 @@ def language_loss(model: nn.Module, ids: Sequence[np.ndarray], device: torch.dev
         ids: of each text, (T,), at least two.
     """
     wte = model.transformer.wte.weight                                                            # (vocab, C)
+    head = nn.Linear(wte.shape[1], wte.shape[0], bias=False, device="meta")
+    head.weight = wte
 
     def losses(batch: Batch) -> list[float]:
         hidden = model.transformer(batch.input_ids, attention_mask=batch.attention_mask)          # (B, T, C)
-        logits = F.linear(hidden.flatten(0, 1)[batch.positions], wte).float()                     # (N, vocab)
-        by_token = F.cross_entropy(logits, batch.targets, reduction="none").double().cpu()        # (N,)
-        return [tokens.sum().item() for tokens in by_token.split(batch.targets_of_rows)]
+        by_token, _ = losses_and_hits(head, hidden.flatten(0, 1)[batch.positions], batch.targets)  # (N,)
+        return [tokens.sum().item() for tokens in by_token.double().cpu().split(batch.targets_of_rows)]
 
     labels = [np.append(row[1:], IGNORED_LABEL).astype(np.int64) for row in ids]                  # (T,) each
     found = predictions(model, losses, ids, labels, device, precision, batch_size=8)

@@ -198,8 +198,8 @@ def positions_left(model: nn.Module) -> int:
 def fingerprint(model: nn.Module, samples: int = 4096) -> str:
     """A short name for the base model's values, to notice an adapter that is loaded on another base.
 
-    Hashes every tensor's name and shape and up to `samples` evenly spaced values of it, the head left out. What the
-    model carries does not matter: the first injection has noted the fingerprint.
+    Hashes every tensor's name and shape and up to `samples` evenly spaced values of it, the head left out; -0.0 counts
+    as 0.0, which it equals. What the model carries does not matter: the first injection has noted the fingerprint.
 
     Returns:
         16 hexadecimal digits, or nothing for a model on the meta device, which has no values.
@@ -212,5 +212,6 @@ def fingerprint(model: nn.Module, samples: int = 4096) -> str:
     for name, tensor in sorted((bare_name(name), tensor) for name, tensor in base.state_dict().items()):
         flat = tensor.detach().flatten()
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(flat[::max(1, flat.numel() // samples)].float().cpu().numpy().tobytes())
+        values = flat[::max(1, flat.numel() // samples)].float() + 0.0  # -0.0 + 0.0 is 0.0
+        digest.update(values.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

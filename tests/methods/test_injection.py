@@ -22,7 +22,7 @@ from minipeft import (
     unmerge,
 )
 from minipeft.errors import ConfigError, InjectionError
-from minipeft.methods.injection import active_injections, base_parameters
+from minipeft.methods.injection import active_injections, base_parameters, fingerprint
 from minipeft.methods.targets import find_targets
 from minipeft.model.linear import Linear
 
@@ -264,3 +264,24 @@ def test_counts_and_the_printed_line(tiny_config):
     inject(model, LoraConfig(r=2))
     assert trainable_parameters(model) == (4 * 2 * 2 * 24, base + 4 * 2 * 2 * 24)
     assert str(trainable_parameters(model)) == "trainable params: 384 || all params: 18,168 || trainable%: 2.1136"
+
+
+# --- recognize --------------------------------------------------------------------------------------------------------
+
+def test_a_base_is_known_by_its_values_with_any_head_and_whatever_is_injected(tiny_config):
+    model = build(GPT2ForSequenceClassification, tiny_config)
+    found, bare = fingerprint(model), build(GPT2Model, tiny_config)
+    bare.load_state_dict(model.transformer.state_dict())
+    assert fingerprint(bare) == fingerprint(inject(model, LoraConfig())) == found
+    with torch.no_grad():
+        bare.h[0].ln_1.bias[0] += 1
+    assert fingerprint(bare) != found
+
+
+def test_a_base_is_the_same_one_whatever_the_sign_of_its_zeros(tiny_config):
+    model = build(GPT2Model, tiny_config)
+    with torch.no_grad():
+        model.ln_f.bias.zero_()
+        found = fingerprint(model)
+        model.ln_f.bias.neg_()
+    assert fingerprint(model) == found

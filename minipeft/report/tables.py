@@ -15,6 +15,7 @@ from minipeft.runs.comparison import (
     metric_of,
     shown_interval,
     shown_rank,
+    shown_share,
     shown_with_deviation,
     table_of,
 )
@@ -60,8 +61,8 @@ def replace_tables(text: str, folder: Path) -> str:
 
 
 def block(subject: str, folder: Path) -> str | None:
-    """What a marker of a Markdown file asks for: "findings", "all datasets", "DATASET compared", "DATASET in short" or
-    "DATASET without the budget"; None for another subject.
+    """What a marker of a Markdown file asks for: "findings", "all datasets", or of a dataset "NAME compared", "NAME in
+    short", "NAME costs", "NAME by examples" or "NAME without the budget"; None for another subject.
 
     Raises:
         OutputError: the comparison in `folder` does not hold it.
@@ -72,7 +73,7 @@ def block(subject: str, folder: Path) -> str | None:
         return overview(read_comparison(folder)[0])
     kinds: dict[str, Callable[[str, dict[str, Any]], str]] = {
         " compared": lambda name, content: table_of(content, ("methods",), ELSEWHERE.get(name, ())),
-        " in short": in_short,
+        " in short": in_short, " costs": costs, " by examples": by_examples,
         " without the budget": lambda name, content: table_of(content, ("best",))}
     for ending, table in kinds.items():
         if subject.endswith(ending):
@@ -118,3 +119,36 @@ def in_short(name: str, content: dict[str, Any]) -> str:
             rows.append([method, shown_parameters(row["trained_parameters"], row["trained_share"]),
                          str(len(row["seeds"])), shown_with_deviation(metric, row), shown_interval(metric, row)])
     return markdown_table(["method", "trained parameters", "seeds", metric.heading, "95 % interval"], rows)
+
+
+def costs(name: str, content: dict[str, Any]) -> str:
+    """What each method costs beside its quality, the fastest to train first."""
+    header = ["method", "core s per 1,000 examples", "MiB that training adds", "adapter, kB", "extra inference",
+              "merged", "merges", "forgotten, nats"]
+    rows = sorted(content["methods"].items(), key=lambda item: item[1]["core_seconds_per_1000_examples"]["mean"])
+    return markdown_table(header, [_costs_of(method, row) for method, row in rows], figures=True)
+
+
+def _costs_of(method: str, row: dict[str, Any]) -> list[str]:
+    memory, inference = row["training_memory_bytes"]["mean"], row["inference"]
+    return [method, f"{row['core_seconds_per_1000_examples']['mean']:.1f}",
+            "-" if memory is None else f"{memory / 2**20:,.0f}", f"{row['adapter_bytes']['mean'] / 1000:,.0f}",
+            shown_share(inference["extra"]), shown_share(inference["extra_merged"]), inference["mergeable"],
+            f"{row['forgetting']['nats']:+.3f}"]
+
+
+def by_examples(name: str, content: dict[str, Any]) -> str:
+    """The headline by how many examples a method learned from, a column for each number.
+
+    Raises:
+        OutputError: nothing was trained on fewer examples.
+    """
+    points = {method: {point["train_size"]: point for point in found}
+              for method, found in content["few_examples"].items()}
+    if not points:
+        raise OutputError(f"the comparison has no runs on fewer examples of {name}: scripts/compare.py --few-examples")
+    sizes = sorted(set().union(*points.values()))
+    metric = metric_of(content)
+    return markdown_table(["method", *(f"{size:,}" for size in sizes)], [
+        [method, *(shown_with_deviation(metric, found[size]) if size in found else "-" for size in sizes)]
+        for method, found in points.items()], figures=True)

@@ -288,8 +288,9 @@ def _cells_of(name: str, row: dict[str, Any], metric: Metric) -> list[str]:
     return [name, shown_settings(row), shown_parameters(row["trained_parameters"], row["trained_share"]),
             shown_with_deviation(metric, row), shown_interval(metric, row), shown_rank(row),
             f"{row['core_seconds_per_1000_examples']['mean']:.1f}", f"{row['forgetting']['nats']:+.3f}",
-            _share(row["inference"]["extra"])]
+            shown_share(row["inference"]["extra"])]
 
 
-def _share(value: float | None) -> str:
+def shown_share(value: float | None) -> str:
+    """A share that is added or, below 0, saved; "-" where it is not known."""
     return "-" if value is None else f"{100 * value:+.0f} %"

@@ -30,6 +30,23 @@ def test_in_short_are_five_rows(results):
     assert "| full | 7,000,000 (100.00 %) | 3 | 94.50 % ± 0.50 % |" in table
 
 
+def test_what_a_method_costs_is_a_table_of_its_own_the_fastest_first(results):
+    head, _, *rows = block("imdb costs", results).splitlines()
+    assert names(block("imdb costs", results)) == [
+        "prefix", "ptuning", "prompt", "head", "bitfit", "ia3", "adapter", "vera", "dora", "lora", "full"]
+    assert head == ("| method | core s per 1,000 examples | MiB that training adds | adapter, kB | extra inference | "
+                    "merged | merges | forgotten, nats |")
+    assert rows[-1] == "| full | 31.0 | 20 | 0 | +25 % | +0 % | yes | +0.500 |"
+
+
+def test_a_column_for_each_number_of_examples_and_none_where_there_were_no_such_runs(results):
+    assert block("imdb by examples", results).splitlines() == [
+        "| method | 16 | 32 | 64 |", "| --- | ---: | ---: | ---: |",
+        "| head | 66.60 % | 69.50 % ± 0.50 % | 71.40 % |", "| lora | 61.60 % | 93.50 % ± 0.50 % | 66.40 % |"]
+    with pytest.raises(OutputError, match=r"no runs on fewer examples of films: scripts/compare\.py --few-examples"):
+        block("films by examples", results)
+
+
 def test_the_overview_has_a_column_for_each_dataset_with_means_deviations_and_ranks(results):
     head, _, *rows = block("all datasets", results).splitlines()
     assert head == "| method | films: accuracy; rank | imdb: accuracy; rank |"

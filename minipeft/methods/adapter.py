@@ -76,6 +76,8 @@ Saved
     MINIPEFT_BOTTLENECK, and each field that is not at its default. It need not say task_type: the head's name shows it.
     score is the new head; tagging has base_model.model.classifier.weight and .bias there, a language model nothing.
     Only this library reads the folder: peft, Hugging Face's library, has no such method.
+    All tensors are float32. A third file, minipeft.json, holds the base model's fingerprint, the digests of the other
+    two files, and what a run adds, such as the labels' names. Without it the folder loads, too.
 Merging
     Not possible: act stands between the two matrices, so no weight of the base can take in what is added. The adapters
     stay and are computed at each prediction. `merge` is refused with non_linearity none, too. There the adapter is a
@@ -83,10 +85,10 @@ Merging
     library does not do that. A parallel one could not: its input is not c_proj's.
     Off: within `disable_adapter`, and for good after `remove`, the model is the base model, bit for bit, under the head
     as it was before training.
-    Several adapters. A second `inject` of the same method is refused. `load_adapter(model, folder, name)` adds a saved
-    adapter, of this method or another, under another name and makes it the active one, the one that computes; the
-    others stay, switched off. `set_adapter(model, name)` makes another one active. Under one name other methods may
-    work along, such as a prompt, but no second BottleneckConfig.
+    Several adapters. A second `inject` of the same method is an InjectionError. `load_adapter(model, folder, name)`
+    adds a saved adapter, of this method or another, under another name and makes it the active one, the one that
+    computes; the others stay, switched off. `set_adapter(model, name)` makes another one active. Under one name other
+    methods may work along, such as a prompt, but no second BottleneckConfig.
 Cost
     2 C m + C + m parameters per adapter, 2 * 768 * 48 + 768 + 48 = 74,544; a LayerNorm has 2 C more. Two adapters per
     block for houlsby, 24 * 74,544 = 1,789,056, one for the others. In all 24 * 74,544 + 1,536 = 1,790,592 trained, the
@@ -100,18 +102,20 @@ Cost
     input, the gradient of the matrix itself) the third is never computed for a frozen matrix. It alone needs the
     matrix's input, which is therefore not kept. Kept are, per token, in each adapter z and act's output, C + m numbers
     (gelu and swish m more, LN C more), in each block above the lowest adapter the inputs of both LayerNorms, q, k, v,
-    attention's output and gelu's input, (2 + 3 + 1 + 4) C. The softmax's shares are not kept: attention computes them
-    again. In training the base's dropout adds one byte per number, 2 C in a block. In attention (attn_pdrop) a CPU
-    keeps a byte per share in place of attention's output, and a GPU's fused attention nothing. Adapter dropout adds C
-    bytes per token and adapter.
-    Optimizer: 8 bytes per trained parameter for AdamW's two means, 14,324,736 bytes; gradients take half of that.
+    attention's output and gelu's input, (2 + 3 + 1 + 4) C. The softmax's shares themselves are not kept: attention
+    computes them again. In training the base's dropout adds one byte per number, 2 C in a block. For dropout on
+    attention's shares (attn_pdrop) a CPU keeps its mask, a byte per share, in place of attention's output; a GPU's
+    fused attention keeps no mask. Adapter dropout adds C bytes per token and adapter.
+    Optimizer: 8 bytes per trained parameter for AdamW's two means, 14,324,736 bytes; gradients take half of that. The
+    optimizer's time, too, grows with the trained parameters alone.
 Errors
-    The class of each error stands before its message. A wrong value is found when the configuration is made; `inject`
-    raises before it changes anything. `load_adapter` raises an AdapterError, and leaves the model as it was, where a
-    tensor is missing, unexpected or of another shape (it is named), where minipeft.json has the fingerprint of another
-    base model, or where peft_type is unknown. There a field that minipeft does not implement is a ConfigError, and an
-    adapter's name that is taken is an InjectionError. A folder for another task is an AdapterError, too. A text with
-    more tokens than positions is a ConfigError when the model reads it.
+    In this list the class of each error stands before its message. Most wrong values are found when the configuration
+    is made, the others by `inject`, before it changes anything. `load_adapter` raises an AdapterError, and leaves the
+    model as it was, where a tensor is missing, unexpected or of another shape (it is named), where minipeft.json has
+    the fingerprint of another base model, or where peft_type is unknown. A setting in adapter_config.json that would
+    change the numbers, and that minipeft does not implement, is a ConfigError. An adapter's name that is taken
+    (`load_adapter`) or unknown (`set_adapter`, `remove`) is an InjectionError. A folder for another task is an
+    AdapterError, too. A text with more tokens than positions is a ConfigError when the model reads it.
     BottleneckConfig(non_linearity="silu")
         ConfigError: non_linearity must be one of relu, gelu, swish, tanh, none, got 'silu'
     inject(model, BottleneckConfig(layers_to_transform=[12]))

@@ -49,13 +49,15 @@ Saved
     and so for every block: the trained vectors themselves, not what was added to the base's. With train="layer_norm"
     it is the head and, of ln_1, ln_2 and ln_f, weight (768,), which is g, and bias (768,). adapter_config.json must say
     peft_type MINIPEFT_BITFIT and, as train, what is trained. peft has no such method and cannot read the folder.
+    All tensors are float32. A third file, minipeft.json, holds the base model's fingerprint, the digests of the other
+    two files, and what a run adds, such as the labels' names. Without it the folder loads, too.
 Merging
     Not possible, and not needed: no layer is added, and the trained model costs at inference what the base does.
     What is trained is a copy, one per adapter. The base's own vectors are kept, and `disable_adapter` and `remove` put
     them back.
-    Several adapters. A second `inject` of the same method is refused. `load_adapter(model, folder, name)` adds a saved
-    adapter, of this method or another, under another name and makes it the active one, the one that computes; the
-    others stay, switched off. `set_adapter(model, name)` makes another one active.
+    Several adapters. A second `inject` of the same method is an InjectionError. `load_adapter(model, folder, name)`
+    adds a saved adapter, of this method or another, under another name and makes it the active one, the one that
+    computes; the others stay, switched off. `set_adapter(model, name)` makes another one active.
 Cost
     Per block of GPT-2 768 + 2304 + 768 + 768 + 3072 + 768 = 8,448, and 768 of ln_f: 12 * 8,448 + 768 = 102,144.
     With the head 102,144 + 1,536 = 103,680 trained. With train="layer_norm" (12 * 2 + 1) * 2 * 768 = 38,400, with the
@@ -64,14 +66,16 @@ Cost
     operations per token; W's own gradient, as many again, is never computed. b's gradient is the sum of y's gradient
     over batch and seq. It needs no x, so a linear layer keeps nothing for the backward pass. LayerNorms, gelu and
     attention keep what the gradients of their own inputs need; in a LayerNorm this is all that g's gradient needs, too.
-    Optimizer: 8 bytes per trained parameter for AdamW's two means, 829,440 bytes. The base's own
-    values of all that is trained, the head's included, are kept aside: 4 * 103,680 = 414,720 bytes in float32.
+    Optimizer: 8 bytes per trained parameter for AdamW's two means, 829,440 bytes. The base's own values of all that is
+    trained, the head's included, are kept aside: 4 * 103,680 = 414,720 bytes in float32. The optimizer's time, too,
+    grows with the trained parameters alone.
 Errors
-    The class of each error stands before its message. A wrong value is found when the configuration is made; `inject`
-    raises before it changes anything. `load_adapter` raises an AdapterError, and leaves the model as it was, where a
-    tensor is missing, unexpected or of another shape (it is named), where minipeft.json has the fingerprint of another
-    base model, or where peft_type is unknown. There a field that minipeft does not implement is a ConfigError, and an
-    adapter's name that is taken is an InjectionError.
+    In this list the class of each error stands before its message. Most wrong values are found when the configuration
+    is made, the others by `inject`, before it changes anything. `load_adapter` raises an AdapterError, and leaves the
+    model as it was, where a tensor is missing, unexpected or of another shape (it is named), where minipeft.json has
+    the fingerprint of another base model, or where peft_type is unknown. A setting in adapter_config.json that would
+    change the numbers, and that minipeft does not implement, is a ConfigError. An adapter's name that is taken
+    (`load_adapter`) or unknown (`set_adapter`, `remove`) is an InjectionError.
     BitFitConfig(train="all")
         ConfigError: train must be one of bias, layer_norm, got 'all'
     inject(inject(model, BitFitConfig()), BitFitConfig(train="layer_norm"))

@@ -70,8 +70,8 @@ Cost
     Optimizer: 8 bytes per parameter for AdamW's two means, 995,530,752 bytes. With the gradient that is 12 bytes per
     parameter, beside 4 of its own: 16 * 124,441,344 = 1,991,061,504 bytes before any activation.
 Errors
-    The class of each error stands before its message. A wrong value is found when the configuration is made; `inject`
-    raises before it changes anything. `load_adapter` needs the base's own weights and raises an InjectionError;
+    In this list the class of each error stands before its message. There are no settings to be wrong; `inject` raises
+    before it changes anything. `load_adapter` needs the base's own weights and raises an InjectionError;
     `disable_adapter` does, too. A text with more tokens than positions is a ConfigError when the model reads it.
     inject(inject(model, LoraConfig()), FullConfig())
         InjectionError: this model already carries lora, which does not combine with full: remove it, or start from a

@@ -51,6 +51,8 @@ Saved
     Face's library, compares them word for word. It wants fan_in_fan_out true for GPT-2, whose matrices it keeps as
     (in, out). Without feedforward_modules, loading takes the default, mlp.c_proj alone; an l of the other shape is then
     an AdapterError.
+    All tensors are float32. A third file, minipeft.json, holds the base model's fingerprint, the digests of the other
+    two files, and what a run adds, such as the labels' names. Without it the folder loads, too.
 Merging
     W <- l * W. As stored, l (out, 1) scales the rows and l (1, in) the columns. Where the output is rescaled, as in
     c_attn, bias <- l * bias too; the bias of mlp.c_proj stays. `merge` keeps the W and bias it found, and `unmerge`
@@ -58,9 +60,9 @@ Merging
     Order. `merge` folds in the active adapter. InjectionError: `merge` when it is merged already, `unmerge` when
     nothing is, and, until `unmerge`, `inject`, `load_adapter`, `set_adapter` and `disable_adapter`. `save_adapter` is
     an AdapterError until then. `remove` unmerges first.
-    Several adapters. A second `inject` of the same method is refused. `load_adapter(model, folder, name)` adds a saved
-    adapter, of this method or another, under another name and makes it the active one, the one that computes; the
-    others stay, switched off. `set_adapter(model, name)` makes another one active.
+    Several adapters. A second `inject` of the same method is an InjectionError. `load_adapter(model, folder, name)`
+    adds a saved adapter, of this method or another, under another name and makes it the active one, the one that
+    computes; the others stay, switched off. `set_adapter(model, name)` makes another one active.
 Cost
     out parameters for a c_attn, in for an mlp.c_proj: 2304 + 3072 = 5,376 per block of GPT-2, 12 * 5,376 = 64,512 in
     twelve. With the new head, which a language model lacks, 12 * 5,376 + 1,536 = 66,048 trained.
@@ -75,11 +77,12 @@ Cost
     gradient: of c_attn x W^T + bias (batch, seq, 2304), of mlp.c_proj x (batch, seq, 3072). Optimizer: 8 bytes per
     trained parameter for AdamW's two means, 528,384 bytes.
 Errors
-    The class of each error stands before its message. A wrong value is found when the configuration is made; `inject`
-    raises before it changes anything. `load_adapter` raises an AdapterError, and leaves the model as it was, where a
-    tensor is missing, unexpected or of another shape (it is named), where minipeft.json has the fingerprint of another
-    base model, or where peft_type is unknown. There a field that minipeft does not implement is a ConfigError, and an
-    adapter's name that is taken is an InjectionError.
+    In this list the class of each error stands before its message. Most wrong values are found when the configuration
+    is made, the others by `inject`, before it changes anything. `load_adapter` raises an AdapterError, and leaves the
+    model as it was, where a tensor is missing, unexpected or of another shape (it is named), where minipeft.json has
+    the fingerprint of another base model, or where peft_type is unknown. A setting in adapter_config.json that would
+    change the numbers, and that minipeft does not implement, is a ConfigError. An adapter's name that is taken
+    (`load_adapter`) or unknown (`set_adapter`, `remove`) is an InjectionError.
     IA3Config(target_modules=["c_attn"], feedforward_modules=["mlp.c_proj"])
         ConfigError: feedforward_modules ['mlp.c_proj'] must be among the target_modules ['c_attn']
     IA3Config(init_ia3_weights="no")
@@ -88,7 +91,7 @@ Errors
         InjectionError: target transformer.h.0.ln_1 is of class LayerNorm; only linear layers can be targeted:
         attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj
     inject(inject(model, LoraConfig()), IA3Config())
-        InjectionError: transformer.h.0.attn.c_attn already carries a LoRALinear: remove or merge it first
+        InjectionError: transformer.h.0.attn.c_attn already carries a LoRALinear: remove it first
 Differs from the paper
     The paper rescales keys, values and inner activations. GPT-2 has queries, keys and values in one matrix, c_attn, so
     here, as in peft, the queries are rescaled too. The paper's model, T0, answers in words and needs no new head. To

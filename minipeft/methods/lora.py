@@ -65,6 +65,8 @@ Saved
     With PiSSA it must say init_lora_weights pissa. The tensors are the trained A and B, not the frozen W - s B A of the
     start. Loading computes that again from the base's own W, then puts the saved A and B in. On another machine it
     agrees up to rounding.
+    All tensors are float32. A third file, minipeft.json, holds the base model's fingerprint, the digests of the other
+    two files, and what a run adds, such as the labels' names. Without it the folder loads, too.
 Merging
     W <- W + s B A, the layer's own `weight`; its bias stays. `merge` keeps the W it found, and `unmerge` puts it back,
     bit for bit. With PiSSA the layer's `weight` is W - s B A of the start, also after `unmerge`; `remove` and
@@ -73,9 +75,9 @@ Merging
     Order. `merge` folds in the active adapter. InjectionError: `merge` when it is merged already, `unmerge` when
     nothing is, and, until `unmerge`, `inject`, `load_adapter`, `set_adapter` and `disable_adapter`. `save_adapter` is
     an AdapterError until then. `remove` unmerges first.
-    Several adapters. A second `inject` of the same method is refused. `load_adapter(model, folder, name)` adds a saved
-    adapter, of this method or another, under another name and makes it the active one, the one that computes; the
-    others stay, switched off. `set_adapter(model, name)` makes another one active.
+    Several adapters. A second `inject` of the same method is an InjectionError. `load_adapter(model, folder, name)`
+    adds a saved adapter, of this method or another, under another name and makes it the active one, the one that
+    computes; the others stay, switched off. `set_adapter(model, name)` makes another one active.
 Cost
     r (in + out) parameters per target: 8 * (768 + 2304) = 24,576 for a c_attn of GPT-2 beside 1,769,472 in its W.
     In all 12 * 24,576 + 1,536 = 296,448 trained, with a new head's 2 * 768 = 1,536; a language model has no new head.
@@ -90,11 +92,12 @@ Cost
     number of x. On a half-precision base A works on a float32 copy of x, and this copy is kept: 4 bytes per number, not
     2. Optimizer: 8 bytes per trained parameter for AdamW's two means, 2,371,584 bytes.
 Errors
-    The class of each error stands before its message. A wrong value is found when the configuration is made; `inject`
-    raises before it changes anything. `load_adapter` raises an AdapterError, and leaves the model as it was, where a
-    tensor is missing, unexpected or of another shape (it is named), where minipeft.json has the fingerprint of another
-    base model, or where peft_type is unknown. There a field that minipeft does not implement is a ConfigError, and an
-    adapter's name that is taken is an InjectionError.
+    In this list the class of each error stands before its message. Most wrong values are found when the configuration
+    is made, the others by `inject`, before it changes anything. `load_adapter` raises an AdapterError, and leaves the
+    model as it was, where a tensor is missing, unexpected or of another shape (it is named), where minipeft.json has
+    the fingerprint of another base model, or where peft_type is unknown. A setting in adapter_config.json that would
+    change the numbers, and that minipeft does not implement, is a ConfigError. An adapter's name that is taken
+    (`load_adapter`) or unknown (`set_adapter`, `remove`) is an InjectionError.
     LoraConfig(r=0)
         ConfigError: r must be a positive integer, got 0
     LoraConfig(lora_dropout=1.0)

@@ -83,16 +83,18 @@ Saved
     must be the model's: "the adapter was made for another num_layers; this model's is 12".
     prefix_projection and encoder_hidden_size stay in a loaded configuration. They say how P was made, and change
     nothing: loading builds that network, and a table with the saved P takes its place.
+    All tensors are float32. A third file, minipeft.json, holds the base model's fingerprint, the digests of the other
+    two files, and what a run adds, such as the labels' names. Without it the folder loads, too.
 Merging
     Not possible: keys and values are a part of what attention reads, not a change of weights. They are put in before
     each text.
-    `merge` is refused: "Prefix cannot be merged: it is not a change of weights".
+    `merge` is an InjectionError: "Prefix cannot be merged: it is not a change of weights".
     Off: within `disable_adapter`, and for good after `remove`, the model is the base model bit for bit: the text stands
     at 0 of 1,024 positions, under the head as it was before training. A KV cache keeps the prefix: start a new one.
-    Several adapters. A second `inject` of the same method is refused. `load_adapter(model, folder, name)` adds a saved
-    adapter, of this method or another, under another name and makes it the active one, the one that computes; the
-    others stay, switched off. `set_adapter(model, name)` makes another one active. Under one name other methods may
-    work along, such as LoRA, but no second one that puts something before the text.
+    Several adapters. A second `inject` of the same method is an InjectionError. `load_adapter(model, folder, name)`
+    adds a saved adapter, of this method or another, under another name and makes it the active one, the one that
+    computes; the others stay, switched off. `set_adapter(model, name)` makes another one active. Under one name other
+    methods may work along, such as LoRA, but no second one that puts something before the text.
 Cost
     2 V L C parameters: 2 * 20 * 12 * 768 = 368,640. In all 2 * 20 * 12 * 768 + 1,536 = 370,176 trained, the head's
     2 * 768 = 1,536 among them. With prefix_projection V C + C h + h + 2 L C h + 2 L C and the head:
@@ -106,22 +108,25 @@ Cost
     Backward: the gradient passes through all blocks down to the first one's attention. Of the three products that full
     fine-tuning takes per matrix (forward, the gradient of the matrix's input, the gradient of the matrix itself) the
     third is never computed for a frozen matrix. It alone needs the matrix's input, which is therefore not kept. Kept
-    are, per block and token, the inputs of both LayerNorms, q, k, v, attention's output and gelu's input,
-    (2 + 3 + 1 + 4) C numbers. [P_k; k] and [P_v; v], copies, are kept as well: 2 C (V + seq) numbers per block and
-    text. k and v stay beside their copies, as they are one tensor with q, c_attn's output, and attention keeps q. The
-    softmax's shares are not kept: attention computes them again. In training the base's dropout adds one byte per
-    number, 2 C in a block. In attention (attn_pdrop) a CPU keeps a byte per share in place of attention's output, and a
-    GPU's fused attention nothing. The network keeps tanh's output, V h numbers per call.
-    Optimizer: 8 bytes per trained parameter for AdamW's two means, 2,961,408 bytes; with prefix_projection
+    are, per block and token, the inputs of both LayerNorms, q, k, v, attention's output and gelu's input, (2 + 3 + 1 +
+    4) C numbers. [P_k; k] and [P_v; v], copies, are kept as well: 2 C (V + seq) numbers per block and text. k and v
+    stay beside their copies, as they are one tensor with q, c_attn's output, and attention keeps q. The softmax's
+    shares themselves are not kept: attention computes them again. In training the base's dropout adds one byte per
+    number, 2 C in a block. For dropout on attention's shares (attn_pdrop) a CPU keeps its mask, a byte per share, in
+    place of attention's output; a GPU's fused attention keeps no mask. The network keeps tanh's output, V h numbers per
+    call.
+    Optimizer: 8 bytes per trained parameter for AdamW's two means, 2,961,408 bytes; with prefix_projection The
+    optimizer's time, too, grows with the trained parameters alone.
     8 * 14,781,696 = 118,253,568 bytes. Gradients take half of that.
 Errors
-    The class of each error stands before its message. A wrong value is found when the configuration is made; `inject`
-    raises before it changes anything. `load_adapter` raises an AdapterError, and leaves the model as it was, where a
-    tensor is missing, unexpected or of another shape (it is named), where minipeft.json has the fingerprint of another
-    base model, or where peft_type is unknown. There a field that minipeft does not implement is a ConfigError, and an
-    adapter's name that is taken is an InjectionError. Other dimensions than the model's, such as token_dim, are a
-    ConfigError. A folder for another task is an AdapterError, too. A text with more tokens than positions is a
-    ConfigError when the model reads it.
+    In this list the class of each error stands before its message. Most wrong values are found when the configuration
+    is made, the others by `inject`, before it changes anything. `load_adapter` raises an AdapterError, and leaves the
+    model as it was, where a tensor is missing, unexpected or of another shape (it is named), where minipeft.json has
+    the fingerprint of another base model, or where peft_type is unknown. A setting in adapter_config.json that would
+    change the numbers, and that minipeft does not implement, is a ConfigError. An adapter's name that is taken
+    (`load_adapter`) or unknown (`set_adapter`, `remove`) is an InjectionError. Other dimensions than the model's, such
+    as token_dim, are a ConfigError. A folder for another task is an AdapterError, too. A text with more tokens than
+    positions is a ConfigError when the model reads it.
     PrefixTuningConfig(init_weights="zeros")
         ConfigError: init_weights must be one of None, zero, got 'zeros'
     PrefixTuningConfig(num_virtual_tokens=0)

@@ -66,15 +66,17 @@ Saved
     must be the model's: "the adapter was made for another token_dim; this model's is 768". With prompt_tuning_init TEXT
     peft wants tokenizer_name_or_path, too.
     In a loaded configuration prompt_tuning_init is RANDOM, whatever was saved: P comes from the file.
+    All tensors are float32. A third file, minipeft.json, holds the base model's fingerprint, the digests of the other
+    two files, and what a run adds, such as the labels' names. Without it the folder loads, too.
 Merging
     Not possible: the prompt is input, not a change of weights. It is read before each text.
-    `merge` is refused: "Prompt cannot be merged: it is not a change of weights".
+    `merge` is an InjectionError: "Prompt cannot be merged: it is not a change of weights".
     Off: within `disable_adapter`, and for good after `remove`, the model is the base model bit for bit: the text stands
     at 0 of 1,024 positions, under the head as it was before training. A KV cache keeps the prompt: start a new one.
-    Several adapters. A second `inject` of the same method is refused. `load_adapter(model, folder, name)` adds a saved
-    adapter, of this method or another, under another name and makes it the active one, the one that computes; the
-    others stay, switched off. `set_adapter(model, name)` makes another one active. Under one name other methods may
-    work along, such as LoRA, but no second one that puts something before the text.
+    Several adapters. A second `inject` of the same method is an InjectionError. `load_adapter(model, folder, name)`
+    adds a saved adapter, of this method or another, under another name and makes it the active one, the one that
+    computes; the others stay, switched off. `set_adapter(model, name)` makes another one active. Under one name other
+    methods may work along, such as LoRA, but no second one that puts something before the text.
 Cost
     V C parameters: 20 * 768 = 15,360. In all 20 * 768 + 1,536 = 16,896 trained, the head's 2 * 768 = 1,536 among them.
     Forward: V tokens more per text in every block: 276 instead of 256 is 8 % more, 25 instead of 5 five times as much.
@@ -83,19 +85,22 @@ Cost
     Backward: the gradient passes through all blocks down to the input. Of the three products that full fine-tuning
     takes per matrix (forward, the gradient of the matrix's input, the gradient of the matrix itself) the third is never
     computed for a frozen matrix. It alone needs the matrix's input, which is therefore not kept. Kept are, per block
-    and token, virtual or not, the inputs of both LayerNorms, q, k, v, attention's output and gelu's input,
-    (2 + 3 + 1 + 4) C numbers. The softmax's shares are not kept: attention computes them again. In training the base's
-    dropout adds one byte per number, 2 C in a block. In attention (attn_pdrop) a CPU keeps a byte per share in place of
-    attention's output, and a GPU's fused attention nothing.
-    Optimizer: 8 bytes per trained parameter for AdamW's two means, 135,168 bytes; gradients take half of that.
+    and token, virtual or not, the inputs of both LayerNorms, q, k, v, attention's output and gelu's input, (2 + 3 + 1 +
+    4) C numbers. The softmax's shares themselves are not kept: attention computes them again. In training the base's
+    dropout adds one byte per number, 2 C in a block. For dropout on attention's shares (attn_pdrop) a CPU keeps its
+    mask, a byte per share, in place of attention's output; a GPU's fused attention keeps no mask.
+    Optimizer: 8 bytes per trained parameter for AdamW's two means, 135,168 bytes; gradients take half of that. The
+    optimizer's time, too, grows with the trained parameters alone. The optimizer's time, too, grows with the trained
+    parameters alone.
 Errors
-    The class of each error stands before its message. A wrong value is found when the configuration is made; `inject`
-    raises before it changes anything. `load_adapter` raises an AdapterError, and leaves the model as it was, where a
-    tensor is missing, unexpected or of another shape (it is named), where minipeft.json has the fingerprint of another
-    base model, or where peft_type is unknown. There a field that minipeft does not implement is a ConfigError, and an
-    adapter's name that is taken is an InjectionError. Other dimensions than the model's, such as token_dim, are a
-    ConfigError. A folder for another task is an AdapterError, too. A text with more tokens than positions is a
-    ConfigError when the model reads it. With TEXT a vocabulary that cannot be read is a WeightsError.
+    In this list the class of each error stands before its message. Most wrong values are found when the configuration
+    is made, the others by `inject`, before it changes anything. `load_adapter` raises an AdapterError, and leaves the
+    model as it was, where a tensor is missing, unexpected or of another shape (it is named), where minipeft.json has
+    the fingerprint of another base model, or where peft_type is unknown. A setting in adapter_config.json that would
+    change the numbers, and that minipeft does not implement, is a ConfigError. An adapter's name that is taken
+    (`load_adapter`) or unknown (`set_adapter`, `remove`) is an InjectionError. Other dimensions than the model's, such
+    as token_dim, are a ConfigError. A folder for another task is an AdapterError, too. A text with more tokens than
+    positions is a ConfigError when the model reads it. With TEXT a vocabulary that cannot be read is a WeightsError.
     PromptTuningConfig(prompt_tuning_init="random")
         ConfigError: prompt_tuning_init must be one of RANDOM, SAMPLE_VOCAB, TEXT, got 'random'
     inject(model, PromptTuningConfig(prompt_tuning_init="TEXT"))

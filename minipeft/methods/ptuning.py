@@ -91,15 +91,17 @@ Saved
     1 are written for peft, Hugging Face's library. What is there must be the model's: "the adapter was made for another
     token_dim; this model's is 768".
     The encoder_* fields stay in a loaded configuration and change nothing: a table with P is in the network's place.
+    All tensors are float32. A third file, minipeft.json, holds the base model's fingerprint, the digests of the other
+    two files, and what a run adds, such as the labels' names. Without it the folder loads, too.
 Merging
     Not possible: the prompt is input, not a change of weights. It is read before each text.
-    `merge` is refused: "Prompt cannot be merged: it is not a change of weights".
+    `merge` is an InjectionError: "Prompt cannot be merged: it is not a change of weights".
     Off: within `disable_adapter`, and for good after `remove`, the model is the base model bit for bit: the text stands
     at 0 of 1,024 positions, under the head as it was before training. A KV cache keeps the prompt: start a new one.
-    Several adapters. A second `inject` of the same method is refused. `load_adapter(model, folder, name)` adds a saved
-    adapter, of this method or another, under another name and makes it the active one, the one that computes; the
-    others stay, switched off. `set_adapter(model, name)` makes another one active. Under one name other methods may
-    work along, such as LoRA, but no second one that puts something before the text.
+    Several adapters. A second `inject` of the same method is an InjectionError. `load_adapter(model, folder, name)`
+    adds a saved adapter, of this method or another, under another name and makes it the active one, the one that
+    computes; the others stay, switched off. `set_adapter(model, name)` makes another one active. Under one name other
+    methods may work along, such as LoRA, but no second one that puts something before the text.
 Cost
     V C + (C h + h) + (h^2 + h) + (h C + C) parameters: 20 * 768 + 3 * (768 * 768 + 768) = 1,787,136 by default.
     In all 1,787,136 + 1,536 = 1,788,672 trained, the head's 2 * 768 = 1,536 among them. Once saved and loaded,
@@ -118,21 +120,23 @@ Cost
     products that full fine-tuning takes per matrix (forward, the gradient of the matrix's input, the gradient of the
     matrix itself) the third is never computed for a frozen matrix. It alone needs the matrix's input, which is
     therefore not kept. Kept are, per block and token, virtual or not, the inputs of both LayerNorms, q, k, v,
-    attention's output and gelu's input, (2 + 3 + 1 + 4) C numbers. The softmax's shares are not kept: attention
-    computes them again. In training the base's dropout adds one byte per number, 2 C in a block. In attention
-    (attn_pdrop) a CPU keeps a byte per share in place of attention's output, and a GPU's fused attention nothing. The
-    MLP keeps both relus' outputs, 2 V h numbers per call; the LSTM its inputs, gates and states per row, layer and
-    direction, and the one relu's output, 2 V h.
-    Optimizer: 8 bytes per trained parameter for AdamW's two means, 14,309,376 bytes; with the LSTM
+    attention's output and gelu's input, (2 + 3 + 1 + 4) C numbers. The softmax's shares themselves are not kept:
+    attention computes them again. In training the base's dropout adds one byte per number, 2 C in a block. For dropout
+    on attention's shares (attn_pdrop) a CPU keeps its mask, a byte per share, in place of attention's output; a GPU's
+    fused attention keeps no mask. The MLP keeps both relus' outputs, 2 V h numbers per call; the LSTM its inputs, gates
+    and states per row, layer and direction, and the one relu's output, 2 V h.
+    Optimizer: 8 bytes per trained parameter for AdamW's two means, 14,309,376 bytes; with the LSTM The optimizer's
+    time, too, grows with the trained parameters alone.
     8 * 27,175,680 = 217,405,440 bytes. Gradients take half of that.
 Errors
-    The class of each error stands before its message. A wrong value is found when the configuration is made; `inject`
-    raises before it changes anything. `load_adapter` raises an AdapterError, and leaves the model as it was, where a
-    tensor is missing, unexpected or of another shape (it is named), where minipeft.json has the fingerprint of another
-    base model, or where peft_type is unknown. There a field that minipeft does not implement is a ConfigError, and an
-    adapter's name that is taken is an InjectionError. Other dimensions than the model's, such as token_dim, are a
-    ConfigError. A folder for another task is an AdapterError, too. A text with more tokens than positions is a
-    ConfigError when the model reads it.
+    In this list the class of each error stands before its message. Most wrong values are found when the configuration
+    is made, the others by `inject`, before it changes anything. `load_adapter` raises an AdapterError, and leaves the
+    model as it was, where a tensor is missing, unexpected or of another shape (it is named), where minipeft.json has
+    the fingerprint of another base model, or where peft_type is unknown. A setting in adapter_config.json that would
+    change the numbers, and that minipeft does not implement, is a ConfigError. An adapter's name that is taken
+    (`load_adapter`) or unknown (`set_adapter`, `remove`) is an InjectionError. Other dimensions than the model's, such
+    as token_dim, are a ConfigError. A folder for another task is an AdapterError, too. A text with more tokens than
+    positions is a ConfigError when the model reads it.
     PromptEncoderConfig(encoder_reparameterization_type="GRU")
         ConfigError: encoder_reparameterization_type must be one of MLP, LSTM, got 'GRU'
     PromptEncoderConfig(num_virtual_tokens=0)

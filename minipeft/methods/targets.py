@@ -157,7 +157,7 @@ def check_linear(found: list[str], targets: Names, modules: dict[str, nn.Module]
                              f"{', '.join(_nearest(wanted, linear))}")
     for name in found:
         if isinstance(modules[name], AdapterLayer):
-            raise InjectionError(f"{name} already carries a {type(modules[name]).__name__}: remove or merge it first")
+            raise InjectionError(f"{name} already carries a {type(modules[name]).__name__}: remove it first")
         if not isinstance(modules[name], nn.Linear):
             raise InjectionError(f"target {name} is of class {type(modules[name]).__name__}; only linear layers can be "
                                  f"targeted: {', '.join(sorted({n.split('.', 3)[-1] for n in linear}))}")

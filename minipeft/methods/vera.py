@@ -65,6 +65,8 @@ Saved
     With save_projection=False the file holds no A and B: loading draws them again from projection_prng_key, the seed.
     peft draws the same numbers from it. A version of PyTorch that draws others gives another update, and nothing
     notices.
+    All tensors are float32. A third file, minipeft.json, holds the base model's fingerprint, the digests of the other
+    two files, and what a run adds, such as the labels' names. Without it the folder loads, too.
 Merging
     W <- W + diag(b) B diag(d) A, the layer's own `weight`; its bias stays. `merge` keeps the W it found, and `unmerge`
     puts it back, bit for bit. On a half-precision base d, b, A and B are float32. The sum is rounded once, to W's type:
@@ -72,9 +74,9 @@ Merging
     Order. `merge` folds in the active adapter. InjectionError: `merge` when it is merged already, `unmerge` when
     nothing is, and, until `unmerge`, `inject`, `load_adapter`, `set_adapter` and `disable_adapter`. `save_adapter` is
     an AdapterError until then. `remove` unmerges first.
-    Several adapters. A second `inject` of the same method is refused. `load_adapter(model, folder, name)` adds a saved
-    adapter, of this method or another, under another name and makes it the active one, the one that computes; the
-    others stay, switched off. `set_adapter(model, name)` makes another one active.
+    Several adapters. A second `inject` of the same method is an InjectionError. `load_adapter(model, folder, name)`
+    adds a saved adapter, of this method or another, under another name and makes it the active one, the one that
+    computes; the others stay, switched off. `set_adapter(model, name)` makes another one active.
     Each adapter has an A and a B of its own.
 Cost
     r + out parameters per target: 256 + 2304 = 2,560 for a c_attn of GPT-2, and for all twelve 12 * 2,560 = 30,720.
@@ -90,11 +92,12 @@ Cost
     and with dropout its mask, a byte per number of x; x itself is not needed. Optimizer: 8 bytes per trained parameter
     for AdamW's two means, 258,048 bytes.
 Errors
-    The class of each error stands before its message. A wrong value is found when the configuration is made; `inject`
-    raises before it changes anything. `load_adapter` raises an AdapterError, and leaves the model as it was, where a
-    tensor is missing, unexpected or of another shape (it is named), where minipeft.json has the fingerprint of another
-    base model, or where peft_type is unknown. There a field that minipeft does not implement is a ConfigError, and an
-    adapter's name that is taken is an InjectionError.
+    In this list the class of each error stands before its message. Most wrong values are found when the configuration
+    is made, the others by `inject`, before it changes anything. `load_adapter` raises an AdapterError, and leaves the
+    model as it was, where a tensor is missing, unexpected or of another shape (it is named), where minipeft.json has
+    the fingerprint of another base model, or where peft_type is unknown. A setting in adapter_config.json that would
+    change the numbers, and that minipeft does not implement, is a ConfigError. An adapter's name that is taken
+    (`load_adapter`) or unknown (`set_adapter`, `remove`) is an InjectionError.
     VeraConfig(projection_prng_key=-1)
         ConfigError: projection_prng_key must be a number from 0 to 2**63 - 1, got -1
     VeraConfig(vera_dropout=1.0)
@@ -105,7 +108,7 @@ Errors
         InjectionError: target_modules 'score' match nothing; nearest names: attn.c_attn, attn.c_proj, c_attn, c_fc,
         c_proj, mlp.c_fc, mlp.c_proj
     inject(inject(model, LoraConfig()), VeraConfig())
-        InjectionError: transformer.h.0.attn.c_attn already carries a LoRALinear: remove or merge it first
+        InjectionError: transformer.h.0.attn.c_attn already carries a LoRALinear: remove it first
 Differs from the paper
     The paper adapts the query and the value matrix; GPT-2 has query, key and value in one matrix, c_attn, which is
     adapted whole. The paper keeps only the seed; here, as in peft, A and B are stored too by default, since another

@@ -10,11 +10,11 @@ other; LoRA alone tends to change them together.
                 x (batch, seq, in)
                 |         \
          W (out, in)     A (r, in)         W is frozen
-          frozen            |              A starts random, B at zero, m at ||W||: step 0 is the base model, exactly
-                |        B (out, r)
+          frozen            |              by default A starts random, B at zero, m at ||W||:
+                |        B (out, r)        step 0 is the base model, exactly
                 |         /  * s
                 +--------+
-                |  * c (out,)              through the norm in c no gradient flows: it is a constant
+                |  * c (out,)              the norm in c counts as a constant; m gets a gradient
                 |  + bias
                 |
                 y (batch, seq, out)
@@ -23,24 +23,25 @@ By hand: r = 1, s = 1, m = [5, 2], W = [[3, 4], [0, 2]], bias = [0, 1], A = [[1,
 W + s B A = [[0, 4], [0, 2]], ||W + s B A|| = [4, 2], c = [1.25, 1], x W^T = [7, 2], x A^T B^T = [-3, 0], y = [5, 3].
 
 Symbols
-    x (batch, seq, in) the layer's input      y (batch, seq, out) its output      r the rank, lora_alpha a number
-    W (out, in), bias (out,) frozen           A (r, in) is lora_A.weight, B (out, r) is lora_B.weight, both trained
+    x (batch, seq, in) the layer's input      y (batch, seq, out) its output      lora_alpha a number
+    r the rank, at most the smaller of in and out      W (out, in) frozen; bias (out,) frozen, too, by default
+    A (r, in) is lora_A.weight, B (out, r) is lora_B.weight, both trained
     m (out,) is lora_magnitude_vector, trained: how long each row of the adapted matrix is
     s = lora_alpha / r, a number; with use_rslora (rsLoRA) s = lora_alpha / sqrt(r)
     ||W + s B A|| (out,) the Euclidean length of each row      c (out,) stretches each row to the length that m says
-    A row of zeros has no direction to be stretched in: it stays zero. c is 1 there, and m's gradient 0. In peft,
-    Hugging Face's library, the division by 0 gives NaN.
-    With lora_dropout, in training only: y = x W^T + bias + (c - 1) * z W^T + c * s * z A^T B^T, since dropout is to
-    leave the base's own x W^T alone. z = dropout(x) (batch, seq, in) is x with a share lora_dropout of it set to zero
-    and the rest divided by 1 - lora_dropout.
+    A row of zeros, or one shorter than float32's smallest normal number, has no direction to be stretched in: it stays
+    as it is. c is 1 there, and m's gradient 0.
+    With lora_dropout, in training only: y = x W^T + bias + (c - 1) * z W^T + c * s * z A^T B^T. Dropout acts on what
+    DoRA adds, not on the base's own x W^T. z = dropout(x) (batch, seq, in): each number of x is set to 0 with
+    probability lora_dropout, else divided by 1 - lora_dropout.
 Trained
     A, B and m of each target, a linear layer that is adapted; a new classification head. By default the targets are all
     modules called c_attn. With `bias` "lora_only" the targets' biases too, with "all" every bias of the base, those of
     LayerNorms included.
 Frozen
-    Everything else, W and bias first of all, 124,439,808 numbers: `inject`, which puts the method into a model, sets
-    requires_grad to False. The norm is computed in every forward pass, as A and B move, but without a gradient
-    (section 4.3 of the paper).
+    Everything else: `inject`, which puts the method into a model, sets requires_grad to False. By default these are
+    124,439,808 numbers, with `bias` "lora_only" 27,648 fewer, with "all" 102,144 fewer. The norm is computed in every
+    forward pass, as A and B move, but without a gradient (section 4.3 of the paper).
 At step 0
     DoraConfig()                                is the base model, bit for bit: B = 0 and m = ||W||, so c = 1; A is
                                                   uniform between -1 / sqrt(in) and 1 / sqrt(in)
@@ -50,8 +51,9 @@ At step 0
     DoraConfig(init_lora_weights=False)         is not the base model: A is as by default, B uniform between
                                                   -1 / sqrt(r) and 1 / sqrt(r), and m = ||W + s B A||
     Both models, this one and the base, have the same new head here; it is random. While B = 0, A's gradient is 0 too:
-    the first step learns B, m, the new head and trained biases, not A. With PiSSA, lora_dropout drops a part of s B A:
-    then training does not start as the base model.
+    the first step learns B, m, the new head and trained biases, not A. With lora_alpha=0, and so s = 0, A's and B's
+    gradients stay 0. With PiSSA, lora_dropout drops a part of s B A: then training does not start as the base model. On
+    a half-precision base the new head is float32, and its logits equal the base's up to rounding.
 Positions and mask
     Untouched. Each token is updated by itself; a text has as many positions as before.
     KV cache. As large as the base's. It holds adapted keys and values: when the adapter changes, begin a new one.
@@ -61,10 +63,11 @@ Saved
     base_model.model.transformer.h.0.attn.c_attn.lora_B.weight (2304, 8)
     base_model.model.transformer.h.0.attn.c_attn.lora_magnitude_vector (2304,)
     base_model.model.score.weight (2, 768)
-    and so A, B and m for every target.
+    and so A, B and m for every target. score.weight is (labels, 768); all totals here are for 2 labels.
     adapter_config.json must say peft_type LORA, use_dora true, r, lora_alpha and target_modules, and use_rslora,
-    rank_pattern and alpha_pattern where they are not the default; peft wants fan_in_fan_out true for GPT-2, whose
-    matrices it keeps as (in, out). LoraConfig(use_dora=True) is the same method.
+    rank_pattern and alpha_pattern where they are not the default. `save_adapter` writes every setting, patterns and
+    "all-linear" as full names of modules, and for peft, Hugging Face's library, lora_bias false and fan_in_fan_out
+    true: transformers stores GPT-2's matrices as (in, out). LoraConfig(use_dora=True) is the same method.
     With `bias` "lora_only" also the bias of every target, with "all" every bias of the base. In block 0, and last:
         base_model.model.transformer.h.0.attn.c_attn.base_layer.bias (2304,)
         base_model.model.transformer.h.0.ln_1.bias (768,)
@@ -73,17 +76,18 @@ Saved
         base_model.model.transformer.h.0.mlp.c_fc.bias (3072,)
         base_model.model.transformer.h.0.mlp.c_proj.bias (768,)
         base_model.model.transformer.ln_f.bias (768,)
-    `base_layer` stands in the names of targets alone. adapter_config.json must then say `bias`.
-    With PiSSA it must say init_lora_weights pissa. The tensors are the trained A and B, not the frozen W - s B A of the
-    start. Loading computes that again from the base's own W, then puts the saved A and B in. On another machine it
-    agrees up to rounding.
+    Only the bias of a target has `base_layer` in its name. adapter_config.json must then say `bias`.
+    With PiSSA it must say init_lora_weights pissa. The tensors are the trained A, B and m, not the frozen W - s B A of
+    the start. Loading computes that again from the base's own W, then puts the saved A, B and m in. On another machine
+    it agrees up to rounding.
     All tensors are float32. A third file, minipeft.json, holds the base model's fingerprint, the digests of the other
     two files, and what a run adds, such as the labels' names. Without it the folder loads, too.
 Merging
-    W <- c * (W + s B A), row by row; the bias stays. `merge` keeps the W it found, and `unmerge` puts it back, bit for
-    bit. With PiSSA the layer's `weight` is W - s B A of the start, also after `unmerge`; `remove` and `disable_adapter`
-    bring back the base's own W. On a half-precision base A, B and m are float32; the product is rounded once, to W's
-    type.
+    W <- c * (W + s B A), row by row; the bias stays. Every target can be merged; dropout is not part of W. `merge`
+    keeps the W it found, and `unmerge` puts it back, bit for bit. With PiSSA this is W - s B A of the start; `remove`
+    and `disable_adapter` bring back the base's own W. Merged and unmerged outputs agree up to rounding. On a
+    half-precision base A, B and m are float32; the product is rounded once, to W's type. Unmerged, x W^T + bias is
+    rounded, and y again at the end.
     Order. `merge` folds in the active adapter. InjectionError: `merge` when it is merged already, `unmerge` when
     nothing is, and, until `unmerge`, `inject`, `load_adapter`, `set_adapter` and `disable_adapter`. `save_adapter` is
     an AdapterError until then. `remove` unmerges first.
@@ -95,25 +99,28 @@ Cost
     In all 12 * 26,880 + 1,536 = 324,096 trained, with a new head's 2 * 768 = 1,536; a language model has no new head.
     DoraConfig(bias="lora_only")               trains 351,744: 12 * 2304 = 27,648 more
     DoraConfig(bias="all")                     trains 426,240: 12 * 8,448 + 768 = 102,144 more
-    DoraConfig(target_modules="all-linear")    trains 1,264,128: targets are c_attn, both c_proj and c_fc of each block
+    DoraConfig(target_modules="all-linear")    trains 1,264,128: c_attn, attn.c_proj, c_fc and mlp.c_proj of each block
+                                                 have LoRA's 98,304 and 2304 + 768 + 3072 + 768 = 6,912 in m
     Forward: 2 r (in + out) operations per token and target, and for the norm the whole product B A once per forward
-    pass: 2 r in out operations, as many as W takes for r tokens. For the norm two (out, in) matrices are in memory, on
-    a half-precision base three, in float32; none is kept for the backward pass. A model that writes text with a KV
-    cache pays this for every token; merged, it pays nothing. With lora_dropout, training multiplies by W twice: x W^T
-    and z W^T.
+    pass: 2 r in out operations, as many as W takes for r tokens. Until the norm is there, s B A and W + s B A are in
+    memory, both (out, in) in float32, on a half-precision base with a float32 copy of W. A model that writes text with
+    a KV cache pays this for every token; merged, it pays nothing, but the kept W takes 4 * 1,769,472 = 7,077,888 bytes
+    more per c_attn in float32. With lora_dropout, training multiplies by W twice: x W^T and z W^T.
     Backward: full fine-tuning computes the gradients of x and of W, 2 in out operations each; here the second is never
     computed. A and B take 4 r (in + out) per token and target: half for the gradient of x, half for their own. With
     lora_dropout the gradient of x passes through W twice. Kept, z being equal to x where nothing is dropped:
     z (batch, seq, in) and s z A^T (batch, seq, r); for m's gradient z W^T and s z A^T B^T, both (batch, seq, out); with
-    dropout its mask, a byte per number of x. On a half-precision base z is a float32 copy. Optimizer: 8 bytes per
-    trained parameter for AdamW's two means, 2,592,768 bytes.
+    dropout its mask, a byte per number of x. On a half-precision base z is a float32 copy, and with lora_dropout one of
+    W is kept, too, for z's gradient. Optimizer: 8 bytes per trained parameter for AdamW's two means, 2,592,768 bytes;
+    gradients take half of that. The optimizer's time, too, grows with the trained parameters alone.
 Errors
     In this list the class of each error stands before its message. Most wrong values are found when the configuration
     is made, the others by `inject`, before it changes anything. `load_adapter` raises an AdapterError, and leaves the
     model as it was, where a tensor is missing, unexpected or of another shape (it is named), where minipeft.json has
     the fingerprint of another base model, or where peft_type is unknown. A setting in adapter_config.json that would
     change the numbers, and that minipeft does not implement, is a ConfigError. An adapter's name that is taken
-    (`load_adapter`) or unknown (`set_adapter`, `remove`) is an InjectionError.
+    (`load_adapter`) or unknown (`set_adapter`, `remove`) is an InjectionError. A bad regular expression in a setting is
+    a ConfigError when `inject` uses it.
     DoraConfig(r=0)
         ConfigError: r must be a positive integer, got 0
     DoraConfig(lora_dropout=1.0)
@@ -129,6 +136,7 @@ Differs from the paper
     The paper writes the length of each column of W; here, as in peft, it is that of each row of W (out, in), one per
     output. By default only c_attn is adapted; the paper adapts the feed-forward matrices too. rsLoRA and PiSSA together
     with DoRA are peft's. With LoRA+ the learning rate of B is `loraplus_lr_ratio` times A's, here m's too, as in peft.
+    From peft it differs as LoRA does, and in a row of zeros, where peft's division by 0 gives NaN.
 
 Papers: Liu, Wang, Yin, Molchanov, Wang, Cheng, Chen (2024), "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv
 2402.09353. What it builds on is in lora.py.

@@ -1,20 +1,21 @@
 """(IA)^3: infused adapter by inhibiting and amplifying inner activations.
 
-A learned vector rescales the keys, the values and the feed-forward layer's inner activations, number by number. A
-block has few trained parameters, and they can be multiplied into its weights.
+Learned vectors rescale the keys, the values and the feed-forward layer's inner activations, number by number; in GPT-2
+the queries too, since c_attn makes all three at once. A block has few trained parameters, and they can be multiplied
+into its weights.
 
-    y = l * (x W^T + bias)    c_attn, or any target but those below: the output is rescaled
-    y = (l * x) W^T + bias    mlp.c_proj, called a feed-forward module: the input is rescaled
+    y = l * (x W^T + bias)    by default c_attn, and any target but those below: the output is rescaled
+    y = (l * x) W^T + bias    by default mlp.c_proj, a target in feedforward_modules: the input is rescaled
 
                c_attn                               mlp.c_proj
 
                 x (batch, seq, in)                   x (batch, seq, in)
-                |                                    |  * l (1, in)
+                |                                    |  * l (in,)
          W (out, in)  frozen                  W (out, in)  frozen
                 |  + bias (out,)  frozen             |  + bias (out,)  frozen
-                |  * l (out, 1)                      |
-                |                                    |
-                y (batch, seq, out)                  y (batch, seq, out)       l starts at one: the base model, exactly
+                |  * l (out,)                        |                        by default l starts at one:
+                |                                    |                        step 0 is the base model, exactly
+                y (batch, seq, out)                  y (batch, seq, out)
 
 By hand: W = [[1, 2], [3, 4]], bias = [0, 1], l = [2, 0.5], x = [1, 1] give
 x W^T + bias = [3, 8], y = [6, 4] where the output is rescaled; l * x = [2, 0.5], y = [3, 9] where the input is.
@@ -24,9 +25,11 @@ Symbols
     W (out, in), bias (out,) frozen
     l is ia3_l, trained. In the equation it is flat: (out,) where the output is rescaled, (in,) where the input is. On
     disk it is (out, 1), which scales the rows of W, or (1, in), which scales the columns.
-    feedforward_modules says which targets are feed-forward modules. A list names any ending of a name, also without a
-    dot: "proj" fits mlp.c_proj and attn.c_proj. A string is a regular expression for the whole name. By default
-    mlp.c_proj is the only one; c_fc and attn.c_proj, where they are targets, are none.
+    feedforward_modules says of which targets the input is rescaled. A list names any ending of a name, also without a
+    dot: "proj" fits mlp.c_proj and attn.c_proj. A string is a regular expression for the whole name. By default it is
+    mlp.c_proj alone: of c_fc and attn.c_proj, where they are targets, the output is rescaled. An entry that fits no
+    target changes nothing. But where target_modules is a list, too, each entry must be in it word for word, as in peft,
+    Hugging Face's library.
     A c_attn's output holds queries, keys and values, a third each. The input of mlp.c_proj is what comes out of GELU.
 Trained
     l of each target, a linear layer that is adapted; a new classification head. By default the targets are all modules
@@ -37,7 +40,8 @@ Frozen
 At step 0
     IA3Config()                          is the base model, bit for bit: l = 1
     IA3Config(init_ia3_weights=False)    is not the base model: l is normal, with mean 0 and deviation 1
-    Both models, this one and the base, have the same new head here; it is random.
+    Both models, this one and the base, have the same new head here; it is random. On a half-precision base it is
+    float32, and its logits equal the base's up to rounding.
 Positions and mask
     Untouched. Every token is rescaled by the same l; a text has as many positions as before.
     KV cache. As large as the base's. It holds rescaled keys and values: when the adapter changes, begin a new one.
@@ -46,17 +50,20 @@ Saved
     base_model.model.transformer.h.0.attn.c_attn.ia3_l (2304, 1)
     base_model.model.transformer.h.0.mlp.c_proj.ia3_l (1, 3072)
     base_model.model.score.weight (2, 768)
-    and so for every block. adapter_config.json must say peft_type IA3, target_modules and feedforward_modules. Both
-    list full names, such as transformer.h.0.mlp.c_proj, and all of the second list are in the first: peft, Hugging
-    Face's library, compares them word for word. It wants fan_in_fan_out true for GPT-2, whose matrices it keeps as
-    (in, out). Without feedforward_modules, loading takes the default, mlp.c_proj alone; an l of the other shape is then
-    an AdapterError.
+    and so for every block. score.weight is (labels, 768); all totals here are for 2 labels.
+    adapter_config.json must say peft_type IA3, target_modules and feedforward_modules. `save_adapter` writes both as
+    full names, such as transformer.h.0.mlp.c_proj, and all of the second list are in the first, since peft compares
+    them word for word. It writes the other settings, too, and for peft fan_in_fan_out true: transformers stores GPT-2's
+    matrices as (in, out). Without feedforward_modules, loading takes the default, mlp.c_proj alone; an l of the other
+    shape is then an AdapterError.
     All tensors are float32. A third file, minipeft.json, holds the base model's fingerprint, the digests of the other
     two files, and what a run adds, such as the labels' names. Without it the folder loads, too.
 Merging
     W <- l * W. As stored, l (out, 1) scales the rows and l (1, in) the columns. Where the output is rescaled, as in
-    c_attn, bias <- l * bias too; the bias of mlp.c_proj stays. `merge` keeps the W and bias it found, and `unmerge`
-    puts them back, bit for bit. On a half-precision base l is float32; each product is rounded once, to W's type.
+    c_attn, bias <- l * bias too; the bias of mlp.c_proj stays. Every target can be merged. `merge` keeps the W and bias
+    it found, and `unmerge` puts them back, bit for bit. Merged and unmerged outputs agree up to rounding. On a
+    half-precision base l is float32; each product is rounded once, to W's type. Unmerged, l * x is rounded instead, or
+    y, once before and once after it is rescaled.
     Order. `merge` folds in the active adapter. InjectionError: `merge` when it is merged already, `unmerge` when
     nothing is, and, until `unmerge`, `inject`, `load_adapter`, `set_adapter` and `disable_adapter`. `save_adapter` is
     an AdapterError until then. `remove` unmerges first.
@@ -70,19 +77,22 @@ Cost
     IA3Config(target_modules=["c_attn"])      trains 29,184: keys, values and queries alone
     IA3Config(target_modules="all-linear")    trains 112,128: (2304 + 768 + 3072 + 3072) per block, and the head
     Forward: one multiplication per number that is rescaled, 5,376 per token and block, beside the 14,155,776 operations
-    of the block's four matrices. At inference the same; merged, not one more.
+    of the block's four matrices. At inference the same; merged, not one more, but the kept W takes in float32
+    4 * 1,769,472 = 7,077,888 bytes more per c_attn and 4 * 2,359,296 = 9,437,184 per mlp.c_proj.
     Backward: full fine-tuning computes the gradients of x and of W, 2 in out operations each; here the second is never
-    computed. Beside the forward pass's one operation per rescaled number there are three: a multiplication for the
-    gradient that goes on, and for l's own a multiplication and an addition, the sum over batch and seq. Kept for l's
-    gradient: of c_attn x W^T + bias (batch, seq, 2304), of mlp.c_proj x (batch, seq, 3072). Optimizer: 8 bytes per
-    trained parameter for AdamW's two means, 528,384 bytes.
+    computed. Each rescaled number takes three operations: one multiplication for the gradient that is passed on, and
+    for l's own a multiplication and an addition, into the sum over batch and seq. Kept for l's gradient: of c_attn
+    x W^T + bias (batch, seq, 2304), of mlp.c_proj x (batch, seq, 3072). Optimizer: 8 bytes per trained parameter for
+    AdamW's two means, 528,384 bytes; gradients take half of that. The optimizer's time, too, grows with the trained
+    parameters alone.
 Errors
     In this list the class of each error stands before its message. Most wrong values are found when the configuration
     is made, the others by `inject`, before it changes anything. `load_adapter` raises an AdapterError, and leaves the
     model as it was, where a tensor is missing, unexpected or of another shape (it is named), where minipeft.json has
     the fingerprint of another base model, or where peft_type is unknown. A setting in adapter_config.json that would
     change the numbers, and that minipeft does not implement, is a ConfigError. An adapter's name that is taken
-    (`load_adapter`) or unknown (`set_adapter`, `remove`) is an InjectionError.
+    (`load_adapter`) or unknown (`set_adapter`, `remove`) is an InjectionError. A bad regular expression in a setting is
+    a ConfigError when `inject` uses it.
     IA3Config(target_modules=["c_attn"], feedforward_modules=["mlp.c_proj"])
         ConfigError: feedforward_modules ['mlp.c_proj'] must be among the target_modules ['c_attn']
     IA3Config(init_ia3_weights="no")
@@ -97,6 +107,7 @@ Differs from the paper
     here, as in peft, the queries are rescaled too. The paper's model, T0, answers in words and needs no new head. To
     the loss of the right answer the paper adds two: one makes wrong answers less likely (unlikelihood), one compares
     answers by their mean log-probability per token (length-normalized). Here the task's own loss is the only one.
+    From peft it differs in that `unmerge` puts the kept W and bias back; peft's divides by l + 1e-8.
 
 Paper: Liu, Tam, Muqeeth, Mohta, Huang, Bansal, Raffel (2022), "Few-Shot Parameter-Efficient Fine-Tuning is Better and
 Cheaper than In-Context Learning", arXiv 2205.05638.
@@ -122,10 +133,10 @@ from minipeft.settings import setting
 
 @dataclass
 class IA3Config(MethodConfig):
-    """peft's IA3Config.
+    """peft's IA3Config, as far as it changes GPT-2's numbers.
 
     Raises:
-        ConfigError: a value of the wrong type, or feed-forward modules that are not among the targets.
+        ConfigError: a value of the wrong type, or a list feedforward_modules that is no part of a list target_modules.
     """
 
     method: ClassVar[str] = "ia3"
@@ -139,7 +150,7 @@ class IA3Config(MethodConfig):
     init_ia3_weights: bool = setting(True, "start at one; false: at random")
 
     def check(self) -> None:
-        """Also refuse feed-forward modules that are not among the targets."""
+        """Also refuse, as peft does, a list of feed-forward modules that is no part of a list of targets."""
         super().check()
         targets, feedforward = self.target_modules, self.feedforward_modules
         if all(isinstance(names, (list, tuple)) for names in (targets, feedforward)) \
@@ -206,4 +217,4 @@ def symbols(seen: Seen) -> Symbols:
     """What the equation's symbols stand for at one target, and which of its lines is meant."""
     layer, base = seen.layer, seen.layer.base_layer
     return Symbols({"x": seen.x, "W": base.weight, "bias": base.bias, "l": layer.ia3_l.flatten(), "y": seen.y},
-                   remark="mlp.c_proj" if layer.feedforward else "c_attn", merging={"l": layer.ia3_l})
+                   remark=f"by default {'mlp.c_proj' if layer.feedforward else 'c_attn'}", merging={"l": layer.ia3_l})

@@ -8,7 +8,7 @@ task is learned in r (in + out) numbers instead of in * out, and after training 
                 x (batch, seq, in)
                 |         \
          W (out, in)     A (r, in)         W is frozen
-          frozen            |              A starts random, B at zero: step 0 is the base model, exactly
+          frozen            |              by default A starts random, B at zero: step 0 is the base model, exactly
                 |        B (out, r)
                 |         /  * s
                 +--------+
@@ -19,17 +19,19 @@ By hand: r = 1, s = 2, W = [[1, 2], [3, 4]], bias = [0, 1], A = [[1, 2]], B = [[
 x W^T = [3, 7], x A^T = [3], s * x A^T B^T = [6, 0], y = [9, 8].
 
 Symbols
-    x (batch, seq, in) the layer's input      y (batch, seq, out) its output      r the rank, lora_alpha a number
-    W (out, in), bias (out,) frozen           A (r, in) is lora_A.weight, B (out, r) is lora_B.weight, both trained
+    x (batch, seq, in) the layer's input      y (batch, seq, out) its output      lora_alpha a number
+    r the rank, at most the smaller of in and out      W (out, in) frozen; bias (out,) frozen, too, by default
+    A (r, in) is lora_A.weight, B (out, r) is lora_B.weight, both trained
     s = lora_alpha / r, a number; with use_rslora (rsLoRA) lora_alpha / sqrt(r): the update keeps its size as r grows
-    dropout(x) is x, in training with a share lora_dropout of it set to zero and the rest divided by 1 - lora_dropout
+    dropout(x) is x; in training each number is set to 0 with probability lora_dropout, else divided by 1 - lora_dropout
 Trained
     A and B of each target, a linear layer that is adapted; a new classification head. By default the targets are all
     modules called c_attn. With `bias` "lora_only" the targets' biases too, with "all" every bias of the base, those of
     LayerNorms included.
 Frozen
-    Everything else, W and bias first of all, 124,439,808 numbers: `inject`, which puts the method into a model, sets
-    requires_grad to False. So no gradient is computed for W and the optimizer never sees it.
+    Everything else: `inject`, which puts the method into a model, sets requires_grad to False. By default these are
+    124,439,808 numbers, with `bias` "lora_only" 27,648 fewer, with "all" 102,144 fewer. So no gradient is computed for
+    W and the optimizer never sees it.
 At step 0
     LoraConfig()                                is the base model, bit for bit: B = 0, so the update is 0; A is uniform
                                                   between -1 / sqrt(in) and 1 / sqrt(in)
@@ -39,8 +41,9 @@ At step 0
     LoraConfig(init_lora_weights=False)         is not the base model: A is uniform as by default, B is uniform between
                                                   -1 / sqrt(r) and 1 / sqrt(r)
     Both models, this one and the base, have the same new head here; it is random. While B = 0, A's gradient is 0 too:
-    the first step learns B, the new head and trained biases, not A. With PiSSA, lora_dropout drops a part of s B A:
-    then training does not start as the base model.
+    the first step learns B, the new head and trained biases, not A. With lora_alpha=0, and so s = 0, A's and B's
+    gradients stay 0. With PiSSA, lora_dropout drops a part of s B A: then training does not start as the base model. On
+    a half-precision base the new head is float32, and its logits equal the base's up to rounding.
 Positions and mask
     Untouched. Each token is updated by itself; a text has as many positions as before.
     KV cache. As large as the base's. It holds adapted keys and values: when the adapter changes, begin a new one.
@@ -49,10 +52,11 @@ Saved
     base_model.model.transformer.h.0.attn.c_attn.lora_A.weight (8, 768)
     base_model.model.transformer.h.0.attn.c_attn.lora_B.weight (2304, 8)
     base_model.model.score.weight (2, 768)
-    and so A and B for every target.
+    and so A and B for every target. score.weight is (labels, 768); all totals here are for 2 labels.
     adapter_config.json must say peft_type LORA, r, lora_alpha and target_modules, and use_rslora, rank_pattern and
-    alpha_pattern where they are not the default, as s depends on them. peft, Hugging Face's library, wants
-    fan_in_fan_out true for GPT-2, whose matrices it keeps as (in, out).
+    alpha_pattern where they are not the default, as s depends on them. `save_adapter` writes every setting, patterns
+    and "all-linear" as full names of modules, and for peft, Hugging Face's library, lora_bias false and fan_in_fan_out
+    true: transformers stores GPT-2's matrices as (in, out).
     With `bias` "lora_only" also the bias of every target, with "all" every bias of the base. In block 0, and last:
         base_model.model.transformer.h.0.attn.c_attn.base_layer.bias (2304,)
         base_model.model.transformer.h.0.ln_1.bias (768,)
@@ -61,17 +65,18 @@ Saved
         base_model.model.transformer.h.0.mlp.c_fc.bias (3072,)
         base_model.model.transformer.h.0.mlp.c_proj.bias (768,)
         base_model.model.transformer.ln_f.bias (768,)
-    `base_layer` stands in the names of targets alone. adapter_config.json must then say `bias`.
+    Only the bias of a target has `base_layer` in its name. adapter_config.json must then say `bias`.
     With PiSSA it must say init_lora_weights pissa. The tensors are the trained A and B, not the frozen W - s B A of the
     start. Loading computes that again from the base's own W, then puts the saved A and B in. On another machine it
     agrees up to rounding.
     All tensors are float32. A third file, minipeft.json, holds the base model's fingerprint, the digests of the other
     two files, and what a run adds, such as the labels' names. Without it the folder loads, too.
 Merging
-    W <- W + s B A, the layer's own `weight`; its bias stays. `merge` keeps the W it found, and `unmerge` puts it back,
-    bit for bit. With PiSSA the layer's `weight` is W - s B A of the start, also after `unmerge`; `remove` and
-    `disable_adapter` bring back the base's own W. On a half-precision base A and B are float32. The sum is rounded
-    once, to W's type: an element of the update that is too small beside W's is lost.
+    W <- W + s B A, the layer's own `weight`; its bias stays. Every target can be merged; dropout is not part of W.
+    `merge` keeps the W it found, and `unmerge` puts it back, bit for bit. With PiSSA this is W - s B A of the start;
+    `remove` and `disable_adapter` bring back the base's own W. Merged and unmerged outputs agree up to rounding.
+    On a half-precision base A and B are float32. The sum is rounded once, to W's type: an element of the update that is
+    too small beside W's is lost. Unmerged, y is rounded before the update is added, and again after it.
     Order. `merge` folds in the active adapter. InjectionError: `merge` when it is merged already, `unmerge` when
     nothing is, and, until `unmerge`, `inject`, `load_adapter`, `set_adapter` and `disable_adapter`. `save_adapter` is
     an AdapterError until then. `remove` unmerges first.
@@ -83,21 +88,26 @@ Cost
     In all 12 * 24,576 + 1,536 = 296,448 trained, with a new head's 2 * 768 = 1,536; a language model has no new head.
     LoraConfig(bias="lora_only")               trains 324,096: 12 * 2304 = 27,648 more
     LoraConfig(bias="all")                     trains 398,592: 12 * 8,448 + 768 = 102,144 more
-    LoraConfig(target_modules="all-linear")    trains 1,181,184: targets are c_attn, both c_proj and c_fc of each block
-    Forward: 2 r (in + out) operations per token and target beside 2 in out, 1.4 % more at r = 8. At inference the same;
-    merged, not one more, but the kept W takes 4 * 1,769,472 = 7,077,888 bytes more per c_attn in float32.
+    LoraConfig(target_modules="all-linear")    trains 1,181,184: c_attn, attn.c_proj, c_fc and mlp.c_proj of each block
+                                                 have 8 * (3072 + 1536 + 3840 + 3840) = 98,304
+    Forward: 2 r (in + out) operations per token and target beside 2 in out, 1.4 % more for a c_attn at r = 8. At
+    inference the same; merged, not one more, but the kept W takes 4 * 1,769,472 = 7,077,888 bytes more per c_attn in
+    float32.
     Backward: full fine-tuning computes the gradients of x and of W, 2 in out operations each; here the second is never
     computed, and needs nothing kept. A and B take 4 r (in + out) per token and target: half for the gradient of x, half
-    for their own. Kept for these: x (batch, seq, in), s x A^T (batch, seq, r), and with dropout its mask, a byte per
-    number of x. On a half-precision base A works on a float32 copy of x, and this copy is kept: 4 bytes per number, not
-    2. Optimizer: 8 bytes per trained parameter for AdamW's two means, 2,371,584 bytes.
+    for their own. Kept for these: dropout(x) (batch, seq, in), s dropout(x) A^T (batch, seq, r), and with dropout its
+    mask, a byte per number of x. On a half-precision base dropout(x) is float32: 4 bytes per number, not 2. On a CPU,
+    with a float32 base or under autocast, low_rank.py keeps x, and computes dropout(x) again from it and the mask.
+    Optimizer: 8 bytes per trained parameter for AdamW's two means, 2,371,584 bytes; gradients take half of that. The
+    optimizer's time, too, grows with the trained parameters alone.
 Errors
     In this list the class of each error stands before its message. Most wrong values are found when the configuration
     is made, the others by `inject`, before it changes anything. `load_adapter` raises an AdapterError, and leaves the
     model as it was, where a tensor is missing, unexpected or of another shape (it is named), where minipeft.json has
     the fingerprint of another base model, or where peft_type is unknown. A setting in adapter_config.json that would
     change the numbers, and that minipeft does not implement, is a ConfigError. An adapter's name that is taken
-    (`load_adapter`) or unknown (`set_adapter`, `remove`) is an InjectionError.
+    (`load_adapter`) or unknown (`set_adapter`, `remove`) is an InjectionError. A bad regular expression in a setting is
+    a ConfigError when `inject` uses it.
     LoraConfig(r=0)
         ConfigError: r must be a positive integer, got 0
     LoraConfig(lora_dropout=1.0)
@@ -116,8 +126,10 @@ Differs from the paper
     later.
     rsLoRA: the same s as in its paper, but use_rslora is off by default.
     PiSSA: its paper has no s; here A and B start divided by sqrt(s), so that s B A is the same.
-    LoRA+: a rule of the optimizer. B's learning rate is `loraplus_lr_ratio` times A's; the layer only names B, in
-    `raised_rate`.
+    LoRA+: a rule of the optimizer. B's learning rate is `loraplus_lr_ratio` times A's, a setting of the training and
+    not of LoraConfig; the layer only names B, in `raised_rate`.
+    From peft it differs in what comes back: peft's unmerge computes W with rounding, and its disable_adapter leaves
+    trained biases and PiSSA's W - s B A in place. An r larger than a side of W is refused here.
 
 Papers: Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang, Chen (2021), "LoRA: Low-Rank Adaptation of Large Language Models",
 arXiv 2106.09685. Kalajdzievski (2023), "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", 2312.03732.
@@ -163,7 +175,7 @@ class LoraConfig(MethodConfig):
                                            "use_qalora")
 
     r: int = setting(8, "rank of the update", POSITIVE_INTEGER)
-    lora_alpha: float = setting(8, "scale of the update, divided by r", FINITE)
+    lora_alpha: float = setting(8, "scale of the update, divided by r, or by sqrt(r) with use_rslora", FINITE)
     lora_dropout: float = setting(0.0, "dropout on the adapter's input", PROBABILITY)
     target_modules: str | list[str] | None = setting(
         None, "module names, one regular expression, or all-linear; default c_attn")

@@ -21,24 +21,27 @@ give x A^T = [3], d * (x A^T) = [1.5], y = [4, 5.5].
 
 Symbols
     x (batch, seq, in) the layer's input      y (batch, seq, out) its output      * multiplies number by number
-    W (out, in), bias (out,) frozen           r the rank; it may be larger than in and out
+    W (out, in) frozen; bias (out,) frozen, too, by default      r the rank; it may be larger than in and out
     A (r, in) is vera_A, uniform between -sqrt(6 / in) and sqrt(6 / in); B (out, r) is vera_B, uniform between
-    -sqrt(6 / r) and sqrt(6 / r). There is one pair: its `in` and `out` are the largest of all targets, also under the
-    root. A smaller target uses A's first columns and B's first rows.
+    -sqrt(6 / r) and sqrt(6 / r). All targets share this pair. Its `in`, also under the root, is the largest among the
+    targets', and so is its `out`. A smaller target uses A's first columns and B's first rows.
     d (r,) is vera_lambda_d, b (out,) is vera_lambda_b: trained, each target has its own
-    dropout(x) is x, in training with a share vera_dropout of it set to zero and the rest divided by 1 - vera_dropout
+    dropout(x) is x; in training each number is set to 0 with probability vera_dropout, else divided by 1 - vera_dropout
 Trained
     d and b of each target, a linear layer that is adapted; a new classification head. By default the targets are all
     modules called c_attn. With `bias` "vera_only" the targets' biases too, with "all" every bias of the base, those of
     LayerNorms included.
 Frozen
-    Everything else, the base's 124,439,808 numbers: `inject`, which puts the method into a model, sets requires_grad to
-    False. A and B are buffers, not parameters: no optimizer sees them, and the model's state_dict does not hold them.
+    Everything else: `inject`, which puts the method into a model, sets requires_grad to False. By default these are
+    124,439,808 numbers, with `bias` "vera_only" 27,648 fewer, with "all" 102,144 fewer. A and B are buffers, not
+    parameters: no optimizer sees them, and the model's state_dict does not hold them.
 At step 0
     VeraConfig()                 is the base model, bit for bit: b = 0, so the update is 0
     VeraConfig(d_initial=1.0)    is the base model, bit for bit: b = 0, whatever d is. b always starts at 0.
-    While b = 0, d's gradient is 0 too: the first step learns b, the new head and trained biases, not d.
-    Both models, this one and the base, have the same new head here; it is random.
+    While b = 0, d's gradient is 0 too: the first step learns b, the new head and trained biases, not d. With
+    d_initial=0.0 b's gradient is 0, too, and neither is ever learned.
+    Both models, this one and the base, have the same new head here; it is random. On a half-precision base it is
+    float32, and its logits equal the base's up to rounding.
 Positions and mask
     Untouched. Each token is updated by itself; a text has as many positions as before.
     KV cache. As large as the base's. It holds adapted keys and values: when the adapter changes, begin a new one.
@@ -49,10 +52,11 @@ Saved
     base_model.vera_A (256, 768)
     base_model.vera_B (2304, 256)
     base_model.model.score.weight (2, 768)
-    and so d and b for every target.
+    and so d and b for every target. score.weight is (labels, 768); all totals here are for 2 labels.
     adapter_config.json must say peft_type VERA, r, target_modules, projection_prng_key and save_projection. d_initial
-    need not be there, since d is. peft, Hugging Face's library, wants fan_in_fan_out true for GPT-2, whose matrices it
-    keeps as (in, out).
+    need not be there, since d is. `save_adapter` writes every setting, "all-linear" as full names of modules, and for
+    peft, Hugging Face's library, init_weights true and fan_in_fan_out true: transformers stores GPT-2's matrices as
+    (in, out).
     With `bias` "vera_only" also the bias of every target, with "all" every bias of the base. In block 0, and last:
         base_model.model.transformer.h.0.attn.c_attn.base_layer.bias (2304,)
         base_model.model.transformer.h.0.ln_1.bias (768,)
@@ -61,16 +65,18 @@ Saved
         base_model.model.transformer.h.0.mlp.c_fc.bias (3072,)
         base_model.model.transformer.h.0.mlp.c_proj.bias (768,)
         base_model.model.transformer.ln_f.bias (768,)
-    `base_layer` stands in the names of targets alone. adapter_config.json must then say `bias`.
+    Only the bias of a target has `base_layer` in its name. adapter_config.json must then say `bias`.
     With save_projection=False the file holds no A and B: loading draws them again from projection_prng_key, the seed.
     peft draws the same numbers from it. A version of PyTorch that draws others gives another update, and nothing
     notices.
     All tensors are float32. A third file, minipeft.json, holds the base model's fingerprint, the digests of the other
     two files, and what a run adds, such as the labels' names. Without it the folder loads, too.
 Merging
-    W <- W + diag(b) B diag(d) A, the layer's own `weight`; its bias stays. `merge` keeps the W it found, and `unmerge`
-    puts it back, bit for bit. On a half-precision base d, b, A and B are float32. The sum is rounded once, to W's type:
-    an element of the update that is too small beside W's is lost.
+    W <- W + diag(b) B diag(d) A, the layer's own `weight`; its bias stays. Every target can be merged; dropout is not
+    part of W. `merge` keeps the W it found, and `unmerge` puts it back, bit for bit. Merged and unmerged outputs agree
+    up to rounding. On a half-precision base d, b, A and B are float32. The sum is rounded once, to W's type: an element
+    of the update that is too small beside W's is lost. Unmerged, y is rounded before the update is added, and again
+    after it.
     Order. `merge` folds in the active adapter. InjectionError: `merge` when it is merged already, `unmerge` when
     nothing is, and, until `unmerge`, `inject`, `load_adapter`, `set_adapter` and `disable_adapter`. `save_adapter` is
     an AdapterError until then. `remove` unmerges first.
@@ -84,20 +90,25 @@ Cost
     256 * (768 + 2304) = 786,432 frozen numbers, once: 4 * 786,432 = 3,145,728 bytes in float32.
     VeraConfig(bias="vera_only")               trains 59,904: 12 * 2304 = 27,648 more
     VeraConfig(bias="all")                     trains 134,400: 12 * 8,448 + 768 = 102,144 more
-    VeraConfig(target_modules="all-linear")    trains 96,768: targets are c_attn, both c_proj and c_fc of each block
-    Forward: 2 r (in + out) operations per token and target beside 2 in out, 44 % more at r = 256. At inference the
-    same; merged, not one more.
+    VeraConfig(target_modules="all-linear")    trains 96,768: c_attn, attn.c_proj, c_fc and mlp.c_proj of each block
+                                                 have 2304 + 768 + 3072 + 768 = 6,912 in b, so in all
+                                                 12 * (4 * 256 + 6,912) + 1,536 = 96,768; A (256, 3072), B (3072, 256)
+    Forward: 2 r (in + out) operations per token and target beside 2 in out, 44 % more for a c_attn at r = 256. At
+    inference the same; merged, not one more, but the kept W takes 4 * 1,769,472 = 7,077,888 bytes more per c_attn in
+    float32.
     Backward: the gradient of x passes through W, and through B and A, 2 r (in + out) operations more. W, A and B have
-    no gradients of their own. Kept: x A^T (batch, seq, r) for d's gradient, (d * x A^T) B^T (batch, seq, out) for b's,
-    and with dropout its mask, a byte per number of x; x itself is not needed. Optimizer: 8 bytes per trained parameter
-    for AdamW's two means, 258,048 bytes.
+    no gradients of their own. Kept: dropout(x) A^T (batch, seq, r) for d's gradient, (d * dropout(x) A^T) B^T
+    (batch, seq, out) for b's, and with dropout its mask, a byte per number of x; x itself is not needed. Optimizer: 8
+    bytes per trained parameter for AdamW's two means, 258,048 bytes; gradients take half of that. The optimizer's time,
+    too, grows with the trained parameters alone.
 Errors
     In this list the class of each error stands before its message. Most wrong values are found when the configuration
     is made, the others by `inject`, before it changes anything. `load_adapter` raises an AdapterError, and leaves the
     model as it was, where a tensor is missing, unexpected or of another shape (it is named), where minipeft.json has
     the fingerprint of another base model, or where peft_type is unknown. A setting in adapter_config.json that would
     change the numbers, and that minipeft does not implement, is a ConfigError. An adapter's name that is taken
-    (`load_adapter`) or unknown (`set_adapter`, `remove`) is an InjectionError.
+    (`load_adapter`) or unknown (`set_adapter`, `remove`) is an InjectionError. A bad regular expression in a setting is
+    a ConfigError when `inject` uses it.
     VeraConfig(projection_prng_key=-1)
         ConfigError: projection_prng_key must be a number from 0 to 2**63 - 1, got -1
     VeraConfig(vera_dropout=1.0)
@@ -112,7 +123,9 @@ Errors
 Differs from the paper
     The paper adapts the query and the value matrix; GPT-2 has query, key and value in one matrix, c_attn, which is
     adapted whole. The paper keeps only the seed; here, as in peft, A and B are stored too by default, since another
-    version of PyTorch may draw other numbers. That smaller targets use a part of A and B is peft's rule.
+    version of PyTorch may draw other numbers. That smaller targets use a part of A and B is peft's rule. From peft it
+    differs in that each adapter draws an A and a B of its own, where peft wants one seed for all; and peft's unmerge
+    computes W with rounding, its disable_adapter leaves trained biases in place.
 
 Paper: Kopiczko, Blankevoort, Asano (2023), "VeRA: Vector-based Random Matrix Adaptation", arXiv 2310.11454.
 """

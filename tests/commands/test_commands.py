@@ -434,7 +434,7 @@ def test_a_methods_help_shows_its_own_options_and_no_others(script):
 def test_help_shows_the_methods_defaults(script):
     table = defaults.DEFAULTS["lora"]
     text = " ".join(script("train.py", "--method", "lora", "--help").out.split())
-    assert f"divided by r; default {table['method']['lora_alpha']}" in text
+    assert f"divided by r, or by sqrt(r) with use_rslora; default {table['method']['lora_alpha']}" in text
     assert f"peak learning rate; default {table['training']['learning_rate']}" in text
 
 

@@ -8,19 +8,19 @@ task needs is learned in the bottleneck of m channels, while attention and feed-
 
             z (batch, seq, C)       what the adapter reads
             |
-        W_down (m, C), b_down       from C = 768 channels to m = 48; starts random
+        W_down (m, C), b_down       from C = 768 channels to m = 48; W_down starts random, b_down at 0
             |
            act                      relu by default
             |
-        W_up (C, m), b_up           back to C channels; starts at zero: step 0 is the base model, exactly
+        W_up (C, m), b_up           back to C channels; both start at 0: step 0 is the base model, exactly
             |  * s
             +------ h (batch, seq, C)      what the sub-layer puts out
             |
             y (batch, seq, C)       what the block adds to x instead of h
 
-A block makes x + attn(ln_1(x)) of x, and then x + mlp(ln_2(x)) of this new x: attn is the attention, mlp the
+In a block x becomes x + attn(ln_1(x)), and this new x becomes x + mlp(ln_2(x)). Here attn is the attention, mlp the
 feed-forward layer, ln_1 and ln_2 are the LayerNorms before them. `architecture` says which of the two get an adapter,
-and what z is:
+and what z is; `layers_to_transform` says in which blocks, by default in all:
 
     houlsby     after attention, h = z = attn(ln_1(x)), and after the feed-forward layer, h = z = mlp(ln_2(x))
     pfeiffer    after the feed-forward layer only, h = z = mlp(ln_2(x))
@@ -35,7 +35,8 @@ Symbols
     z (batch, seq, C) the adapter's input, as above; with layer_norm=True z = LN(h), for parallel z = LN(ln_2(x)), where
     LN is a LayerNorm of the adapter's own                    y (batch, seq, C) what the sub-layer puts out in h's place
     W_down (m, C), b_down (m,) are down       W_up (C, m), b_up (C,) are up                all four trained
-    m = bottleneck_size, or C / reduction_factor rounded        s = scaling, a number      C = n_embd, the channels
+    m = bottleneck_size; where that is not given, C / reduction_factor, as Python's round rounds it: 2.5 to 2
+    s = scaling, a number       C = n_embd, the channels
     act is non_linearity: relu(a) = max(a, 0), swish(a) = a / (1 + exp(-a)), none(a) = a, tanh, or the exact
     gelu(a) = a (1 + erf(a / sqrt(2))) / 2, which GPT-2's own gelu approximates
     dropout sets each number to 0 with the probability adapter_dropout, 0 by default, and divides the others by
@@ -43,22 +44,24 @@ Symbols
     x (batch, seq, C) the residual stream: the block's input for ln_1, and for ln_2 that plus what attention added
 Trained
     W_down, b_down, W_up and b_up of every adapter, in float32 whatever the base's dtype; with layer_norm=True LN's
-    weight and bias, too; a new classification head.
+    weight and bias, too; a new classification head, n C numbers for n labels, in tagging n C + n.
 Frozen
-    Everything else, the base's own LayerNorms among it: `inject`, which puts the method into a model, sets
+    Everything else, the base's own LayerNorms and biases among it: `inject`, which puts the method into a model, sets
     requires_grad to False, so no gradient is computed for it and the optimizer never sees it.
 At step 0
     BottleneckConfig()                                            is the base model, bit for bit: W_up and b_up are 0
     BottleneckConfig(layer_norm=True)                             is the base model, bit for bit: for the same reason
     BottleneckConfig(architecture="parallel", scaling=4.0)        is the base model, bit for bit: for the same reason
-    No setting changes that. W_down starts uniform between -1 / sqrt(C) and 1 / sqrt(C), b_down at 0, and a LayerNorm
-    with weight 1 and bias 0. The first step's gradient reaches W_up and b_up only: on its way to W_down it is
-    multiplied by W_up, which is still zero.
+    No setting changes that. But in training adapter_dropout draws random numbers, so that the base's own dropout drops
+    other elements than without it. W_down starts uniform between -1 / sqrt(C) and 1 / sqrt(C), b_down at 0, and a
+    LayerNorm with weight 1 and bias 0. In the first step an adapter's gradient is 0 but for W_up and b_up: on its way
+    further down it is multiplied by W_up, which is still zero. The new head has its gradient from the first step on.
     Both models, this one and the base, have the same new head here; it is random.
 Positions and mask
-    Untouched. Each token is changed by itself, pads too, which no real token sees, on the left or on the right. A text
-    may have all 1,024 positions, and a KV cache holds what it holds without adapters: one key and one value per token
-    and block. Under gradient checkpointing an adapter is a part of its block and is computed again with it.
+    Untouched. An adapter changes each token's vector without a look at the others. It changes pads, too, but no real
+    token sees a pad, on either side. A text may have all 1,024 positions, and a KV cache holds what it holds without
+    adapters: one key and one value per token and block. Under gradient checkpointing an adapter is a part of its block
+    and is computed again with it.
 Saved
     In adapter_model.safetensors:
     base_model.model.transformer.h.0.attn.adapter.down.weight (48, 768)
@@ -70,42 +73,47 @@ Saved
     base_model.model.transformer.h.0.mlp.adapter.up.weight (768, 48)
     base_model.model.transformer.h.0.mlp.adapter.up.bias (768,)
     base_model.model.score.weight (2, 768)
-    and so for every block. pfeiffer and parallel have `.mlp.adapter.` only. With layer_norm=True each adapter also has
-    layer_norm.weight (768,) and layer_norm.bias (768,), such as
+    and so for every adapted block. pfeiffer and parallel have `.mlp.adapter.` only. With layer_norm=True each adapter
+    also has layer_norm.weight (768,) and layer_norm.bias (768,), such as
     base_model.model.transformer.h.0.mlp.adapter.layer_norm.weight. adapter_config.json must say peft_type
     MINIPEFT_BOTTLENECK, and each field that is not at its default. It need not say task_type: the head's name shows it.
-    score is the new head; tagging has base_model.model.classifier.weight and .bias there, a language model nothing.
-    Only this library reads the folder: peft, Hugging Face's library, has no such method.
+    In a GPT2Model, the base alone, the names lack `transformer.` and there is no head. score is the new head; tagging
+    has base_model.model.classifier.weight and .bias there, a language model nothing. Only this library reads the
+    folder: peft, Hugging Face's library, has no such method.
     All tensors are float32. A third file, minipeft.json, holds the base model's fingerprint, the digests of the other
     two files, and what a run adds, such as the labels' names. Without it the folder loads, too.
 Merging
     Not possible: act stands between the two matrices, so no weight of the base can take in what is added. The adapters
-    stay and are computed at each prediction. `merge` is refused with non_linearity none, too. There the adapter is a
-    single matrix and, after a sub-layer and without LN, could be multiplied into c_proj, the sub-layer's last one; this
-    library does not do that. A parallel one could not: its input is not c_proj's.
-    Off: within `disable_adapter`, and for good after `remove`, the model is the base model, bit for bit, under the head
-    as it was before training.
+    stay and are computed at each prediction. `merge` is refused with non_linearity none, too. There the adapter amounts
+    to one matrix, W_up W_down, and a bias. Both, after a sub-layer and without LN, could be worked into c_proj, the
+    sub-layer's last matrix; this library does not do that. A parallel one could not: its input is not c_proj's.
+    Off: within `disable_adapter`, and for good after `remove`, the model is the base model, bit for bit, with the head
+    from before training.
     Several adapters. A second `inject` of the same method is an InjectionError. `load_adapter(model, folder, name)`
     adds a saved adapter, of this method or another, under another name and makes it the active one, the one that
     computes; the others stay, switched off. `set_adapter(model, name)` makes another one active. Under one name other
     methods may work along, such as a prompt, but no second BottleneckConfig.
 Cost
-    2 C m + C + m parameters per adapter, 2 * 768 * 48 + 768 + 48 = 74,544; a LayerNorm has 2 C more. Two adapters per
-    block for houlsby, 24 * 74,544 = 1,789,056, one for the others. In all 24 * 74,544 + 1,536 = 1,790,592 trained, the
-    head's 2 * 768 = 1,536 among them; with pfeiffer or parallel 12 * 74,544 + 1,536 = 896,064; houlsby with layer_norm
+    2 C m + C + m parameters per adapter, 2 * 768 * 48 + 768 + 48 = 74,544; a LayerNorm has 2 C more. With A adapters
+    that is A (2 C m + C + m), with LayerNorms A (2 C m + 3 C + m). Two adapters per block for houlsby,
+    24 * 74,544 = 1,789,056, one for the others. In all 24 * 74,544 + 1,536 = 1,790,592 trained, the head's
+    2 * 768 = 1,536 among them; with pfeiffer or parallel 12 * 74,544 + 1,536 = 896,064; houlsby with layer_norm
     24 * (74,544 + 1,536) + 1,536 = 1,827,456.
     Forward: 4 C m operations per token and adapter, 2 * 4 * 768 * 48 = 294,912 per block. That is 2.1 % of the
-    2 * 12 * 768 * 768 = 14,155,776 of its four matrices; pfeiffer and parallel take half of it. Each adapter is two
-    products that wait for each other; parallel does not wait for h.
+    2 * 12 * 768 * 768 = 14,155,776 of its four matrices; pfeiffer and parallel take half of it. The second of an
+    adapter's two products waits for the first. A parallel adapter needs no h, but this code computes it after the
+    sub-layer, too.
     Backward: from the loss down to the lowest adapter the gradient passes through the frozen matrices as in full
     fine-tuning. Of the three products that full fine-tuning takes per matrix (forward, the gradient of the matrix's
     input, the gradient of the matrix itself) the third is never computed for a frozen matrix. It alone needs the
     matrix's input, which is therefore not kept. Kept are, per token, in each adapter z and act's output, C + m numbers
-    (gelu and swish m more, LN C more), in each block above the lowest adapter the inputs of both LayerNorms, q, k, v,
-    attention's output and gelu's input, (2 + 3 + 1 + 4) C. The softmax's shares themselves are not kept: attention
-    computes them again. In training the base's dropout adds one byte per number, 2 C in a block. For dropout on
-    attention's shares (attn_pdrop) a CPU keeps its mask, a byte per share, in place of attention's output; a GPU's
-    fused attention keeps no mask. Adapter dropout adds C bytes per token and adapter.
+    (gelu and swish m more, LN C more), in each block above that of the lowest adapter the inputs of both LayerNorms, q,
+    k, v, attention's output and gelu's input, (2 + 3 + 1 + 4) C; with houlsby also, in the lowest adapter's own block,
+    ln_2's input and gelu's, (1 + 4) C. The softmax's shares themselves are not kept: attention computes them again. In
+    training the base's dropout adds one byte per number, 2 C in a block. For dropout on attention's shares (attn_pdrop)
+    a CPU keeps its mask, a byte per share, in place of attention's output; a GPU's fused attention keeps no mask.
+    Adapter dropout adds C bytes per token and adapter. An adapter's own backward takes up to 8 C m operations per
+    token, half of them for the gradients of its matrices.
     Optimizer: 8 bytes per trained parameter for AdamW's two means, 14,324,736 bytes; gradients take half of that. The
     optimizer's time, too, grows with the trained parameters alone.
 Errors
@@ -115,7 +123,8 @@ Errors
     the fingerprint of another base model, or where peft_type is unknown. A setting in adapter_config.json that would
     change the numbers, and that minipeft does not implement, is a ConfigError. An adapter's name that is taken
     (`load_adapter`) or unknown (`set_adapter`, `remove`) is an InjectionError. A folder for another task is an
-    AdapterError, too. A text with more tokens than positions is a ConfigError when the model reads it.
+    AdapterError, too. A text with more tokens than positions is a ConfigError when the model reads it. reduction_factor
+    is compared with the width only where bottleneck_size is not given.
     BottleneckConfig(non_linearity="silu")
         ConfigError: non_linearity must be one of relu, gelu, swish, tanh, none, got 'silu'
     inject(model, BottleneckConfig(layers_to_transform=[12]))

@@ -23,22 +23,28 @@ attention scores are 0 and ln 3, their exponentials 1 and 3, so o = 1/4 * 4 + 3/
 
 Symbols
     seq how many tokens the text has       q, k, v (batch, H, seq, D) their queries, keys, values in one block
-    H heads of D = 64 make C = n_embd = 768       L = n_layer, the number of blocks       sqrt is the square root
+    H heads of D = C / H = 64 make C = n_embd = 768    L = n_layer, the number of blocks    sqrt is the square root
     P_k, P_v (batch, H, V, D) that block's part of the table, the same for every text        V = num_virtual_tokens
     [P_k; k] stacks along the sequence: (batch, H, V + seq, D)
     mask (seq, V + seq), where texts have pads (batch, 1, seq, V + seq): 0 where a query sees a key, else -infinity
     The attention scores are what softmax gets, (batch, H, seq, V + seq). It makes shares of the V + seq scores of each
-    query; they add up to 1.                      o (batch, H, seq, D) what attention's last matrix, c_proj, gets
+    query; they add up to 1. In training the base's dropout acts on them: it sets each share to 0 with the probability
+    attn_pdrop and divides the others by 1 - attn_pdrop. o is then
+    dropout(softmax(q [P_k; k]^T / sqrt(D) + mask)) [P_v; v].
+    o (batch, H, seq, D): with the heads side by side, (batch, seq, C), it enters attention's last matrix, c_proj
     P (V, 2 L C) the table, trained, or made by a network if prefix_projection is true:
     P = tanh(E W_1^T + b_1) W_2^T + b_2, with E (V, C), W_1 (h, C), b_1 (h,), W_2 (2 L C, h), b_2 (2 L C,) trained and
     h = encoder_hidden_size, by default C
 Trained
-    P, called transformer.prefix_tuning.encoder.weight, in float32 whatever the base's dtype; a new classification head.
-    With prefix_projection, E and the network instead of P; a model that loads a saved adapter has P as a plain table,
-    and trains that.
+    P, called transformer.prefix_tuning.encoder.weight, in float32 whatever the base's dtype; before it is used it is
+    brought to the dtype that the blocks compute in. A new classification head, n C numbers for n labels, in tagging
+    n C + n.
+    With prefix_projection E and the network instead of P. Below transformer.prefix_tuning.encoder E is
+    embedding.weight, W_1 and b_1 are transform.0.weight and .bias, W_2 and b_2 transform.2.weight and .bias. A model
+    that loads a saved adapter has P as a plain table, and trains that.
 Frozen
-    Everything else: `inject`, which puts the method into a model, sets requires_grad to False, so no gradient is
-    computed for it and the optimizer never sees it.
+    Everything else, the base's biases too: `inject`, which puts the method into a model, sets requires_grad to False,
+    so no gradient is computed for it and the optimizer never sees it.
 At step 0
     PrefixTuningConfig()                            is not the base model: P is standard normal
     PrefixTuningConfig(init_weights="zero")         is not the base model: a key of zeros takes its share, see below
@@ -49,8 +55,9 @@ At step 0
     0, too, then Z = 5, and the prefix takes 20 of 25 shares. Its values are zeros, so a fifth of the base's attention
     output is left.
     E starts standard normal. W_1, b_1, W_2 and b_2 start uniform between -1 / sqrt(n) and 1 / sqrt(n), where n is how
-    many numbers the matrix reads: C for W_1 and b_1, h for W_2 and b_2. With prefix_projection init_weights is not
-    read; without it encoder_hidden_size is not.
+    many numbers the matrix reads: C for W_1 and b_1, h for W_2 and b_2. With init_weights "zero" W_2 and b_2 start at
+    0, so that P is zeros here, too; in the first step the gradients of E, W_1 and b_1 are then 0, as they are
+    multiplied by W_2. Without prefix_projection encoder_hidden_size is not read.
     Both models, this one and the base, have the same new head here; it is random.
 Positions and mask
     With V = 20 and a text of 5 tokens:
@@ -66,9 +73,10 @@ Positions and mask
     holds 25. A later call with one token finds 25 in the cache and puts nothing in: the token gets position 25, a mask
     (batch, 6) becomes (batch, 26), and the cache then holds 26. In that call q is (batch, H, 1, D), [P_k; k] and
     [P_v; v] are (batch, H, 26, D), and the scores (batch, H, 1, 26). A call without a cache gets a temporary one: the
-    blocks find the 20 there, and it is dropped when the call ends.
-    Gradient checkpointing. A block is computed twice, the second time in the backward pass. Both times it starts from
-    the 20 keys and values alone: the 5 of the text are added to a copy, not to the cache itself.
+    blocks find the 20 there, and no later call reads it.
+    Gradient checkpointing. A block is computed twice, the second time in the backward pass, until which the temporary
+    cache stays. Both times it starts from the 20 keys and values alone: the 5 of the text are added to a copy, not to
+    the cache itself.
 Saved
     In adapter_model.safetensors:
     prompt_embeddings (20, 18432)
@@ -79,18 +87,19 @@ Saved
     to 1,535 the value of block 0, 1,536 to 2,303 the key of block 1. Within 768 the heads follow each other, 64 each.
     adapter_config.json must say peft_type PREFIX_TUNING, task_type and num_virtual_tokens. task_type is SEQ_CLS for
     this classifier, TOKEN_CLS for tagging and CAUSAL_LM for a language model. token_dim 768, num_layers 12,
-    num_attention_heads 12 and num_transformer_submodules 1 are written for peft, Hugging Face's library. What is there
-    must be the model's: "the adapter was made for another num_layers; this model's is 12".
-    prefix_projection and encoder_hidden_size stay in a loaded configuration. They say how P was made, and change
-    nothing: loading builds that network, and a table with the saved P takes its place.
+    num_attention_heads 12 and num_transformer_submodules 1 are written for peft, Hugging Face's library. Each of these
+    four that a file has must be the model's: "the adapter was made for another num_layers; this model's is 12".
+    prefix_projection, encoder_hidden_size and init_weights stay in a loaded configuration. They say how P was made, and
+    change nothing: loading builds what they say, and a table with the saved P takes its place.
     All tensors are float32. A third file, minipeft.json, holds the base model's fingerprint, the digests of the other
     two files, and what a run adds, such as the labels' names. Without it the folder loads, too.
 Merging
     Not possible: keys and values are a part of what attention reads, not a change of weights. They are put in before
     each text.
     `merge` is an InjectionError: "Prefix cannot be merged: it is not a change of weights".
-    Off: within `disable_adapter`, and for good after `remove`, the model is the base model bit for bit: the text stands
-    at 0 of 1,024 positions, under the head as it was before training. A KV cache keeps the prefix: start a new one.
+    Off: within `disable_adapter`, and for good after `remove`, the model is the base model bit for bit: the text starts
+    at position 0 again, all 1,024 are free, and the head is the one from before training. A KV cache keeps the prefix:
+    start a new one.
     Several adapters. A second `inject` of the same method is an InjectionError. `load_adapter(model, folder, name)`
     adds a saved adapter, of this method or another, under another name and makes it the active one, the one that
     computes; the others stay, switched off. `set_adapter(model, name)` makes another one active. Under one name other
@@ -102,22 +111,24 @@ Cost
     Forward: not a token more. Each query has V attention scores more and adds V values more: 4 V C operations per token
     and block, 4 * 20 * 768 = 61,440, which is 0.4 % of what the block's four matrices (12 C^2 numbers) take,
     2 * 12 * 768 * 768 = 14,155,776. Attention is given a mask where the base needs none. The network, if there is one,
-    runs once per call, 2 V (C h + h 2 L C) operations: 2 * 20 * (768 * 768 + 768 * 18,432) = 589,824,000, as many as
-    the matrices of all blocks take for 3.5 tokens of text. A loaded adapter has no network. A KV cache holds 2 V L C
-    numbers more per text, 4 * 368,640 = 1,474,560 bytes in float32.
+    runs once in each call that puts the prefix in, 2 V (C h + h 2 L C) operations:
+    2 * 20 * (768 * 768 + 768 * 18,432) = 589,824,000, as many as the matrices of all blocks take for 3.5 tokens of
+    text. A loaded adapter has no network. A KV cache holds 2 V L C numbers more per text, 4 * 368,640 = 1,474,560 bytes
+    in float32.
     Backward: the gradient passes through all blocks down to the first one's attention. Of the three products that full
     fine-tuning takes per matrix (forward, the gradient of the matrix's input, the gradient of the matrix itself) the
     third is never computed for a frozen matrix. It alone needs the matrix's input, which is therefore not kept. Kept
-    are, per block and token, the inputs of both LayerNorms, q, k, v, attention's output and gelu's input, (2 + 3 + 1 +
-    4) C numbers. [P_k; k] and [P_v; v], copies, are kept as well: 2 C (V + seq) numbers per block and text. k and v
-    stay beside their copies, as they are one tensor with q, c_attn's output, and attention keeps q. The softmax's
-    shares themselves are not kept: attention computes them again. In training the base's dropout adds one byte per
-    number, 2 C in a block. For dropout on attention's shares (attn_pdrop) a CPU keeps its mask, a byte per share, in
-    place of attention's output; a GPU's fused attention keeps no mask. The network keeps tanh's output, V h numbers per
-    call.
-    Optimizer: 8 bytes per trained parameter for AdamW's two means, 2,961,408 bytes; with prefix_projection The
-    optimizer's time, too, grows with the trained parameters alone.
-    8 * 14,781,696 = 118,253,568 bytes. Gradients take half of that.
+    are, per block and token, the inputs of both LayerNorms, q, k, v, attention's output and gelu's input,
+    (2 + 3 + 1 + 4) C numbers; in block 0 not ln_1's input, as nothing below it is trained. [P_k; k] and [P_v; v],
+    copies, are kept as well: 2 C (V + seq) numbers per block and text. The text's own k and v stay in memory beside
+    these copies: they and q are parts of one tensor, c_attn's output, and attention keeps q. The softmax's shares
+    themselves are not kept: attention computes them again. In training the base's dropout adds one byte per number, 2 C
+    in a block. For dropout on attention's shares (attn_pdrop) a CPU keeps its mask, a byte per share, in place of
+    attention's output; a GPU's fused attention keeps no mask. The network keeps tanh's output, V h numbers per call;
+    its own backward takes twice its forward, 2 * 589,824,000 = 1,179,648,000 operations.
+    Optimizer: 8 bytes per trained parameter for AdamW's two means, 2,961,408 bytes; with prefix_projection
+    8 * 14,781,696 = 118,253,568 bytes. Gradients take half of that. The optimizer's time, too, grows with the trained
+    parameters alone.
 Errors
     In this list the class of each error stands before its message. Most wrong values are found when the configuration
     is made, the others by `inject`, before it changes anything. `load_adapter` raises an AdapterError, and leaves the
@@ -141,6 +152,8 @@ Differs from the paper
     Li and Liang train the network, as they find the training of P alone unstable; peft's default, and this one, is P
     alone. With little data they start from the keys and values of real words; here P starts random or zero. They
     generate text and have no new head; a classifier's new head is trained along here.
+    From peft it differs in gradient checkpointing, under which peft refuses a prefix, and in the default of
+    num_virtual_tokens, which peft does not have.
 
 Paper: Li, Liang (2021), "Prefix-Tuning: Optimizing Continuous Prompts for Generation", arXiv 2101.00190.
 """
@@ -232,7 +245,7 @@ class Prefix(VirtualTokens):
         if call["position_ids"] is not None:
             call["position_ids"] = call["position_ids"] + self.num_virtual_tokens    # the same shape, V further on
         if call["cache"] is None:
-            call["cache"] = KVCache(kept=False)  # the blocks read it in this call, and nobody after it
+            call["cache"] = KVCache(kept=False)  # for this call and its backward pass alone
         if call["cache"].length == 0:  # later calls find the prefix in the cache
             tokens = call["input_ids"] if call["inputs_embeds"] is None else call["inputs_embeds"]
             call["cache"].layers = self.keys_and_values(tokens.shape[0], compute_dtype(module.wte.weight))
@@ -250,6 +263,9 @@ def plan(model: nn.Module, config: PrefixTuningConfig) -> Plan:
     if config.prefix_projection:
         hidden = config.encoder_hidden_size or base.n_embd
         encoder = PrefixProjection(config.num_virtual_tokens, base.n_embd, hidden, shape[1], device)
+        if config.init_weights == "zero":
+            for parameter in encoder.transform[-1].parameters():  # W_2 and b_2, as in peft: P is zeros then
+                nn.init.zeros_(parameter)
     else:
         start = torch.zeros if config.init_weights == "zero" else torch.randn
         encoder = Table(start(shape, device=device))
@@ -258,7 +274,10 @@ def plan(model: nn.Module, config: PrefixTuningConfig) -> Plan:
 
 
 def symbols(seen: Seen) -> Symbols:
-    """What the equation's symbols stand for in one block. The mask is 0 where a query sees, else -infinity."""
+    """What the equation's symbols stand for in one block. The mask is 0 where a query sees, else -infinity.
+
+    It has all four dimensions here: of a tensor with three or more, a trace shows one token's row.
+    """
     seq, V = seen.ids.shape[1], seen.layer.num_virtual_tokens
     q, k, v, o = (tensor.unflatten(2, (seen.layer.n_head, -1)).transpose(1, 2) for tensor in (     # (1, H, seq, D)
         *seen.outputs[f"{seen.block}.attn.c_attn"].chunk(3, dim=2), seen.inputs[f"{seen.block}.attn.c_proj"]))

@@ -15,7 +15,8 @@ alone.
     y            cut off ............   y_0    y_1    y_2    y_3    y_4        (batch, seq, C)
 
 By hand, with C = 2, V = 1: P = (0.5, -1), wpe[0] = (0.1, 0), wpe[1] = (0, 0.2) and a text of one token of embedding
-(3, 1) give x = (0.6, -1), (3, 1.2). Without the prompt the token would stand at position 0: x = (3.1, 1).
+(3, 1) give x = (0.6, -1), (3, 1.2). If the blocks changed nothing, y would be the second vector, (3, 1.2). Without the
+prompt the token would stand at position 0: x = (3.1, 1).
 
 Symbols
     ids (batch, seq) the text's token ids       wte (vocabulary, C), wpe (n_positions, C) the frozen embeddings
@@ -26,20 +27,21 @@ Symbols
     x (batch, V + seq, C) what enters the blocks, in training after the base's own dropout
     blocks the base's L = n_layer blocks and ln_f, its last LayerNorm      y (batch, seq, C) what the head gets
 Trained
-    P, a (V, C) table called transformer.prompt_tuning.encoder.weight, in float32 whatever the base's dtype; a new
-    classification head.
+    P, a (V, C) table called transformer.prompt_tuning.encoder.weight, in float32 whatever the base's dtype; before it
+    is used it is brought to that of the text's embeddings. A new classification head, n C numbers for n labels, in
+    tagging n C + n.
 Frozen
-    Everything else, wte first of all: `inject`, which puts the method into a model, sets requires_grad to False, so no
-    gradient is computed for it and the optimizer never sees it. A prompt that starts from words is a copy of their rows
-    of wte: training it does not move the words.
+    Everything else, wte first of all, the base's biases too: `inject`, which puts the method into a model, sets
+    requires_grad to False, so no gradient is computed for it and the optimizer never sees it. A prompt that starts from
+    words is a copy of their rows of wte: training it does not move the words.
 At step 0
     PromptTuningConfig()                                      is not the base model: P is standard normal
     PromptTuningConfig(prompt_tuning_init="SAMPLE_VOCAB")     is not the base model: P is V rows of wte, drawn at random
     With prompt_tuning_init="TEXT" P is the rows of prompt_tuning_init_text's tokens, repeated or cut to V: the base
     model with these words before each text, which is not the base model on the text either. No setting starts as the
-    base model: a text's tokens stand V positions later, and each spends a part of its attention on the prompt. Where
-    all attention scores are equal, token number t of the text, which sees V + t tokens, spends V of V + t shares on the
-    prompt: the first token 20 of 21.
+    base model: a text's tokens stand V positions later, and each spends a part of its attention on the prompt. An
+    example: if all attention scores are equal, the text's first token sees 21 tokens and spends 20 of 21 shares of its
+    attention on the prompt, and token number t spends V of V + t shares.
     Both models, this one and the base, have the same new head here; it is random.
 Positions and mask
     With V = 20 and a text of 5 tokens:
@@ -62,25 +64,31 @@ Saved
     The second is the new head; tagging has base_model.classifier.weight and .bias there, a language model nothing.
     adapter_config.json must say peft_type PROMPT_TUNING, task_type and num_virtual_tokens. task_type is SEQ_CLS for
     this classifier, TOKEN_CLS for tagging and CAUSAL_LM for a language model. token_dim 768, num_layers 12,
-    num_attention_heads 12 and num_transformer_submodules 1 are written for peft, Hugging Face's library. What is there
-    must be the model's: "the adapter was made for another token_dim; this model's is 768". With prompt_tuning_init TEXT
-    peft wants tokenizer_name_or_path, too.
-    In a loaded configuration prompt_tuning_init is RANDOM, whatever was saved: P comes from the file.
+    num_attention_heads 12 and num_transformer_submodules 1 are written for peft, Hugging Face's library. Each of these
+    four that a file has must be the model's: "the adapter was made for another token_dim; this model's is 768". With
+    prompt_tuning_init TEXT peft wants tokenizer_name_or_path, too: the file has the setting or, without one, the
+    model's name or folder, or gpt2.
+    In a loaded configuration prompt_tuning_init is RANDOM, whatever was saved: P comes from the file. tokenizer_kwargs,
+    which peft may have written, is accepted and not used.
     All tensors are float32. A third file, minipeft.json, holds the base model's fingerprint, the digests of the other
     two files, and what a run adds, such as the labels' names. Without it the folder loads, too.
 Merging
     Not possible: the prompt is input, not a change of weights. It is read before each text.
     `merge` is an InjectionError: "Prompt cannot be merged: it is not a change of weights".
-    Off: within `disable_adapter`, and for good after `remove`, the model is the base model bit for bit: the text stands
-    at 0 of 1,024 positions, under the head as it was before training. A KV cache keeps the prompt: start a new one.
+    Off: within `disable_adapter`, and for good after `remove`, the model is the base model bit for bit: the text starts
+    at position 0 again, all 1,024 are free, and the head is the one from before training. A KV cache keeps the prompt:
+    start a new one.
     Several adapters. A second `inject` of the same method is an InjectionError. `load_adapter(model, folder, name)`
     adds a saved adapter, of this method or another, under another name and makes it the active one, the one that
     computes; the others stay, switched off. `set_adapter(model, name)` makes another one active. Under one name other
     methods may work along, such as LoRA, but no second one that puts something before the text.
 Cost
     V C parameters: 20 * 768 = 15,360. In all 20 * 768 + 1,536 = 16,896 trained, the head's 2 * 768 = 1,536 among them.
-    Forward: V tokens more per text in every block: 276 instead of 256 is 8 % more, 25 instead of 5 five times as much.
-    With a KV cache a text pays for them once, in its first call. The cache holds their 2 V L C numbers per text,
+    Forward: V tokens more per text in every block. 256 tokens become 276: 8 % more in the matrices, and 16 % more
+    attention scores, whose number grows by the square. 5 become 25: five times as much, and 25 times the scores. In the
+    12 blocks' matrices, of 12 C^2 numbers each, a token takes 2 * 12 * 12 * 768 * 768 = 169,869,312 operations, the
+    prompt 20 * 169,869,312 = 3,397,386,240. With a KV cache the V tokens are computed once per text, in its first call;
+    later tokens still read their keys and values. The cache holds these 2 V L C numbers per text,
     4 * 2 * 20 * 12 * 768 = 1,474,560 bytes in float32.
     Backward: the gradient passes through all blocks down to the input. Of the three products that full fine-tuning
     takes per matrix (forward, the gradient of the matrix's input, the gradient of the matrix itself) the third is never
@@ -90,8 +98,7 @@ Cost
     dropout adds one byte per number, 2 C in a block. For dropout on attention's shares (attn_pdrop) a CPU keeps its
     mask, a byte per share, in place of attention's output; a GPU's fused attention keeps no mask.
     Optimizer: 8 bytes per trained parameter for AdamW's two means, 135,168 bytes; gradients take half of that. The
-    optimizer's time, too, grows with the trained parameters alone. The optimizer's time, too, grows with the trained
-    parameters alone.
+    optimizer's time, too, grows with the trained parameters alone.
 Errors
     In this list the class of each error stands before its message. Most wrong values are found when the configuration
     is made, the others by `inject`, before it changes anything. `load_adapter` raises an AdapterError, and leaves the
@@ -100,7 +107,9 @@ Errors
     change the numbers, and that minipeft does not implement, is a ConfigError. An adapter's name that is taken
     (`load_adapter`) or unknown (`set_adapter`, `remove`) is an InjectionError. Other dimensions than the model's, such
     as token_dim, are a ConfigError. A folder for another task is an AdapterError, too. A text with more tokens than
-    positions is a ConfigError when the model reads it. With TEXT a vocabulary that cannot be read is a WeightsError.
+    positions is a ConfigError when the model reads it. With TEXT `inject` raises a ConfigError if the text is missing,
+    empty or blank, or has ids that the model does not have, and a WeightsError if the vocabulary is damaged, or GPT-2's
+    neither cached nor to be downloaded.
     PromptTuningConfig(prompt_tuning_init="random")
         ConfigError: prompt_tuning_init must be one of RANDOM, SAMPLE_VOCAB, TEXT, got 'random'
     inject(model, PromptTuningConfig(prompt_tuning_init="TEXT"))
@@ -119,6 +128,10 @@ Differs from the paper
     words, from frequent words, or uniform in [-0.5, 0.5]. peft's default, and this one, is standard normal: vectors
     several times as long as a word's. SAMPLE_VOCAB draws from the whole vocabulary. Their ensembles of prompts are not
     in this file.
+    From peft it differs: a classifier takes the last real token, where peft takes the last position, pad or not; the
+    virtual tokens' rows are cut off, where peft gives them out with a language model and in tagging; a caller's
+    position_ids count, where peft drops them. And num_virtual_tokens and, with TEXT, tokenizer_name_or_path need not be
+    given.
 
 Paper: Lester, Al-Rfou, Constant (2021), "The Power of Scale for Parameter-Efficient Prompt Tuning", arXiv 2104.08691.
 """
@@ -152,7 +165,7 @@ class PromptTuningConfig(VirtualTokensConfig):
 
     method: ClassVar[str] = "prompt"
     peft_type: ClassVar[str] = "PROMPT_TUNING"
-    harmless: ClassVar[tuple[str, ...]] = ("tokenizer_kwargs",)  # of peft's file: how TEXT was cut, which is over
+    harmless: ClassVar[tuple[str, ...]] = ("tokenizer_kwargs",)  # of TEXT's tokenizer; a file holds P itself
 
     num_virtual_tokens: int = setting(20, "V, tokens before the text", POSITIVE_INTEGER)
     prompt_tuning_init: str = setting(
@@ -215,7 +228,8 @@ def plan(model: nn.Module, config: PromptTuningConfig) -> Plan:
     """Put V learned vectors before every text.
 
     Raises:
-        ConfigError: as many virtual tokens as positions or more, no text to start from, or another model's tokenizer.
+        ConfigError: as many virtual tokens as positions or more, no text to start from, or one with ids that
+            the model does not have.
         WeightsError: a damaged vocabulary file, or GPT-2's vocabulary neither cached nor to be downloaded.
     """
     check_room(model, config.num_virtual_tokens)
@@ -242,7 +256,7 @@ def _initial_rows(model: nn.Module, config: PromptTuningConfig) -> Tensor:
 
 
 def symbols(seen: Seen) -> Symbols:
-    """What the equation's symbols stand for."""
+    """What the equation's symbols stand for. positions are (1, V + seq): a trace then finds a token's row."""
     layer, base = seen.layer, base_of(seen.model)
     name, V = seen.place.rpartition(".")[0], layer.num_virtual_tokens
     return Symbols({"P": layer.encoder(), "wte": base.wte.weight, "ids": seen.ids, "wpe": base.wpe.weight,

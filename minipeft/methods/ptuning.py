@@ -1,8 +1,8 @@
 r"""P-tuning (v1): a prompt that a small network produces.
 
-V learned vectors stand before every text, as in prompt tuning. They are not trained directly: they are what a network,
-an MLP or an LSTM, makes of V trained embeddings. All V come out of the same network, so a change of its weights moves
-all of them at once. After training only what it makes is kept.
+V learned vectors stand before every text, as in prompt tuning. Here they are not trained themselves. Trained are V
+embeddings and a network, an MLP or an LSTM, that makes the V vectors from them. All V come out of the same network, so
+a change of its weights moves all of them at once. After training only the vectors are kept.
 
     P = relu(relu(E W_1^T + b_1) W_2^T + b_2) W_3^T + b_3        MLP, the default
     x = [P; wte[ids]] + wpe[positions]      stacked along the sequence
@@ -10,7 +10,7 @@ all of them at once. After training only what it makes is kept.
 
                  E (V, C)      trained, starts standard normal
                  |
-              encoder          3 linear layers with relu between, trained
+              encoder          3 linear layers with relu between (MLP), trained
                  |
                  P (V, C)      the same for every text
                  |
@@ -26,23 +26,26 @@ backwards. Two linear layers follow: P = relu(lstm(E) W_1^T + b_1) W_2^T + b_2, 
 
 By hand, with V = 1, C = 2, h = 1: E = (1, 2), W_1 = (1, 1), b_1 = 1 give 1 + 2 + 1 = 4; W_2 = 2, b_2 = -1 give
 2 * 4 - 1 = 7; W_3 = (1, -1)^T, b_3 = (0, 10) give P = (7, 3). relu changes nothing here. With E = (-3, 1) it does:
--3 + 1 + 1 = -1 becomes 0, then 2 * 0 - 1 = -1 becomes 0, and P = (0, 10).
+-3 + 1 + 1 = -1 becomes 0, then 2 * 0 - 1 = -1 becomes 0, and P = (0, 10). With P = (7, 3), wpe[0] = (0.1, 0),
+wpe[1] = (0, 0.2) and a text of one token of embedding (3, 1), x = (7.1, 3), (3, 1.2); if the blocks changed nothing, y
+would be the second vector, (3, 1.2).
 
 Symbols
     E (V, C) is transformer.prompt_tuning.encoder.embedding.weight, not on disk
     h = encoder_hidden_size, the network's width, by default C
-    W_1 (h, C), b_1 (h,), W_2 (h, h), b_2 (h,), W_3 (C, h), b_3 (C,) are the linear layers of encoder.mlp_head. With the
-    LSTM there are two, W_1 (2 h, 2 h), b_1 (2 h,), W_2 (C, 2 h), b_2 (C,). E, the W and the b are all trained, and so
-    is the LSTM.
-    lstm is PyTorch's nn.LSTM(C, h, encoder_num_layers, bidirectional=True). Each layer has for each direction weight_ih
-    (4 h, C), above the first layer (4 h, 2 h), weight_hh (4 h, h), bias_ih (4 h,) and bias_hh (4 h,). It goes from row
-    to row with a state c (h,) and an output s (h,), both 0 at first. At each row weight_ih row + bias_ih + weight_hh s
-    + bias_hh are 4 h numbers: the first h of them are i, the next f, then g, then o. With
-    sigmoid(a) = 1 / (1 + exp(-a)), c becomes sigmoid(f) c + sigmoid(i) tanh(g), and then s becomes sigmoid(o) tanh(c).
-    Both directions' s stand side by side in the layer's output (V, 2 h). Between two layers numbers are dropped with
-    the probability encoder_dropout, in training. Where that is not 0 and the LSTM has one layer, nothing is dropped,
-    and torch warns: "dropout option adds dropout after all but last recurrent layer, so non-zero dropout expects
-    num_layers greater than 1".
+    W_1 (h, C), b_1 (h,), W_2 (h, h), b_2 (h,), W_3 (C, h), b_3 (C,) are weight and bias of encoder.mlp_head.0, .2 and
+    .4. With the LSTM there are two linear layers, encoder.mlp_head.0 and .2: W_1 (2 h, 2 h), b_1 (2 h,), W_2 (C, 2 h),
+    b_2 (C,). E, the W and the b are all trained, and so is the LSTM.
+    lstm is encoder.lstm, PyTorch's nn.LSTM(C, h, encoder_num_layers, bidirectional=True). Each layer has for each
+    direction weight_ih (4 h, C), above the first layer (4 h, 2 h), weight_hh (4 h, h), bias_ih (4 h,) and bias_hh
+    (4 h,). Each direction goes from row to row with a state c (h,) and an output s (h,), both 0 at first. For a row e,
+    the sum of weight_ih times e, bias_ih, weight_hh times s, and bias_hh is 4 h numbers: the first h of them are i, the
+    next f, then g, then o. With sigmoid(a) = 1 / (1 + exp(-a)), c becomes sigmoid(f) c + sigmoid(i) tanh(g), and then s
+    becomes sigmoid(o) tanh(c). Row i of the layer's output (V, 2 h) has both directions' s: in its first h columns that
+    of the forward one, which has read rows 0 to i, in its last h that of the backward one, which has read rows V - 1
+    down to i. Between two layers numbers are dropped with the probability encoder_dropout, in training. Where that is
+    not 0 and the LSTM has one layer, nothing is dropped, and torch warns: "dropout option adds dropout after all but
+    last recurrent layer, so non-zero dropout expects num_layers greater than 1".
     relu(x) = max(x, 0)       P (V, C) the prompt       V = num_virtual_tokens       C = n_embd, 768 in GPT-2 124M
     ids (batch, seq) the text's token ids       wte (vocabulary, C), wpe (n_positions, C) the frozen embeddings
     seq how many tokens the text has            [P; ...] (batch, V + seq, C): P before each text of the batch
@@ -51,19 +54,20 @@ Symbols
     x (batch, V + seq, C) what enters the blocks, in training after the base's own dropout
     blocks the base's L = n_layer blocks and ln_f, its last LayerNorm      y (batch, seq, C) what the head gets
 Trained
-    E and the network, in float32 whatever the base's dtype; a new classification head. A model that loads a saved
-    adapter has P as a plain table: if it is trained further, then P itself is, as in prompt tuning.
+    E and the network, in float32 whatever the base's dtype (P is brought to that of the text's embeddings before it is
+    used); a new classification head, n C numbers for n labels, in tagging n C + n. A model that loads a saved adapter
+    has P as a plain table: if it is trained further, then P itself is, as in prompt tuning.
 Frozen
-    Everything else, wte first of all: `inject`, which puts the method into a model, sets requires_grad to False, so no
-    gradient is computed for it and the optimizer never sees it.
+    Everything else, wte first of all, the base's biases too: `inject`, which puts the method into a model, sets
+    requires_grad to False, so no gradient is computed for it and the optimizer never sees it.
 At step 0
     PromptEncoderConfig()                                          is not the base model: E and the network are random
     PromptEncoderConfig(encoder_reparameterization_type="LSTM")    is not the base model: for the same reason
     E starts standard normal. Matrix and bias of a linear layer with n inputs start uniform between -1 / sqrt(n) and
     1 / sqrt(n), all of the LSTM's tensors between -1 / sqrt(h) and 1 / sqrt(h).
     No setting starts as the base model: a text's tokens stand V positions later, and each spends a part of its
-    attention on the prompt. Where all attention scores are equal, token number t of the text, which sees V + t tokens,
-    spends V of V + t shares on the prompt: the first token 20 of 21.
+    attention on the prompt. An example: if all attention scores are equal, the text's first token sees 21 tokens and
+    spends 20 of 21 shares of its attention on the prompt, and token number t spends V of V + t shares.
     Both models, this one and the base, have the same new head here; it is random.
 Positions and mask
     With V = 20 and a text of 5 tokens:
@@ -88,16 +92,17 @@ Saved
     P alone: E and the network are not kept, and P is made without dropout. adapter_config.json must say peft_type
     P_TUNING, task_type and num_virtual_tokens. task_type is SEQ_CLS for this classifier, TOKEN_CLS for tagging and
     CAUSAL_LM for a language model. token_dim 768, num_layers 12, num_attention_heads 12 and num_transformer_submodules
-    1 are written for peft, Hugging Face's library. What is there must be the model's: "the adapter was made for another
-    token_dim; this model's is 768".
+    1 are written for peft, Hugging Face's library. Each of these four that a file has must be the model's: "the adapter
+    was made for another token_dim; this model's is 768".
     The encoder_* fields stay in a loaded configuration and change nothing: a table with P is in the network's place.
     All tensors are float32. A third file, minipeft.json, holds the base model's fingerprint, the digests of the other
     two files, and what a run adds, such as the labels' names. Without it the folder loads, too.
 Merging
     Not possible: the prompt is input, not a change of weights. It is read before each text.
     `merge` is an InjectionError: "Prompt cannot be merged: it is not a change of weights".
-    Off: within `disable_adapter`, and for good after `remove`, the model is the base model bit for bit: the text stands
-    at 0 of 1,024 positions, under the head as it was before training. A KV cache keeps the prompt: start a new one.
+    Off: within `disable_adapter`, and for good after `remove`, the model is the base model bit for bit: the text starts
+    at position 0 again, all 1,024 are free, and the head is the one from before training. A KV cache keeps the prompt:
+    start a new one.
     Several adapters. A second `inject` of the same method is an InjectionError. `load_adapter(model, folder, name)`
     adds a saved adapter, of this method or another, under another name and makes it the active one, the one that
     computes; the others stay, switched off. `set_adapter(model, name)` makes another one active. Under one name other
@@ -109,13 +114,17 @@ Cost
     layer 0     8 h (C + h + 2)               2 * (3072 * 768 + 3072 * 768 + 2 * 3072) = 9,449,472
     each more   8 h (3 h + 2)                 2 * (3072 * 1536 + 3072 * 768 + 2 * 3072) = 14,168,064
     W and b     4 h^2 + 2 h + 2 h C + C       (1536 * 1536 + 1536) + (768 * 1536 + 768) = 3,541,248
+    N layers    8 h (C + h + 2) + (N - 1) 8 h (3 h + 2) + 4 h^2 + 2 h + 2 h C + C + V C, and the head
     in all      9,449,472 + 14,168,064 + 3,541,248 + 20 * 768 + 1,536 = 27,175,680, the head's among them
-    Forward: V tokens more per text in every block: 276 instead of 256 is 8 % more, 25 instead of 5 five times as much.
-    With a KV cache a text pays for them once, in its first call. The cache holds their 2 V L C numbers per text,
-    4 * 2 * 20 * 12 * 768 = 1,474,560 bytes in float32. The network runs once per call, not per text, with 2 V
-    operations per number in its matrices: 2 * 20 * 3 * 768 * 768 = 70,778,880 for the MLP. In the 12 blocks' matrices,
-    of 12 C^2 numbers each, one token takes 2 * 12 * 12 * 768 * 768 = 169,869,312. The LSTM takes as many as 6.4 tokens,
-    2 * 20 * (9,437,184 + 14,155,776 + 3,538,944) = 1,085,276,160 in layer 0, layer 1 and W.
+    Forward: V tokens more per text in every block. 256 tokens become 276: 8 % more in the matrices, and 16 % more
+    attention scores, whose number grows by the square. 5 become 25: five times as much, and 25 times the scores. In the
+    12 blocks' matrices, of 12 C^2 numbers each, a token takes 2 * 12 * 12 * 768 * 768 = 169,869,312 operations, the
+    prompt 20 * 169,869,312 = 3,397,386,240. With a KV cache the V tokens are computed once per text, in its first call;
+    later tokens still read their keys and values. The cache holds these 2 V L C numbers per text,
+    4 * 2 * 20 * 12 * 768 = 1,474,560 bytes in float32. The network runs once in each call that puts the prompt in,
+    whatever the number of texts, with 2 V operations per number in its matrices: 2 * 20 * 3 * 768 * 768 = 70,778,880
+    for the MLP. The LSTM takes as many as 6.4 tokens, 2 * 20 * (9,437,184 + 14,155,776 + 3,538,944) = 1,085,276,160 in
+    layer 0, layer 1 and W.
     Backward: the gradient passes through all blocks down to the input, and then through the network. Of the three
     products that full fine-tuning takes per matrix (forward, the gradient of the matrix's input, the gradient of the
     matrix itself) the third is never computed for a frozen matrix. It alone needs the matrix's input, which is
@@ -124,10 +133,11 @@ Cost
     attention computes them again. In training the base's dropout adds one byte per number, 2 C in a block. For dropout
     on attention's shares (attn_pdrop) a CPU keeps its mask, a byte per share, in place of attention's output; a GPU's
     fused attention keeps no mask. The MLP keeps both relus' outputs, 2 V h numbers per call; the LSTM its inputs, gates
-    and states per row, layer and direction, and the one relu's output, 2 V h.
-    Optimizer: 8 bytes per trained parameter for AdamW's two means, 14,309,376 bytes; with the LSTM The optimizer's
-    time, too, grows with the trained parameters alone.
-    8 * 27,175,680 = 217,405,440 bytes. Gradients take half of that.
+    and states per row, layer and direction, and the one relu's output, 2 V h. The network's own backward takes twice
+    its forward, with the MLP 2 * 70,778,880 = 141,557,760 operations.
+    Optimizer: 8 bytes per trained parameter for AdamW's two means, 14,309,376 bytes; with the LSTM
+    8 * 27,175,680 = 217,405,440 bytes. Gradients take half of that. The optimizer's time, too, grows with the trained
+    parameters alone.
 Errors
     In this list the class of each error stands before its message. Most wrong values are found when the configuration
     is made, the others by `inject`, before it changes anything. `load_adapter` raises an AdapterError, and leaves the
@@ -152,6 +162,10 @@ Differs from the paper
     task among them, and have the model fill in a word. Here, as in peft, all stand before the text, and a new head
     gives the label. They use the LSTM; peft's default, and this one, is the MLP. They report training the language
     model along with the prompt, too; here it is frozen.
+    From peft it differs: a classifier takes the last real token, where peft takes the last position, pad or not; the
+    virtual tokens' rows are cut off, where peft gives them out with a language model and in tagging; a caller's
+    position_ids count, where peft drops them; P is saved without dropout, where peft saves it with encoder_dropout if
+    the model is in training mode. And num_virtual_tokens need not be given.
 
 Paper: Liu, Zheng, Du, Ding, Qian, Yang, Tang (2021), "GPT Understands, Too", arXiv 2103.10385.
 """

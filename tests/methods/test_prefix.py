@@ -92,6 +92,17 @@ def test_a_zero_start_still_takes_its_share_of_the_softmax(make_model):
     assert (model(IDS) - base).abs().max() > 1e-3
 
 
+def test_a_zero_start_of_a_projected_prefix_is_its_last_layers(make_model):
+    """As in peft. The network before it is random, so that the last layer has a gradient."""
+    model = inject(make_model(GPT2LMHeadModel), PrefixTuningConfig(num_virtual_tokens=3, prefix_projection=True,
+                                                                   init_weights="zero"))
+    encoder = prefix_of(model).encoder
+    assert torch.equal(encoder(), torch.zeros(3, 96))
+    model(IDS).square().sum().backward()
+    assert {name for name, p in encoder.named_parameters() if p.grad.any()} == {"transform.2.weight",
+                                                                                "transform.2.bias"}
+
+
 def test_each_slot_of_the_table_is_the_keys_or_the_values_of_one_block(make_model):
     torch.manual_seed(0)
     model = inject(make_model(GPT2Model), PrefixTuningConfig(num_virtual_tokens=3))

@@ -1,4 +1,4 @@
-"""BitFit: training the bias terms, and nothing else.
+"""BitFit: of the base, the bias terms alone are trained.
 
 The weight matrices and the embeddings stay as they are; the bias vectors of linear layers and LayerNorms are trained.
 The variant "layer_norm" trains the LayerNorms' gains and offsets instead. No layer is added or replaced.
@@ -10,16 +10,16 @@ The variant "layer_norm" trains the LayerNorms' gains and offsets instead. No la
                 |
          W (out, in)  frozen          in a LayerNorm: g (width,), frozen too, except with train="layer_norm"
                 |
-                |  + b (out,)         trained; starts where pretraining left it: step 0 is the base model, exactly
+                |  + b (out,)         trained; with train="layer_norm" in LayerNorms alone
                 |
-                y (batch, seq, out)
+                y (batch, seq, out)   b starts where pretraining left it: step 0 is the base model, exactly
 
 By hand: W = [[1, 2], [3, 4]], b = [0, 1], x = [1, 1] give
 x W^T = [3, 7], y = [3, 8].
 
 Symbols
     x (batch, seq, in) the layer's input      y (batch, seq, out) its output      W (out, in) frozen
-    b (out,) the layer's own `bias`, trained
+    b (out,) the layer's own `bias`, trained; with train="layer_norm" a linear layer's is frozen
     g (width,) a LayerNorm's own `weight`     mean(x), var(x) (batch, seq, 1), over the width     eps = 1e-5
     var(x) is the mean of (x - mean(x))^2: the sum is divided by the number of channels, width, not by width - 1
     sqrt the square root; in a LayerNorm in = out = width, 768 for GPT-2
@@ -32,7 +32,8 @@ Frozen
 At step 0
     BitFitConfig()                      is the base model, bit for bit: nothing is added, and nothing has moved yet
     BitFitConfig(train="layer_norm")    is the base model, bit for bit: for the same reason
-    Both models, this one and the base, have the same new head here; it is random.
+    Both models, this one and the base, have the same new head here; it is random. On a half-precision base, where what
+    is trained is float32, the logits are equal up to rounding.
 Positions and mask
     Untouched. The same b is added to every token; a text has as many positions as before.
     KV cache. As large as the base's. It holds adapted keys and values: when the adapter changes, begin a new one.
@@ -47,7 +48,8 @@ Saved
     base_model.model.transformer.ln_f.bias (768,)
     base_model.model.score.weight (2, 768)
     and so for every block: the trained vectors themselves, not what was added to the base's. With train="layer_norm"
-    it is the head and, of ln_1, ln_2 and ln_f, weight (768,), which is g, and bias (768,). adapter_config.json must say
+    it is the head and, of ln_1, ln_2 and ln_f, weight (768,), which is g, and bias (768,). In place of
+    score tagging has classifier.weight and classifier.bias, a language model nothing. adapter_config.json must say
     peft_type MINIPEFT_BITFIT and, as train, what is trained. peft has no such method and cannot read the folder.
     All tensors are float32. A third file, minipeft.json, holds the base model's fingerprint, the digests of the other
     two files, and what a run adds, such as the labels' names. Without it the folder loads, too.
@@ -57,18 +59,21 @@ Merging
     them back.
     Several adapters. A second `inject` of the same method is an InjectionError. `load_adapter(model, folder, name)`
     adds a saved adapter, of this method or another, under another name and makes it the active one, the one that
-    computes; the others stay, switched off. `set_adapter(model, name)` makes another one active.
+    computes; the others stay, switched off. `set_adapter(model, name)` makes another one active. Under one name other
+    methods may work along, such as LoRA, but neither full nor head.
 Cost
-    Per block of GPT-2 768 + 2304 + 768 + 768 + 3072 + 768 = 8,448, and 768 of ln_f: 12 * 8,448 + 768 = 102,144.
+    Per block of GPT-2 768 + 2304 + 768 + 768 + 3072 + 768 = 8,448, and 768 of ln_f: 12 * 8,448 + 768 = 102,144. That is
+    all in a language model. A new head has labels * 768 numbers, here 2 * 768 = 1,536, in tagging 2 * 768 + 2 = 1,538.
     With the head 102,144 + 1,536 = 103,680 trained. With train="layer_norm" (12 * 2 + 1) * 2 * 768 = 38,400, with the
     head 38,400 + 1,536 = 39,936.
-    Forward: not one operation more. Backward: every layer's input gets its gradient through the frozen W, 2 in out
-    operations per token; W's own gradient, as many again, is never computed. b's gradient is the sum of y's gradient
-    over batch and seq. It needs no x, so a linear layer keeps nothing for the backward pass. LayerNorms, gelu and
-    attention keep what the gradients of their own inputs need; in a LayerNorm this is all that g's gradient needs, too.
-    Optimizer: 8 bytes per trained parameter for AdamW's two means, 829,440 bytes. The base's own values of all that is
-    trained, the head's included, are kept aside: 4 * 103,680 = 414,720 bytes in float32. The optimizer's time, too,
-    grows with the trained parameters alone.
+    Forward: not one operation more. Backward: every linear layer's input gets its gradient through the frozen W, 2 in
+    out operations per token; W's own gradient, as many again, is never computed. The input of block 0's ln_1 needs no
+    gradient. b's gradient is the sum of y's gradient over batch and seq. It needs no x, so a linear layer keeps nothing
+    for the backward pass. LayerNorms, gelu and attention keep what the gradients of their own inputs need. With
+    train="layer_norm" no more is kept: g's gradient needs the same.
+    Optimizer: 8 bytes per trained parameter for AdamW's two means, 829,440 bytes, with train="layer_norm" 319,488. The
+    base's own values of all that is trained, the head's included, are kept aside: 4 * 103,680 = 414,720 bytes in
+    float32, or 4 * 39,936 = 159,744. The optimizer's time, too, grows with the trained parameters alone.
 Errors
     In this list the class of each error stands before its message. Most wrong values are found when the configuration
     is made, the others by `inject`, before it changes anything. `load_adapter` raises an AdapterError, and leaves the
@@ -85,8 +90,8 @@ Errors
         InjectionError: there is nothing to merge: bitfit trains the model's own tensors
 Differs from the paper
     The paper fine-tunes BERT, whose query, key and value have a bias each; in GPT-2 the three are one vector, that of
-    c_attn. The paper also tries two biases per block alone, the query's and that of the feed-forward layer's first
-    matrix; here it is all of them. The variant "layer_norm" is from the second paper.
+    c_attn. The paper also tries to train two biases per block only, the query's and that of the feed-forward layer's
+    first matrix. Here all biases are trained. The variant "layer_norm" is from the second paper.
 
 Papers: Ben Zaken, Ravfogel, Goldberg (2021), "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based
 Masked Language-models", arXiv 2106.10199. Qi, Ruan, Zuo, Li (2022), "Parameter-Efficient Tuning on Layer

@@ -16,6 +16,9 @@ product of two thin matrices. The price is memory, and a file as large as the mo
                 |
                 y (batch, seq, out)
 
+By hand: theta = 1, g = 0.5, mean = 0, square = 0, t = 1, rate = 0.1, decay = 0.01 and, to keep it short, eps = 0 give
+mean_next = 0.05, square_next = 0.00025, theta_next = 0.899.
+
 Symbols
     x (batch, seq, in) a layer's input      y (batch, seq, out) its output      W (out, in), bias (out,) trained
     theta any tensor of the model, theta_next what a step of AdamW makes of it; both in its own shape
@@ -23,11 +26,13 @@ Symbols
     step: all gradients together have a length of max_grad_norm at most, by default 1.
     mean, square AdamW's running means of g and g^2, each in theta's shape and 0 before the first step; mean_next,
     square_next are those after this step. As they begin at 0, they are too small in the first steps; to divide by
-    1 - 0.9^t and 1 - 0.999^t corrects that. At t = 1 the quotients are g and g^2, so theta moves by about rate, against
-    the sign of g.
-    rate the learning rate of this step: it rises to `learning_rate`, then falls; `scripts/train.py --method full` takes
-    3e-4 for classification. decay is `weight_decay`, by default 0.01, for the matrices of linear layers, and 0 for all
-    else.
+    1 - 0.9^t and 1 - 0.999^t corrects that. At t = 1 the quotients are g and g^2. So where g is not 0, theta moves by
+    about rate against the sign of g; decay comes on top.
+    rate the learning rate of this step. In the first w = round(warmup_ratio * N) of N steps (warmup_ratio is 0.06 by
+    default) it is learning_rate * t / w, then learning_rate * (1 + cos(pi * (t - 1 - w) / (N - w))) / 2. As
+    learning_rate `scripts/train.py --method full` takes 3e-4 for classification.
+    decay is `weight_decay`, by default 0.01, for the matrices of linear layers, and 0 for all else. A language model's
+    head that is wte, as GPT-2's is, does not decay.
     eps = 1e-8      sqrt the square root, number by number
 Trained
     Everything: embeddings, matrices, biases, LayerNorms, and a new classification head. A model in half precision
@@ -36,7 +41,8 @@ Frozen
     Nothing: `inject`, which puts the method into a model, sets requires_grad to True on every parameter.
 At step 0
     FullConfig()    is the base model, bit for bit: nothing is added, and nothing has moved yet
-    Both models, this one and the base, have the same new head here; it is random.
+    Both models, this one and the base, have the same new head here; it is random. A base in half precision computes in
+    float32 from now on: there it is the base model up to rounding.
 Positions and mask
     Untouched: positions, masks, the KV cache and the longest text, 1,024 tokens, are the base's.
 Saved
@@ -48,31 +54,39 @@ Saved
     transformer.h.0.ln_1.weight (768,)
     transformer.h.0.attn.c_attn.weight (768, 2304)
     transformer.h.0.attn.c_attn.bias (2304,)
+    transformer.h.0.attn.c_proj.weight (768, 768)
+    transformer.h.0.ln_2.weight (768,)
     transformer.h.0.mlp.c_fc.weight (768, 3072)
+    transformer.h.0.mlp.c_proj.weight (3072, 768)
     transformer.ln_f.weight (768,)
     score.weight (2, 768)
-    The blocks' matrices are stored as (in, out), as GPT-2's always were, and score, the head, as (out, in).
+    and so for every block. Each of them but wte, wpe and score has a bias, too. The 2 is the number of labels. Tagging
+    has classifier.weight and classifier.bias in score's place, a language model nothing. The blocks' matrices are
+    stored as (in, out), as GPT-2's always were, and the head as (out, in). peft has no such method.
 Merging
     Not possible, and not needed: the trained weights are the model's own. No copy of the base is kept, so `remove`,
-    `disable_adapter` and `load_adapter` are refused, each by the last message under "Errors". A model that is
+    `disable_adapter` and `load_adapter` raise the InjectionError that stands last under "Errors". A model that is
     fine-tuned whole carries no second method: for each task there is a whole model of its own.
 Cost
     wte 50,257 * 768 = 38,597,376, wpe 1,024 * 768 = 786,432, ln_f 2 * 768 = 1,536, the head 2 * 768 = 1,536, and per
     block (768 * 2304 + 2304) + (768 * 768 + 768) + (768 * 3072 + 3072) + (3072 * 768 + 768) + 4 * 768 = 7,087,872.
-    In all 38,597,376 + 786,432 + 12 * 7,087,872 + 1,536 + 1,536 = 124,441,344 trained.
+    In all 38,597,376 + 786,432 + 12 * 7,087,872 + 1,536 + 1,536 = 124,441,344 trained; without a new head 124,439,808.
     Forward: what the base takes, 2 * in * out operations per token and matrix (in * out products, as many sums), and
-    those of attention. Backward: twice as many, half of them for the gradient of x, half for that of W. The second half
-    needs x, so every layer keeps its input. A method that leaves W frozen neither computes this half nor keeps x for
-    it. Kept are, per block and token, the inputs of both LayerNorms (2 C, C = 768 channels) and of the four matrices
-    (7 C), q, k, v (3 C) and gelu's input (4 C): 16 C numbers, where frozen matrices leave 10 C. The softmax's shares
-    are not kept: attention computes them again. In training the base's dropout adds one byte per number, 2 C in a
-    block. In attention (attn_pdrop) a CPU keeps a byte per share, and a GPU's fused attention nothing.
+    4 S C per token and block in attention, over the S tokens that it sees; C = 768 channels.
+    Backward: per token and matrix 2 * in * out operations for the gradient of x, and as many for that of W, which is a
+    product with x. So each layer keeps its x for the backward pass. Where W is frozen, its gradient is not computed and
+    x is not kept for it.
+    Kept are, per block and token, the inputs of both LayerNorms (2 C) and of the four matrices (7 C), one of which is
+    attention's output, q, k, v (3 C) and gelu's input (4 C): 2 + 7 + 3 + 4 = 16 C numbers. Frozen matrices leave 10 C:
+    of their inputs only attention's output is kept. The softmax's shares are not kept: attention computes them again.
+    In training the base's dropout adds one byte per number, 2 C in a block. In attention (attn_pdrop) a CPU keeps a
+    byte per share, and a GPU's fused attention nothing.
     Optimizer: 8 bytes per parameter for AdamW's two means, 995,530,752 bytes. With the gradient that is 12 bytes per
-    parameter, beside 4 of its own: 16 * 124,441,344 = 1,991,061,504 bytes before any activation.
+    parameter, beside 4 of its own: 16 * 124,441,344 = 1,991,061,504 bytes before any activation. The optimizer's time,
+    too, grows with the trained parameters, here all of them.
 Errors
     In this list the class of each error stands before its message. There are no settings to be wrong; `inject` raises
-    before it changes anything. `load_adapter` needs the base's own weights and raises an InjectionError;
-    `disable_adapter` does, too. A text with more tokens than positions is a ConfigError when the model reads it.
+    before it changes anything. A text with more tokens than positions is a ConfigError when the model reads it.
     inject(inject(model, LoraConfig()), FullConfig())
         InjectionError: this model already carries lora, which does not combine with full: remove it, or start from a
         fresh model

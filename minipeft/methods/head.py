@@ -21,25 +21,29 @@ compared with it.
 
 The picture shows text classification. In tagging W reads dropout(h), all tokens' hidden states.
 
+By hand: W = [[1, 2], [3, 4]], h_last = [1, 1] give logits = [3, 7].
+
 Symbols
     h (batch, seq, width) the base model's output, after its last LayerNorm; width is 768 for GPT-2
     h_last (batch, width) the hidden state of each text's last real token, which has seen the whole text
     W (labels, width) is score.weight or, in tagging, classifier.weight      bias (labels,) is classifier.bias
-    dropout(h) is h; in training a share p = classifier_dropout (0.1) of it is set to zero, the rest divided by 1 - p
+    dropout(h) in training sets each number of h to 0 with probability p = classifier_dropout (0.1) and divides it by
+    1 - p otherwise. Outside of training it is h.
     logits (batch, labels), in tagging (batch, seq, labels): one number per label, before the softmax
 Trained
     The new head alone: W and, in tagging, bias. Every other method trains it too, beside its own parameters. W starts
-    normal, with deviation 0.02 (initializer_range), and bias at 0.
+    normal, with deviation 0.02 (initializer_range), and bias at 0. On a half-precision base both are float32.
 Frozen
     The whole base model: `inject`, which puts the method into a model, sets requires_grad to False, so no gradient is
     computed for it and the optimizer never sees it.
 At step 0
     HeadConfig()    is the base model, bit for bit: no layer is added
     Both models, this one and the base, have the same new head here; it is random. So the first predictions are guesses.
+    On a half-precision base the head computes in float32: there the logits are equal up to rounding.
 Positions and mask
     Untouched. The attention mask also says which token is a text's last real one, on whichever side the padding is.
-    Without a mask it is the last token, padding or not. position_ids count as in the base, a text may have all 1,024
-    positions, and a KV cache holds what it holds without the method: one key and one value per token and block.
+    Without a mask it is the last token, padding or not. position_ids count as in the base, and a text may have all
+    1,024 positions. The models with a new head take no KV cache.
 Saved
     In adapter_model.safetensors:
     base_model.model.score.weight (2, 768)
@@ -53,18 +57,21 @@ Merging
     `disable_adapter` and `remove` put back the one that the model had before, which is kept for that.
     Several adapters. A second `inject` of the same method is an InjectionError. `load_adapter(model, folder, name)`
     adds a saved adapter, of this method or another, under another name and makes it the active one, the one that
-    computes; the others stay, switched off. `set_adapter(model, name)` makes another one active. Under one name no
-    other method works along.
+    computes; the others stay, switched off. `set_adapter(model, name)` makes another one active. Head-only training
+    combines with no other method.
 Cost
     labels * width parameters: 2 * 768 = 1,536 trained and 124,441,344 - 1,536 = 124,439,808 frozen. Tagging has a bias
     besides: 2 * 768 + 2 = 1,538.
     Forward: the base, once per text. In eval mode, without dropout, a text's h_last is the same in every epoch;
-    scripts/train.py computes it once (runs/features.py), and the base is in eval mode then. From then on a text costs
-    2 labels width operations. In tagging each token has a feature, more than a memory holds, so none is kept. There the
-    base reads each text in every epoch, in training mode, so its dropout acts.
-    Backward: it ends at the head. W's gradient is all there is, as many operations as the head's forward; no gradient
-    passes through the base, and none of its activations are kept. Optimizer: 8 bytes per trained parameter for AdamW's
-    two means, 12,288 bytes. The earlier head, kept aside: 4 * 1,536 = 6,144 bytes in float32.
+    scripts/train.py computes it once (runs/features.py), and the base is in eval mode then. It is kept in float32:
+    4 * 768 = 3,072 bytes per text. From then on a text costs 2 labels width operations.
+    In tagging a text has a feature for each token. These are too many to keep, so the base reads each text in every
+    epoch. It is in training mode then, and its dropout acts, where a run has any (`--dropout`).
+    Backward: it ends at the head. The gradients of W and, in tagging, bias are all there is; W's takes as many
+    operations as the head's forward. No gradient passes through the base, and none of its activations are kept.
+    Optimizer: 8 bytes per trained parameter for AdamW's two means, 12,288 bytes, in tagging 12,304. The optimizer's
+    time, too, grows with the trained parameters alone. The earlier head, kept aside: 4 * 1,536 = 6,144 bytes in
+    float32, in tagging 6,152.
 Errors
     In this list the class of each error stands before its message. There are no settings to be wrong; `inject` raises
     before it changes anything. `load_adapter` raises an AdapterError, and leaves the model as it was, where a tensor is

@@ -2,20 +2,23 @@
 
 All of it changes the model itself; no forward pass asks whether a method is on. What is inactive is not in the module
 tree, nor in `parameters()` or `state_dict()`: in its place stand the base's own modules and Parameters. Training moved
-none of these, so switching off and removing leave the base's values, bit for bit. (`full` trains the base's own: it
-cannot be taken out.)
+none of these, unless a user unfroze some, so switching off and removing leave the base's values, bit for bit. (`full`
+trains the base's own: it cannot be taken out.)
 
     set_adapter        every other adapter out, this one in; `load_adapter` does the same with a new one
     disable_adapter    all out, for the length of a block
     merge, unmerge     layers out, folded into the weights they adapt; the layers and the kept weights back, bit for bit
-    remove             out for good; after the last one, requires_grad too is what it was before the first injection
+    remove             out for good, and no other adapter in; after the last one, requires_grad too is what it was
+                       before the first injection
 
 Optimizers  Layers and Parameters that come back are the objects that left, with their requires_grad and grad. So an
-            optimizer goes on where it was; while its Parameters are out, no backward pass reaches them.
-Heads       Each adapter has its own new head, as its own biases; the base's, untrained, is back when all are out.
+            optimizer goes on where it was; while its Parameters are out, no backward pass reaches them. Where the model
+            was moved to the meta device meanwhile, they come back as new objects, without values.
+Heads       Each adapter has a new head of its own, and biases of its own where it trains them. When all adapters are
+            out, the base's own are back, untrained.
 Merged      The model computes the same up to rounding. What an adapter trains of the model's own (head, biases) stays
             in and can go on training; its layers are out. `unmerge` undoes any change of a folded weight. Until then
-            merging, switching, disabling, injecting and `save_adapter` are refused; `remove` unmerges.
+            merging, switching to another, disabling, injecting and `save_adapter` are refused; `remove` unmerges.
 Rounding    Where the model was given another dtype meanwhile, what comes back takes it too: a Parameter that was out,
             a kept weight. Layers keep their own, and so does a Parameter that is float32 beside half precision.
 Threads     One at a time may change a model, a `disable_adapter` block counting as a change; others are refused
@@ -55,8 +58,9 @@ def set_adapter(model: nn.Module, name: str) -> nn.Module:
     """Make the adapter `name` the active one, and every other one inactive, without touching the base model.
 
     Raises:
-        InjectionError: no adapter of this name; one that is merged, or without a copy of the base's values, is active;
-            or the model is wrapped for several processes.
+        InjectionError: no adapter of this name; another one is active that is merged, has no copy of the base's values,
+            or was injected on the meta device, before the base had values; or the model is wrapped for several
+            processes.
     """
     check_not_data_parallel(model)
     itself = unwrapped(model)
@@ -72,13 +76,15 @@ def set_adapter(model: nn.Module, name: str) -> nn.Module:
 def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     """Within the block the model is the base model: no adapter, and the base's own biases and head, untrained.
 
-    All is frozen within the block, but what a user has unfrozen of the base: requires_grad belongs to a Parameter, and
-    comes and goes with it.
+    Within the block all is frozen, except what a user has unfrozen of the base: requires_grad belongs to a Parameter,
+    and comes and goes with it.
 
-    After the block the adapters that were active before are active again. One that was removed within it stays removed.
+    After the block, even one that raises, the adapters that were active before are active again. One that was removed
+    within it stays removed.
 
     Raises:
-        InjectionError: the base's weights are not at hand: the adapter is merged, or all of them were trained.
+        InjectionError: the base's weights are not at hand: the adapter is merged, all of them were trained, or the
+            adapter was injected on the meta device, before the base had values.
     """
     with this_threads_turn(model):
         active = deactivate(model, active_injections(model))
@@ -94,10 +100,14 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 @seeing_through
 @surgery
 def remove(model: nn.Module, name: str | None = None) -> nn.Module:
-    """Take the adapter `name`, or all of them, out for good: the base's own modules, values and requires_grad again.
+    """Take the adapter `name`, or all of them, out for good: the base's own modules and values again.
+
+    With the last adapter requires_grad, too, becomes what it was before the first. Without the active one none is
+    active: the others wait for `set_adapter`.
 
     Raises:
-        InjectionError: no adapter of this name, or full fine-tuning, which keeps no copy of the base.
+        InjectionError: no adapter of this name; full fine-tuning, which keeps no copy of the base; or an adapter that
+            was injected on the meta device, before the base had values.
     """
     if name is not None:
         _check_name(model, name)
@@ -123,14 +133,16 @@ def merge(model: nn.Module) -> nn.Module:
     The replaced weights are kept, so that `unmerge` restores them bit for bit.
 
     Raises:
-        InjectionError: nothing to merge, already merged, or a method that is not a change of weights.
+        InjectionError: nothing to merge, already merged, or a method that is not a change of weights. Nothing has
+            changed then: all weights are computed before the first is replaced.
     """
     active = active_injections(model)
     if any(injection.merged for injection in active):
         raise InjectionError("the adapter is already merged")
     if not any(injection.layers for injection in active):
-        trained = f": {active[0].method} trains the model's own tensors" if active else ": no method is injected"
-        raise InjectionError(f"there is nothing to merge{trained}")
+        none = "no adapter is active" if all_injections(model) else "no method is injected"
+        why = f"{active[0].method} trains the model's own tensors" if active else none
+        raise InjectionError(f"there is nothing to merge: {why}")
     folded = [(injection, name, layer, layer.merged()) for injection in active
               for name, layer in injection.layers.items()]  # all of them first: one that cannot be merged raises
     for injection, name, layer, tensors in folded:
@@ -169,7 +181,8 @@ def deactivate(model: nn.Module, leaving: list[Injection]) -> list[Injection]:
     """Take injections out of the model, which keeps them for later.
 
     Raises:
-        InjectionError: one is merged, or keeps no copy of the base.
+        InjectionError: one is merged, keeps no copy of the base, or was injected on the meta device, before the
+            base had values.
     """
     if any(injection.merged for injection in leaving):
         raise InjectionError("the adapter is merged into the weights: call unmerge first")

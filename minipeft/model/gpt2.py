@@ -16,7 +16,7 @@ label per token.
 The dimensions in this file and all files of data, tasks and training:
 
     B batch    T tokens    S tokens seen by attention (cached + T)    C channels (n_embd)
-    H heads    D head size (C / H)    K labels
+    H heads    D head size (C / H)    K labels    4C n_inner, where that is set
 
 Weights
     wte (vocabulary, C) and wpe (n_positions, C). Per block c_attn (3C, C), attn.c_proj (C, C), c_fc (4C, C) and
@@ -25,17 +25,19 @@ Weights
     50,257 * 768 + 1,024 * 768 + 12 * (12 * 768 * 768 + 13 * 768) + 2 * 768 = 124,439,808 parameters.
 Attention
     c_attn makes (B, T, 3C) from (B, T, C). Split in three, and each in H heads, that is q, k and v, (B, H, T, D). The
-    scores q k^T / sqrt(D) are (B, H, T, S). softmax makes shares of each query's S scores, which weigh the values:
-    (B, H, T, D), heads side by side again (B, T, C), and c_proj mixes them.
+    scores q k^T / sqrt(D) are (B, H, T, S). softmax turns each query's S scores into shares, which sum to 1. The values
+    times their shares are added up: (B, H, T, D). With the heads side by side it is (B, T, C), and c_proj mixes them.
+    By hand: two tokens, D = 1, q = 1, 1, k = 0, ln 3, v = 4, 8. Token 0 sees itself: 4. Token 1 has scores 0 and ln 3,
+    so shares 1/4 and 3/4: 1/4 * 4 + 3/4 * 8 = 7.
 Causal mask
     A query sees its own token and those before it, cached ones too. Three tokens, and three after two cached ones:
-        1 0 0          1 1 1 0 0
-        1 1 0          1 1 1 1 0
+        1 0 0          1 1 1 0 0          for a 1 the equation's mask has 0,
+        1 1 0          1 1 1 1 0          for a 0 -infinity
         1 1 1          1 1 1 1 1
 Padding
-    attention_mask (B, S) is nonzero at real tokens; GPT-2 has no pad token, so any id may stand at the others. Pads on
-    the right, 1 1 1 0 0, need no mask inside, as no real token looks to its right. Pads on the left, 0 0 1 1 1, are
-    hidden from all other tokens; a pad sees itself, since softmax needs a key. What comes out at a pad means nothing.
+    attention_mask (B, S) is 1 at real tokens, 0 at pads; GPT-2 has no pad token, so any id may stand there. Pads on the
+    right, 1 1 1 0 0, need no mask inside, as no real token looks to its right. Pads on the left, 0 0 1 1 1, are hidden
+    from all other tokens; a pad sees itself, since softmax needs a key. What comes out at a pad means nothing.
 Positions
     0 to T - 1, or on from the cache's length; n_positions at most. Pads count. So with pads on the left a caller gives
     position_ids 0 0 0 1 2, by which each text starts at 0.
@@ -44,15 +46,16 @@ Cache
     call with the next token alone then has T = 1 and S = 6, computes q, k and v of that token only, looks at six keys,
     and gives (B, 1, C). The mask of such a call counts cached tokens, too: (B, 6).
 Heads
-    `lm_head` gives (B, T, vocabulary) by wte's own matrix: the two are one tensor, counted and trained as one. `score`
-    gives (B, K) from each text's last real token, which has seen the whole text; `classifier` gives (B, T, K).
-    Pretraining knows neither of the last two: they start random, and every method trains them.
+    `lm_head` gives (B, T, vocabulary) by wte's own matrix, one tensor for both, unless tie_word_embeddings is False.
+    `score` gives (B, K) from each text's last real token, which has seen the whole text; `classifier` gives (B, T, K),
+    and it alone has a bias. Pretraining knows neither of the last two: they start random, and every method trains them.
 Initialization
     Matrices and embeddings are normal with deviation 0.02, each c_proj with 0.02 / sqrt(2 n_layer); biases are 0,
     LayerNorms' weights 1 (see pretrained.py).
 Dropout
-    In training a number becomes 0 with probability p = 0.1 and is divided by 1 - p otherwise: after wte + wpe, on
-    attention's shares, after both c_proj, and before `classifier`.
+    In training a number becomes 0 with probability p = 0.1 and is divided by 1 - p otherwise: after wte + wpe
+    (embd_pdrop), on attention's shares (attn_pdrop), after both c_proj (resid_pdrop), and before `classifier`
+    (classifier_dropout).
 Number formats
     All is float32, unless `from_pretrained` is told another dtype. Under autocast to bfloat16 or float16 the products
     with matrices and attention are computed in it, from weights cast on the way; the logits come out in it. x, to which
@@ -60,12 +63,12 @@ Number formats
 Cost
     Forward, per token: 24 C^2 operations in the matrices of a block (a product and a sum are two), 4 S C in its
     attention, of which a causal kernel may skip what is masked, and 2 C vocabulary in lm_head. Memory: without
-    gradients one block's at a time, (B, T, 4C) the widest, and the logits; in training that of all blocks. Fused
-    kernels hold the scores (B, H, T, S) in parts only.
+    gradients the tensors of one block at a time, of which (B, T, 4C) is the widest, and the logits; in training what
+    all blocks keep for the backward pass. Fused kernels hold the scores (B, H, T, S) in parts only.
 On disk
     Modules carry the official names: `wte`, `h.0.attn.c_attn`, ...; in a model with a head `transformer.` stands before
     them, as in transformers' files. The matrices of the blocks are stored as (in, out), and `weights.py` transposes
-    them when it loads and saves. All else is stored as it is here; lm_head, which is wte, is not stored.
+    them when it loads and saves. All else is stored as it is here; an lm_head that is wte is not stored.
 
 Paper: Radford, Wu, Child, Luan, Amodei, Sutskever (2019), "Language Models are Unsupervised Multitask Learners". It
 gives no dropout rate, and trains no classifier; 0.1 is the first GPT's. OpenAI's code starts wpe with deviation 0.01,
@@ -167,8 +170,8 @@ def attention_mask_for(attention_mask: Tensor | None, T: int, past: int, device:
     kernel stays usable. A single new token may look at everything in the cache. All other cases get a boolean mask.
 
     Args:
-        attention_mask: (B, past + T), nonzero at real tokens; None means all are real. It may stay on the CPU: then
-            looking at it, which this does, need not wait for the GPU.
+        attention_mask: (B, past + T), 1 at real tokens, 0 at pads; None means all are real. It may stay on the CPU:
+            then looking at it, which this does, need not wait for the GPU.
         T: tokens in this call.
         past: tokens in the cache before it.
 
@@ -195,8 +198,9 @@ def attention_mask_for(attention_mask: Tensor | None, T: int, past: int, device:
 class GPT2Model(PretrainedModel):
     """Embeddings, blocks and the final LayerNorm: token ids in, hidden states out.
 
-    `gradient_checkpointing` (default False) recomputes each block in the backward pass instead of keeping its
-    activations: about a third more arithmetic for memory that no longer grows with the depth.
+    With `gradient_checkpointing` (default False) training keeps of each block its input alone, (B, T, C), and computes
+    the block again in the backward pass. That is about a third more arithmetic where all weights are trained, and half
+    more where the matrices are frozen.
     """
 
     prefix = ""  # before its tensors' names; "transformer." in the classes with a head
@@ -218,9 +222,10 @@ class GPT2Model(PretrainedModel):
         """Hidden states after the last block.
 
         Args:
-            input_ids: (B, T) token ids; or give inputs_embeds instead.
-            attention_mask: (B, S), nonzero at real tokens, S counting cached tokens; None means all are real.
-            position_ids: (B, T) or (T,); default counts up from the cache's length.
+            input_ids: (B, T) token ids; or give inputs_embeds instead, beside which they are not read.
+            attention_mask: (B, S), 1 at real tokens, 0 at pads, S counting cached tokens; None means all are real.
+            position_ids: (B, T) or (T,); default counts up from the cache's length. One beyond the table is torch's
+                own IndexError, and on a GPU a failed assertion.
             cache: keys and values of earlier tokens; this call's are appended to it.
             inputs_embeds: (B, T, C) vectors to use in place of wte[input_ids].
 
@@ -228,7 +233,8 @@ class GPT2Model(PretrainedModel):
             (B, T, C).
 
         Raises:
-            ConfigError: nothing to read, more tokens than n_positions, or a cache beside gradient checkpointing.
+            ConfigError: no text or no token; without position_ids more tokens than n_positions; in training, gradient
+                checkpointing beside a cache that is to be filled.
         """
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds      # (B, T, C)
         check_not_empty(x)
@@ -352,7 +358,7 @@ def last_real_token(x: Tensor, attention_mask: Tensor | None) -> Tensor:
 
     Args:
         x: (B, T, C).
-        attention_mask: (B, T), nonzero at real tokens, padded on either side; None means all are real.
+        attention_mask: (B, T), 1 at real tokens, 0 at pads, on either side; None means all are real.
 
     Returns:
         (B, C).

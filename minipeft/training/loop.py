@@ -5,22 +5,26 @@ the loss comes in as a function.
 
 A step's loss is the mean over its targets, the labels of its texts or tokens, in all its batches, micro-batches and
 processes together: each target counts the same, however the step is cut. So a last batch with fewer texts has a smaller
-part in its step, and an epoch's last step, with fewer batches, is a whole step.
+part in its step, and an epoch's last step, with fewer batches, is a whole step. With class_weights "balanced" each
+target's loss is multiplied by its label's weight, and the sum still divided by the number of targets.
 
 Precision    What is trained, its gradients and AdamW's means are float32. In bf16 and fp16 autocast computes products
              of matrices in that format; the loss is float32 (tasks/task.py). In fp16 the loss is multiplied by a scale,
              lest small gradients become 0, and gradients are divided by it before they are clipped. If one is infinite
-             or NaN, the step is left out and the scale halved.
+             or NaN, the step is left out and the scale halved; it counts as a step.
 Clipping     Once a step: if all gradients as one vector are longer than max_grad_norm, they are scaled down to it.
-Rate         Rises linearly to learning_rate over the first warmup_ratio of the steps, then falls to 0 by half a cosine.
-Validation   Of the best one so far, by `best_by` and then by the lower loss, a copy of all trained values is kept. The
-             end puts it back.
+Rate         Rises linearly over the first w = round(warmup_ratio * steps) steps, from learning_rate / w to
+             learning_rate, then falls by half a cosine; the last step's is still above 0.
+Validation   One every max(1, steps_per_epoch // evaluations_per_epoch) steps, and at the end. The best has the best
+             `best_by` and, among equals, the lowest loss. Its trained values are copied, and put back at the end.
+Signal       The step is finished, the state saved, and `stopped_by` is set. In the last step too: its validation
+             follows, and a resumed run takes no more steps.
 State        The trained values, the best ones, AdamW's means, scale, random state, step, curve and settings. A run of
              one process that goes on from it ends as if it had never stopped, bit for bit.
 Randomness   The caller seeds torch before it makes the model; the data's order follows from seed and epoch. So a run
              can be repeated on one machine, but for GPU kernels that add in another order each time.
-NaN          A NaN loss outside of fp16 makes NaN of all that is trained, and it stays so: the curve shows it. Such a
-             validation is the worst there is, so the values of an earlier one come back at the end.
+NaN          A NaN loss outside of fp16 makes NaN of all that is trained, and it stays so: the curve shows it. A
+             validation with a NaN loss is never better than an earlier one, whose values come back at the end.
 """
 
 from __future__ import annotations
@@ -249,7 +253,7 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: LossSum, validat
 
     Raises:
         ConfigError: no parameter requires a gradient.
-        HardwareError: the memory is not enough.
+        HardwareError: the memory is not enough for a step. `validate` raises its own errors.
     """
     schedule = Schedule.of(config, len(batches))
     learner = Learner(model, loss_sum, config, precision, compile_model, tokens_per_micro_batch)
@@ -257,6 +261,7 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: LossSum, validat
                         {**asdict(config), "precision": str(precision), **(request or {})}, save_minutes)
     if resume:
         progress.resume()
+    # This leaves the first process alone, to which `resume` has given the saved random state.
     parallel.seed_by_rank(config.seed + progress.step * parallel.world_size())
     stopped_by = _take_steps(learner, schedule, progress, batches, validate, save_best)
     if stopped_by:

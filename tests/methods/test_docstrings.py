@@ -133,22 +133,24 @@ def test_what_is_the_same_for_several_methods_is_said_in_the_same_words(method):
 
 # --- facts ------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("method", LINEAR)
+@pytest.mark.parametrize("method", [*LINEAR, "full", "head"])
 def test_the_example_worked_by_hand_comes_to_what_it_says(method):
-    """Each term that is printed, and y as every line of the equation has it that needs nothing but what is given."""
+    """Each term that is printed, and what every line of the equation gives that needs nothing but what is given."""
     given, results = re.search(r"^By hand: (.*?)\sgive\s(.*?)\.$", docstring(method), re.M | re.S).groups()
-    values = {name: torch.tensor(json.loads(value), dtype=torch.float32)
-              for name, value in re.findall(r"(\w+) = (\[[^=]*\]|[\d.]+)", given)} | {"dropout": lambda x: x}
-    lines = []
-    for line in reversed(equation_of(docstring(method))):  # DoRA's second line makes the c of its first
-        if symbols_in(line.right) <= values.keys():
-            values[line.left] = compute(line.right, values)[-1].value
-            lines.append((line.left, values[line.left]))
-    printed = re.findall(r"(?:^|, |; )([A-Za-z|][^=,;]*) = (\[[^=;]*\])", " ".join(results.split()))
+    values = {name: torch.tensor(json.loads(value), dtype=torch.float64)
+              for name, value in re.findall(r"(\w+) = (\[[^=]*\]|\d[\d.]*)", given)} | {"dropout": lambda x: x}
+    lines, waiting = [], equation_of(docstring(method))
+    while ready := [line for line in waiting if symbols_in(line.right) <= values.keys()]:
+        waiting = [line for line in waiting if line not in ready]  # DoRA's second line makes the c of its first
+        lines += [(line.left, compute(line.right, values)[-1].value) for line in ready]
+        values |= dict(lines)
+    printed = re.findall(r"(?:^|, |; )([A-Za-z|][^=,;]*) = (\[[^=;]*\]|\d[\d.]*)", " ".join(results.split()))
     for term, value in printed:
         found = [computed for left, computed in lines if left == term] or [compute(term, values)[-1].value]
-        assert json.loads(value) in [computed.tolist() for computed in found], term
-    assert sorted(term for term, _ in printed if term in "yc") == sorted(left for left, _ in lines)
+        expected = torch.tensor(json.loads(value), dtype=torch.float64)
+        assert any(computed.shape == expected.shape and torch.allclose(computed, expected) for computed in found), term
+    of_lines = sorted(left for left, _ in lines)
+    assert of_lines and sorted(term for term, _ in printed if term in of_lines) == of_lines
 
 
 @each_method
@@ -161,6 +163,36 @@ def test_at_step_0_the_model_is_the_base_or_not_as_it_says(method):
         logits = inject(build(GPT2ForSequenceClassification, TINY), eval(call, NAMES))(IDS, MASK)
         equal, close = torch.equal(logits, base), torch.allclose(logits, base, atol=1e-5)
         assert claim == claims[0 if equal else 1 if close else 2], call
+
+
+@pytest.mark.parametrize("method", ["full", "head", "bitfit"])
+def test_on_a_half_precision_base_the_logits_are_the_bases_up_to_rounding_as_it_says(method):
+    assert "half" in text_under(method, "At step 0") and "up to rounding" in text_under(method, "At step 0")
+    base = build(GPT2ForSequenceClassification, TINY).bfloat16()
+    expected = base(IDS, MASK)
+    logits = inject(base, METHODS[method].config_class())(IDS, MASK)
+    assert logits.dtype == torch.float32 and not torch.equal(logits, expected.float())
+    torch.testing.assert_close(logits, expected.float(), atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["full", "bitfit"])
+def test_the_numbers_kept_per_block_and_token_are_those_it_counts(method):
+    """As autograd has it, for one block of GPT-2 and 7 tokens; parameters are not counted."""
+    C, storages = 768, {}
+
+    def note(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // 4
+        return tensor
+
+    config = GPT2Config(vocab_size=97, n_positions=8, n_layer=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    model = inject(build(GPT2ForSequenceClassification, config), METHODS[method].config_class()).train()
+    x = torch.randn(1, 7, C, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = model.transformer.h[1](x)
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = [size for place, size in storages.items() if place not in parameters and size >= 7 * C]
+    assert output.requires_grad and sum(kept) / (7 * C) == {"full": 16, "bitfit": 10}[method]
+    assert "16 C numbers. Frozen matrices leave 10 C" in text_under("full", "Cost")
 
 
 @each_method

@@ -640,6 +640,12 @@ def test_there_must_be_something_to_merge(tiny_config, configs):
     assert_unchanged(model, before)
 
 
+def test_where_every_adapter_is_inactive_merge_says_so(tiny_config):
+    model = inject(build(GPT2ForSequenceClassification, tiny_config), LORA)
+    with disable_adapter(model):
+        assert_refused(InjectionError, "^there is nothing to merge: no adapter is active$", lambda: merge(model))
+
+
 @on(LM_AND_CLASSIFIER, {"lora": EVERY_BIAS, "dora": LoraConfig(r=2, use_dora=True), "ia3": IA3Config()})
 def test_while_merged_an_adapter_is_neither_switched_nor_saved_nor_joined_by_another(
         tiny_config, tmp_path, written, model_class, config):
@@ -657,6 +663,7 @@ def test_while_merged_an_adapter_is_neither_switched_nor_saved_nor_joined_by_ano
             (AdapterError, "merged.*unmerge it", lambda: save_adapter(model, tmp_path / "new"))):
         assert_refused(error, message, operation)
         assert_unchanged(model, before)
+    assert_unchanged(set_adapter(model, "merged"), before)
     assert torch.equal(set_adapter(unmerge(model), "other")(IDS, MASK), saved["bitfit"].logits)
 
 

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minipeft.errors import ConfigError
 from minipeft.model import gpt2
+from minipeft.model.attention import attend
 from minipeft.model.config import OFFICIAL_SIZES, GPT2Config
 from minipeft.model.gpt2 import (
     Attention,
@@ -141,6 +142,27 @@ def test_the_figures_of_the_docstring_are_the_codes():
         count = sum(p.numel() for p in GPT2Model(config).parameters())
     assert eval(left.replace(",", "")) == int(right.replace(",", "")) == count
     assert {f"p = {getattr(config, name)} " in text for name in PROBABILITIES} == {True}
+
+
+def test_the_example_of_attention_worked_by_hand_comes_to_what_the_docstring_says():
+    q, k, v = (torch.tensor(numbers).view(1, 1, 2, 1) for numbers in ([1.0, 1.0], [0.0, math.log(3)], [4.0, 8.0]))
+    close(attend(q, k, v).flatten(), torch.tensor([4.0, 7.0]))
+    assert "1/4 * 4 + 3/4 * 8 = 7." in gpt2.__doc__
+
+
+def test_a_position_beyond_the_table_is_an_index_error_on_a_cpu(make_model, make_ids):
+    with pytest.raises(IndexError):
+        make_model(GPT2Model)(make_ids(1, 2), position_ids=torch.tensor([0, 40]))
+
+
+def test_what_gradient_checkpointing_keeps_is_one_input_per_block(tiny_config, make_model, make_ids):
+    """(B, T, C) of each of the blocks, and what the last LayerNorm keeps."""
+    tiny_config.embd_pdrop, kept = 0.0, []
+    model = make_model(GPT2Model).train()
+    model.gradient_checkpointing = True
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        model(make_ids(3, 9))
+    assert len({tensor.data_ptr() for tensor in kept if tensor.shape == (3, 9, 24)}) == tiny_config.n_layer + 1
 
 
 # --- shapes and names -------------------------------------------------------------------------------------------------

@@ -411,7 +411,7 @@ LONG = {"dropout": 0.2, "epochs": 2, "batch_size": 4, "gradient_accumulation": 2
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("micro_steps", [(1,), (6, 1), (8,), (9, 9, 9), (16,), (17,), (30,)])
+@pytest.mark.parametrize("micro_steps", [(1,), (6, 1), (8,), (9, 9, 9), (16,), (17,), (30,), (32,)])
 def test_a_run_interrupted_anywhere_and_resumed_equals_the_uninterrupted_one_bit_for_bit(
         toy, tmp_path, method, micro_steps):
     whole = toy(method, **LONG)

@@ -48,7 +48,8 @@ def parse(words: Sequence[str], program: str) -> argparse.Namespace:
     add_dataclass_options(training, TrainingConfig, defaults.DEFAULTS.get(method, {}).get("training", {}))
     machine = add_machine_options(parser)
     machine.add_argument("--compile", action="store_true", help="run through torch.compile; pays on long runs")
-    machine.add_argument("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
+    machine.add_argument("--gradient-checkpointing", action="store_true",
+                         help="less memory, about half more time; with --method full a third more")
     if method == "head":
         machine.add_argument("--recompute-features", action="store_true",
                              help="run the frozen base in every epoch instead of once")

@@ -119,12 +119,13 @@ Cost
 Errors
     In this list the class of each error stands before its message. Most wrong values are found when the configuration
     is made, the others by `inject`, before it changes anything. `load_adapter` raises an AdapterError, and leaves the
-    model as it was, where a tensor is missing, unexpected or of another shape (it is named), where minipeft.json has
-    the fingerprint of another base model, or where peft_type is unknown. A setting in adapter_config.json that would
-    change the numbers, and that minipeft does not implement, is a ConfigError. An adapter's name that is taken
-    (`load_adapter`) or unknown (`set_adapter`, `remove`) is an InjectionError. A folder for another task is an
-    AdapterError, too. A text with more tokens than positions is a ConfigError when the model reads it. reduction_factor
-    is compared with the width only where bottleneck_size is not given.
+    model as it was, where a file is missing, damaged or of another save than minipeft.json names, where a tensor is
+    missing, unexpected or of another shape (it is named), where minipeft.json has the fingerprint of another base
+    model, or where peft_type is unknown. A setting in adapter_config.json that would change the numbers, and that
+    minipeft does not implement, is a ConfigError. An adapter's name that is taken (`load_adapter`) or unknown
+    (`set_adapter`, `remove`) is an InjectionError. A folder for another task is an AdapterError, too. A text with more
+    tokens than positions is a ConfigError when the model reads it. reduction_factor is compared with the width only
+    where bottleneck_size is not given.
     BottleneckConfig(non_linearity="silu")
         ConfigError: non_linearity must be one of relu, gelu, swish, tanh, none, got 'silu'
     inject(model, BottleneckConfig(layers_to_transform=[12]))

@@ -66,21 +66,22 @@ Cost
     all in a language model. A new head has labels * 768 numbers, here 2 * 768 = 1,536, in tagging 2 * 768 + 2 = 1,538.
     With the head 102,144 + 1,536 = 103,680 trained. With train="layer_norm" (12 * 2 + 1) * 2 * 768 = 38,400, with the
     head 38,400 + 1,536 = 39,936.
-    Forward: not one operation more. Backward: every linear layer's input gets its gradient through the frozen W, 2 in
-    out operations per token; W's own gradient, as many again, is never computed. The input of block 0's ln_1 needs no
-    gradient. b's gradient is the sum of y's gradient over batch and seq. It needs no x, so a linear layer keeps nothing
-    for the backward pass. LayerNorms, gelu and attention keep what the gradients of their own inputs need. With
-    train="layer_norm" no more is kept: g's gradient needs the same.
+    Forward: not one operation more. Backward: every linear layer's input in the base gets its gradient through the
+    frozen W, 2 in out operations per token; W's own gradient, as many again, is never computed. The input of block 0's
+    ln_1 needs no gradient. b's gradient is the sum of y's gradient over batch and seq. It needs no x, so a linear layer
+    keeps nothing for the backward pass. LayerNorms, gelu and attention keep what the gradients of their own inputs
+    need. With train="layer_norm" no more is kept: g's gradient needs the same.
     Optimizer: 8 bytes per trained parameter for AdamW's two means, 829,440 bytes, with train="layer_norm" 319,488. The
     base's own values of all that is trained, the head's included, are kept aside: 4 * 103,680 = 414,720 bytes in
     float32, or 4 * 39,936 = 159,744. The optimizer's time, too, grows with the trained parameters alone.
 Errors
     In this list the class of each error stands before its message. Most wrong values are found when the configuration
     is made, the others by `inject`, before it changes anything. `load_adapter` raises an AdapterError, and leaves the
-    model as it was, where a tensor is missing, unexpected or of another shape (it is named), where minipeft.json has
-    the fingerprint of another base model, or where peft_type is unknown. A setting in adapter_config.json that would
-    change the numbers, and that minipeft does not implement, is a ConfigError. An adapter's name that is taken
-    (`load_adapter`) or unknown (`set_adapter`, `remove`) is an InjectionError.
+    model as it was, where a file is missing, damaged or of another save than minipeft.json names, where a tensor is
+    missing, unexpected or of another shape (it is named), where minipeft.json has the fingerprint of another base
+    model, or where peft_type is unknown. A setting in adapter_config.json that would change the numbers, and that
+    minipeft does not implement, is a ConfigError. An adapter's name that is taken (`load_adapter`) or unknown
+    (`set_adapter`, `remove`) is an InjectionError.
     BitFitConfig(train="all")
         ConfigError: train must be one of bias, layer_norm, got 'all'
     inject(inject(model, BitFitConfig()), BitFitConfig(train="layer_norm"))

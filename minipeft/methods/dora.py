@@ -116,17 +116,18 @@ Cost
 Errors
     In this list the class of each error stands before its message. Most wrong values are found when the configuration
     is made, the others by `inject`, before it changes anything. `load_adapter` raises an AdapterError, and leaves the
-    model as it was, where a tensor is missing, unexpected or of another shape (it is named), where minipeft.json has
-    the fingerprint of another base model, or where peft_type is unknown. A setting in adapter_config.json that would
-    change the numbers, and that minipeft does not implement, is a ConfigError. An adapter's name that is taken
-    (`load_adapter`) or unknown (`set_adapter`, `remove`) is an InjectionError. A bad regular expression in a setting is
-    a ConfigError when `inject` uses it.
+    model as it was, where a file is missing, damaged or of another save than minipeft.json names, where a tensor is
+    missing, unexpected or of another shape (it is named), where minipeft.json has the fingerprint of another base
+    model, or where peft_type is unknown. A setting in adapter_config.json that would change the numbers, and that
+    minipeft does not implement, is a ConfigError. An adapter's name that is taken (`load_adapter`) or unknown
+    (`set_adapter`, `remove`) is an InjectionError. A bad regular expression in a setting is a ConfigError when `inject`
+    uses it.
     DoraConfig(r=0)
         ConfigError: r must be a positive integer, got 0
     DoraConfig(lora_dropout=1.0)
         ConfigError: lora_dropout must be a probability in [0, 1), got 1.0
     inject(model, DoraConfig(r=1024))
-        ConfigError: r=1024 is larger than transformer.h.0.attn.c_attn, a 2304 x 768 matrix
+        ConfigError: r=1024 is larger than transformer.h.0.attn.c_attn's smaller side, 768
     inject(model, DoraConfig(target_modules=["wte"]))
         InjectionError: target transformer.wte is of class Embedding; only linear layers can be targeted: attn.c_attn,
         attn.c_proj, mlp.c_fc, mlp.c_proj
@@ -215,7 +216,13 @@ class DoRALinear(ReplacementLayer):
 
 
 def plan(model: nn.Module, config: LoraConfig) -> Plan:
-    """Give every targeted linear layer a low-rank companion and a magnitude vector; raises as `lora.plan`."""
+    """Give every targeted linear layer a low-rank companion and a magnitude vector.
+
+    Raises:
+        ConfigError: an r larger than the smaller side of a target, PiSSA with a scale of 0 or less, or a block that the
+            model does not have.
+        InjectionError: nothing targeted, or a target that cannot be adapted.
+    """
     return lora.plan(model, config, DoRALinear)
 
 

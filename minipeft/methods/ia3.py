@@ -51,11 +51,11 @@ Saved
     base_model.model.transformer.h.0.mlp.c_proj.ia3_l (1, 3072)
     base_model.model.score.weight (2, 768)
     and so for every block. score.weight is (labels, 768); all totals here are for 2 labels.
-    adapter_config.json must say peft_type IA3, target_modules and feedforward_modules. `save_adapter` writes both as
-    full names, such as transformer.h.0.mlp.c_proj, and all of the second list are in the first, since peft compares
-    them word for word. It writes the other settings, too, and for peft fan_in_fan_out true: transformers stores GPT-2's
-    matrices as (in, out). Without feedforward_modules, loading takes the default, mlp.c_proj alone; an l of the other
-    shape is then an AdapterError.
+    adapter_config.json must say peft_type IA3 and, where they are not the defaults, target_modules and
+    feedforward_modules. `save_adapter` always writes both, as full names, such as transformer.h.0.mlp.c_proj, and all
+    of the second list are in the first, since peft compares them word for word. It writes the other settings, too, and
+    for peft fan_in_fan_out true: transformers stores GPT-2's matrices as (in, out). Without feedforward_modules,
+    loading takes the default, mlp.c_proj alone; an l of the other shape is then an AdapterError.
     All tensors are float32. A third file, minipeft.json, holds the base model's fingerprint, the digests of the other
     two files, and what a run adds, such as the labels' names. Without it the folder loads, too.
 Merging
@@ -88,11 +88,12 @@ Cost
 Errors
     In this list the class of each error stands before its message. Most wrong values are found when the configuration
     is made, the others by `inject`, before it changes anything. `load_adapter` raises an AdapterError, and leaves the
-    model as it was, where a tensor is missing, unexpected or of another shape (it is named), where minipeft.json has
-    the fingerprint of another base model, or where peft_type is unknown. A setting in adapter_config.json that would
-    change the numbers, and that minipeft does not implement, is a ConfigError. An adapter's name that is taken
-    (`load_adapter`) or unknown (`set_adapter`, `remove`) is an InjectionError. A bad regular expression in a setting is
-    a ConfigError when `inject` uses it.
+    model as it was, where a file is missing, damaged or of another save than minipeft.json names, where a tensor is
+    missing, unexpected or of another shape (it is named), where minipeft.json has the fingerprint of another base
+    model, or where peft_type is unknown. A setting in adapter_config.json that would change the numbers, and that
+    minipeft does not implement, is a ConfigError. An adapter's name that is taken (`load_adapter`) or unknown
+    (`set_adapter`, `remove`) is an InjectionError. A bad regular expression in a setting is a ConfigError when `inject`
+    uses it.
     IA3Config(target_modules=["c_attn"], feedforward_modules=["mlp.c_proj"])
         ConfigError: feedforward_modules ['mlp.c_proj'] must be among the target_modules ['c_attn']
     IA3Config(init_ia3_weights="no")

@@ -212,6 +212,6 @@ def fingerprint(model: nn.Module, samples: int = 4096) -> str:
     for name, tensor in sorted((bare_name(name), tensor) for name, tensor in base.state_dict().items()):
         flat = tensor.detach().flatten()
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        values = flat[::max(1, flat.numel() // samples)].float() + 0.0  # -0.0 + 0.0 is 0.0
-        digest.update(values.cpu().numpy().tobytes())
+        # -0.0 + 0.0 is 0.0.
+        digest.update((flat[::max(1, flat.numel() // samples)].float() + 0.0).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

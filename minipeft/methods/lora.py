@@ -103,11 +103,12 @@ Cost
 Errors
     In this list the class of each error stands before its message. Most wrong values are found when the configuration
     is made, the others by `inject`, before it changes anything. `load_adapter` raises an AdapterError, and leaves the
-    model as it was, where a tensor is missing, unexpected or of another shape (it is named), where minipeft.json has
-    the fingerprint of another base model, or where peft_type is unknown. A setting in adapter_config.json that would
-    change the numbers, and that minipeft does not implement, is a ConfigError. An adapter's name that is taken
-    (`load_adapter`) or unknown (`set_adapter`, `remove`) is an InjectionError. A bad regular expression in a setting is
-    a ConfigError when `inject` uses it.
+    model as it was, where a file is missing, damaged or of another save than minipeft.json names, where a tensor is
+    missing, unexpected or of another shape (it is named), where minipeft.json has the fingerprint of another base
+    model, or where peft_type is unknown. A setting in adapter_config.json that would change the numbers, and that
+    minipeft does not implement, is a ConfigError. An adapter's name that is taken (`load_adapter`) or unknown
+    (`set_adapter`, `remove`) is an InjectionError. A bad regular expression in a setting is a ConfigError when `inject`
+    uses it.
     LoraConfig(r=0)
         ConfigError: r must be a positive integer, got 0
     LoraConfig(lora_dropout=1.0)
@@ -117,7 +118,7 @@ Errors
     inject(model, LoraConfig(target_modules=["q_proj"]))
         InjectionError: target_modules 'q_proj' match nothing; nearest names: c_proj, mlp.c_proj, attn.c_proj
     inject(model, LoraConfig(r=1024))
-        ConfigError: r=1024 is larger than transformer.h.0.attn.c_attn, a 2304 x 768 matrix
+        ConfigError: r=1024 is larger than transformer.h.0.attn.c_attn's smaller side, 768
     inject(model, LoraConfig(layers_to_transform=12))
         ConfigError: layers_to_transform=[12]: this model has the blocks 0 to 11
 Differs from the paper
@@ -295,7 +296,8 @@ def plan(model: nn.Module, config: LoraConfig, layer_class: type[ReplacementLaye
         layer_class: what to put around a linear layer: DoRA's differs.
 
     Raises:
-        ConfigError: an r larger than a targeted matrix, or a block that the model does not have.
+        ConfigError: an r larger than the smaller side of a target, a bad regular expression, or a block that the model
+            does not have.
         InjectionError: nothing targeted, or a target that cannot be adapted.
     """
     layers, replaced = {}, {}
@@ -303,7 +305,7 @@ def plan(model: nn.Module, config: LoraConfig, layer_class: type[ReplacementLaye
         linear = model.get_submodule(target)
         r = pattern_value(config.rank_pattern, target, config.r)
         if r > min(linear.in_features, linear.out_features):
-            raise ConfigError(f"r={r} is larger than {target}, a {linear.out_features} x {linear.in_features} matrix")
+            raise ConfigError(f"r={r} is larger than {target}'s smaller side, {min(linear.weight.shape)}")
         lora_alpha = pattern_value(config.alpha_pattern, target, config.lora_alpha)
         layers[target] = layer_class(linear, r, lora_alpha, config)
         if config.init_lora_weights == "pissa":

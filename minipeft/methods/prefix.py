@@ -132,12 +132,13 @@ Cost
 Errors
     In this list the class of each error stands before its message. Most wrong values are found when the configuration
     is made, the others by `inject`, before it changes anything. `load_adapter` raises an AdapterError, and leaves the
-    model as it was, where a tensor is missing, unexpected or of another shape (it is named), where minipeft.json has
-    the fingerprint of another base model, or where peft_type is unknown. A setting in adapter_config.json that would
-    change the numbers, and that minipeft does not implement, is a ConfigError. An adapter's name that is taken
-    (`load_adapter`) or unknown (`set_adapter`, `remove`) is an InjectionError. Other dimensions than the model's, such
-    as token_dim, are a ConfigError. A folder for another task is an AdapterError, too. A text with more tokens than
-    positions is a ConfigError when the model reads it.
+    model as it was, where a file is missing, damaged or of another save than minipeft.json names, where a tensor is
+    missing, unexpected or of another shape (it is named), where minipeft.json has the fingerprint of another base
+    model, or where peft_type is unknown. A setting in adapter_config.json that would change the numbers, and that
+    minipeft does not implement, is a ConfigError. An adapter's name that is taken (`load_adapter`) or unknown
+    (`set_adapter`, `remove`) is an InjectionError. Other dimensions than the model's, such as token_dim, are a
+    ConfigError. A folder for another task is an AdapterError, too. A text with more tokens than positions is a
+    ConfigError when the model reads it.
     PrefixTuningConfig(init_weights="zeros")
         ConfigError: init_weights must be one of None, zero, got 'zeros'
     PrefixTuningConfig(num_virtual_tokens=0)
@@ -196,7 +197,8 @@ class PrefixTuningConfig(VirtualTokensConfig):
     num_virtual_tokens: int = setting(20, "V, keys and values before the text", POSITIVE_INTEGER)
     prefix_projection: bool = setting(False, "train a network that makes the prefix")
     encoder_hidden_size: int | None = setting(None, "h, its width; default n_embd", POSITIVE_INTEGER)
-    init_weights: str | None = setting(None, "how the table starts: none: normal; zero", choices=(None, "zero"))
+    init_weights: str | None = setting(None, "how the table starts: none: normal; zero; of a network W_2, b_2",
+                                       choices=(None, "zero"))
 
 
 class PrefixProjection(nn.Module):

@@ -102,14 +102,15 @@ Cost
 Errors
     In this list the class of each error stands before its message. Most wrong values are found when the configuration
     is made, the others by `inject`, before it changes anything. `load_adapter` raises an AdapterError, and leaves the
-    model as it was, where a tensor is missing, unexpected or of another shape (it is named), where minipeft.json has
-    the fingerprint of another base model, or where peft_type is unknown. A setting in adapter_config.json that would
-    change the numbers, and that minipeft does not implement, is a ConfigError. An adapter's name that is taken
-    (`load_adapter`) or unknown (`set_adapter`, `remove`) is an InjectionError. Other dimensions than the model's, such
-    as token_dim, are a ConfigError. A folder for another task is an AdapterError, too. A text with more tokens than
-    positions is a ConfigError when the model reads it. With TEXT `inject` raises a ConfigError if the text is missing,
-    empty or blank, or has ids that the model does not have, and a WeightsError if the vocabulary is damaged, or GPT-2's
-    neither cached nor to be downloaded.
+    model as it was, where a file is missing, damaged or of another save than minipeft.json names, where a tensor is
+    missing, unexpected or of another shape (it is named), where minipeft.json has the fingerprint of another base
+    model, or where peft_type is unknown. A setting in adapter_config.json that would change the numbers, and that
+    minipeft does not implement, is a ConfigError. An adapter's name that is taken (`load_adapter`) or unknown
+    (`set_adapter`, `remove`) is an InjectionError. Other dimensions than the model's, such as token_dim, are a
+    ConfigError. A folder for another task is an AdapterError, too. A text with more tokens than positions is a
+    ConfigError when the model reads it. With TEXT `inject` raises a ConfigError if the text is missing, empty or blank,
+    or has ids that the model does not have, and a WeightsError if the vocabulary is damaged, or GPT-2's neither cached
+    nor to be downloaded.
     PromptTuningConfig(prompt_tuning_init="random")
         ConfigError: prompt_tuning_init must be one of RANDOM, SAMPLE_VOCAB, TEXT, got 'random'
     inject(model, PromptTuningConfig(prompt_tuning_init="TEXT"))

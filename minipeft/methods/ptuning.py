@@ -141,12 +141,13 @@ Cost
 Errors
     In this list the class of each error stands before its message. Most wrong values are found when the configuration
     is made, the others by `inject`, before it changes anything. `load_adapter` raises an AdapterError, and leaves the
-    model as it was, where a tensor is missing, unexpected or of another shape (it is named), where minipeft.json has
-    the fingerprint of another base model, or where peft_type is unknown. A setting in adapter_config.json that would
-    change the numbers, and that minipeft does not implement, is a ConfigError. An adapter's name that is taken
-    (`load_adapter`) or unknown (`set_adapter`, `remove`) is an InjectionError. Other dimensions than the model's, such
-    as token_dim, are a ConfigError. A folder for another task is an AdapterError, too. A text with more tokens than
-    positions is a ConfigError when the model reads it.
+    model as it was, where a file is missing, damaged or of another save than minipeft.json names, where a tensor is
+    missing, unexpected or of another shape (it is named), where minipeft.json has the fingerprint of another base
+    model, or where peft_type is unknown. A setting in adapter_config.json that would change the numbers, and that
+    minipeft does not implement, is a ConfigError. An adapter's name that is taken (`load_adapter`) or unknown
+    (`set_adapter`, `remove`) is an InjectionError. Other dimensions than the model's, such as token_dim, are a
+    ConfigError. A folder for another task is an AdapterError, too. A text with more tokens than positions is a
+    ConfigError when the model reads it.
     PromptEncoderConfig(encoder_reparameterization_type="GRU")
         ConfigError: encoder_reparameterization_type must be one of MLP, LSTM, got 'GRU'
     PromptEncoderConfig(num_virtual_tokens=0)
@@ -193,7 +194,8 @@ from minipeft.settings import POSITIVE_INTEGER, PROBABILITY, setting
 class PromptEncoderConfig(VirtualTokensConfig):
     """peft's PromptEncoderConfig. encoder_num_layers and encoder_dropout concern the LSTM; the MLP has neither.
 
-    The dropout acts between two layers of the LSTM. With one layer there is no such place, and torch warns.
+    The dropout acts between two layers of the LSTM. With one layer there is no such place, and torch warns if it is not
+    0.
 
     Raises:
         ConfigError: a value of the wrong type or out of range.

@@ -8,21 +8,22 @@ trains the base's own: it cannot be taken out.)
     set_adapter        every other adapter out, this one in; `load_adapter` does the same with a new one
     disable_adapter    all out, for the length of a block
     merge, unmerge     layers out, folded into the weights they adapt; the layers and the kept weights back, bit for bit
-    remove             out for good, and no other adapter in; after the last one, requires_grad too is what it was
-                       before the first injection
+    remove             out for good; no other adapter becomes active. After the last one, requires_grad too is what it
+                       was before the first injection
 
 Optimizers  Layers and Parameters that come back are the objects that left, with their requires_grad and grad. So an
             optimizer goes on where it was; while its Parameters are out, no backward pass reaches them. Where the model
-            was moved to the meta device meanwhile, they come back as new objects, without values.
+            was moved to the meta device meanwhile, Parameters come back as new objects, without values.
 Heads       Each adapter has a new head of its own, and biases of its own where it trains them. When all adapters are
             out, the base's own are back, untrained.
-Merged      The model computes the same up to rounding. What an adapter trains of the model's own (head, biases) stays
-            in and can go on training; its layers are out. `unmerge` undoes any change of a folded weight. Until then
-            merging, switching to another, disabling, injecting and `save_adapter` are refused; `remove` unmerges.
+Merged      Each weight becomes what its layer's `merged()` gives, with LoRA W + s B A: lora, dora, vera and ia3 have
+            one. The model computes the same up to rounding. What an adapter trains of the model's own (head, biases)
+            stays in and can go on training; its layers are out. `unmerge` undoes any change of a folded weight. Until
+            then merging, switching to another, disabling, injecting and `save_adapter` are refused; `remove` unmerges.
 Rounding    Where the model was given another dtype meanwhile, what comes back takes it too: a Parameter that was out,
             a kept weight. Layers keep their own, and so does a Parameter that is float32 beside half precision.
-Threads     One at a time may change a model, a `disable_adapter` block counting as a change; others are refused
-            meanwhile. Forward passes are not held up: a lock around those is the caller's.
+Threads     One at a time may change a model, a `disable_adapter` block counting as a change; for others it is an
+            InjectionError meanwhile. Forward passes are not held up: a lock around those is the caller's.
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     and comes and goes with it.
 
     After the block, even one that raises, the adapters that were active before are active again. One that was removed
-    within it stays removed.
+    within it stays removed. An adapter that was made active and merged within it has to be unmerged there: else the
+    block ends in an InjectionError.
 
     Raises:
         InjectionError: the base's weights are not at hand: the adapter is merged, all of them were trained, or the

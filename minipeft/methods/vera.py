@@ -104,11 +104,12 @@ Cost
 Errors
     In this list the class of each error stands before its message. Most wrong values are found when the configuration
     is made, the others by `inject`, before it changes anything. `load_adapter` raises an AdapterError, and leaves the
-    model as it was, where a tensor is missing, unexpected or of another shape (it is named), where minipeft.json has
-    the fingerprint of another base model, or where peft_type is unknown. A setting in adapter_config.json that would
-    change the numbers, and that minipeft does not implement, is a ConfigError. An adapter's name that is taken
-    (`load_adapter`) or unknown (`set_adapter`, `remove`) is an InjectionError. A bad regular expression in a setting is
-    a ConfigError when `inject` uses it.
+    model as it was, where a file is missing, damaged or of another save than minipeft.json names, where a tensor is
+    missing, unexpected or of another shape (it is named), where minipeft.json has the fingerprint of another base
+    model, or where peft_type is unknown. A setting in adapter_config.json that would change the numbers, and that
+    minipeft does not implement, is a ConfigError. An adapter's name that is taken (`load_adapter`) or unknown
+    (`set_adapter`, `remove`) is an InjectionError. A bad regular expression in a setting is a ConfigError when `inject`
+    uses it.
     VeraConfig(projection_prng_key=-1)
         ConfigError: projection_prng_key must be a number from 0 to 2**63 - 1, got -1
     VeraConfig(vera_dropout=1.0)

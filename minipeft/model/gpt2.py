@@ -44,11 +44,13 @@ Positions
 Cache
     Each call appends k and v of its T tokens, in every block. After 5 tokens a KVCache holds (B, H, 5, D) of each. A
     call with the next token alone then has T = 1 and S = 6, computes q, k and v of that token only, looks at six keys,
-    and gives (B, 1, C). The mask of such a call counts cached tokens, too: (B, 6).
+    and gives (B, 1, C): cache = KVCache(); model(ids, cache=cache); model(next_ids, cache=cache). The mask of such a
+    call counts cached tokens, too: (B, 6). With pads on the left it needs position_ids, too: after 0 0 0 1 2 comes 3.
 Heads
     `lm_head` gives (B, T, vocabulary) by wte's own matrix, one tensor for both, unless tie_word_embeddings is False.
     `score` gives (B, K) from each text's last real token, which has seen the whole text; `classifier` gives (B, T, K),
     and it alone has a bias. Pretraining knows neither of the last two: they start random, and every method trains them.
+    These two take no cache. All return logits and know no loss: that is the task's (minipeft/tasks).
 Initialization
     Matrices and embeddings are normal with deviation 0.02, each c_proj with 0.02 / sqrt(2 n_layer); biases are 0,
     LayerNorms' weights 1 (see pretrained.py).
@@ -62,9 +64,10 @@ Number formats
     each block adds, stays float32.
 Cost
     Forward, per token: 24 C^2 operations in the matrices of a block (a product and a sum are two), 4 S C in its
-    attention, of which a causal kernel may skip what is masked, and 2 C vocabulary in lm_head. Memory: without
-    gradients the tensors of one block at a time, of which (B, T, 4C) is the widest, and the logits; in training what
-    all blocks keep for the backward pass. Fused kernels hold the scores (B, H, T, S) in parts only.
+    attention, of which a causal kernel may skip what is masked, and 2 C vocabulary in lm_head. Backward: twice that,
+    with frozen matrices about once. Memory: without gradients the tensors of one block at a time, of which (B, T, 4C)
+    is the widest, and the logits; in training what all blocks keep, 16 C numbers per block and token, with frozen
+    matrices 10 C (methods/full.py lists them). Fused kernels hold the scores (B, H, T, S) in parts only.
 On disk
     Modules carry the official names: `wte`, `h.0.attn.c_attn`, ...; in a model with a head `transformer.` stands before
     them, as in transformers' files. The matrices of the blocks are stored as (in, out), and `weights.py` transposes
@@ -166,8 +169,8 @@ def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def attention_mask_for(attention_mask: Tensor | None, T: int, past: int, device: torch.device) -> Tensor | None:
     """The mask `scaled_dot_product_attention` needs, or None where plain causal attention is already right.
 
-    Right padding needs no mask: a real token never looks to its right, so it never sees a pad, and the fast causal
-    kernel stays usable. A single new token may look at everything in the cache. All other cases get a boolean mask.
+    Right padding in this call needs no mask: a real token never looks to its right, and the fast causal kernel stays
+    usable. A single new token may look at all of a cache without pads. All other cases get a boolean mask.
 
     Args:
         attention_mask: (B, past + T), 1 at real tokens, 0 at pads; None means all are real. It may stay on the CPU:
@@ -300,8 +303,8 @@ class GPT2LMHeadModel(PretrainedModel):
         `read_out(lm_head, x)` gives is returned, such as a loss. Other arguments are as in `GPT2Model.forward`.
         """
         x = self.transformer(input_ids, attention_mask, position_ids, cache, inputs_embeds)           # (B, T, C)
-        x = x if positions is None else x.flatten(0, 1).index_select(0, positions)                    # (N, C)
-        return self.lm_head(x) if read_out is None else read_out(self.lm_head, x)                     # (N, vocab)
+        x = x if positions is None else x.flatten(0, 1).index_select(0, positions)     # (B, T, C) or (N, C)
+        return self.lm_head(x) if read_out is None else read_out(self.lm_head, x)
 
 
 class GPT2ForSequenceClassification(PretrainedModel):
@@ -320,11 +323,7 @@ class GPT2ForSequenceClassification(PretrainedModel):
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None) -> Tensor:
-        """Label logits (B, K).
-
-        GPT-2 has no pad token, so the mask alone says which token is the last real one; without a mask it is the
-        last position.
-        """
+        """Label logits (B, K), read at each text's last real token; without a mask that is the last position."""
         x = self.transformer(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds)    # (B, T, C)
         return self.score(last_real_token(x, attention_mask))                                         # (B, K)
 
@@ -349,7 +348,7 @@ class GPT2ForTokenClassification(PretrainedModel):
                 positions: Tensor | None = None) -> Tensor:
         """Label logits (B, T, K) or, with `positions` (N,) as `GPT2LMHeadModel` has them, (N, K) at those only."""
         x = self.transformer(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds)    # (B, T, C)
-        x = x if positions is None else x.flatten(0, 1).index_select(0, positions)                    # (N, C)
+        x = x if positions is None else x.flatten(0, 1).index_select(0, positions)     # (B, T, C) or (N, C)
         return self.classifier(self.dropout(x))
 
 

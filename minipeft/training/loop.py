@@ -14,11 +14,14 @@ Precision    What is trained, its gradients and AdamW's means are float32. In bf
              or NaN, the step is left out and the scale halved; it counts as a step.
 Clipping     Once a step: if all gradients as one vector are longer than max_grad_norm, they are scaled down to it.
 Rate         Rises linearly over the first w = round(warmup_ratio * steps) steps, from learning_rate / w to
-             learning_rate, then falls by half a cosine; the last step's is still above 0.
-Validation   One every max(1, steps_per_epoch // evaluations_per_epoch) steps, and at the end. The best has the best
-             `best_by` and, among equals, the lowest loss. Its trained values are copied, and put back at the end.
-Signal       The step is finished, the state saved, and `stopped_by` is set. In the last step too: its validation
-             follows, and a resumed run takes no more steps.
+             learning_rate, then falls by half a cosine, which would reach 0 in the step after the last one: in step t
+             of N, counted from 0, it is learning_rate * (1 + cos(pi * (t - w) / (N - w))) / 2.
+Validation   One every e = max(1, steps_per_epoch // evaluations_per_epoch) steps unless fewer than e are left, and one
+             at the end. The best has the best `best_by` and, among equals, the lowest loss. Its trained values are
+             copied, and put back at the end.
+Optimizer    AdamW with betas 0.9 and 0.999, eps 1e-8; methods/full.py has its equations.
+Signal       The step is finished, with several processes up to 10 more, the state saved, and `stopped_by` is set. In
+             the last step too: its validation follows, and a resumed run takes no more steps.
 State        The trained values, the best ones, AdamW's means, scale, random state, step, curve and settings. A run of
              one process that goes on from it ends as if it had never stopped, bit for bit.
 Randomness   The caller seeds torch before it makes the model; the data's order follows from seed and epoch. So a run
@@ -72,7 +75,7 @@ class TrainingConfig(Settings):
     warmup_ratio: float = setting(0.06, "share of the steps on which the rate rises", SHARE)
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm", POSITIVE)
     loraplus_lr_ratio: float = setting(1.0, "LoRA+: learning rate of LoRA's B over that of A", POSITIVE)
-    evaluations_per_epoch: int = setting(2, "validations per epoch; the best one is kept", POSITIVE_INTEGER)
+    evaluations_per_epoch: int = setting(2, "validations per epoch, about; the best one is kept", POSITIVE_INTEGER)
     patience: int | None = setting(None, "end early after so many validations without a better one", POSITIVE_INTEGER)
     class_weights: str = setting("none", "balanced: rare labels count as much as frequent ones in the loss",
                                  choices=("none", "balanced"))
@@ -252,7 +255,8 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: LossSum, validat
         The history. After Ctrl-C or a like signal `stopped_by` is its number, and `state_folder` can be resumed from.
 
     Raises:
-        ConfigError: no parameter requires a gradient.
+        ConfigError: no parameter requires a gradient, or the state in `state_folder` is of other settings.
+        OutputError: that state is damaged, or of other parameters.
         HardwareError: the memory is not enough for a step. `validate` raises its own errors.
     """
     schedule = Schedule.of(config, len(batches))

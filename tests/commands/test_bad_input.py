@@ -406,7 +406,7 @@ def test_no_text_and_no_pipe(refused, adapter, monkeypatch):
 
 @pytest.mark.parametrize(("options", "message"), [
     (("--r", 0), "r must be a positive integer, got 0"), (("--r", -1), "r must be a positive integer, got -1"),
-    (("--r", 17), "r=17 is larger than transformer.h.0.attn.c_attn, a 48 x 16 matrix"),
+    (("--r", 17), "r=17 is larger than transformer.h.0.attn.c_attn's smaller side, 16"),
     (("--rank-pattern", '{"c_fc": 99}'), "r=99 is larger than transformer.h.0.mlp.c_fc"),
     (("--rank-pattern", '{"c_fc": 0}'), "must be a positive integer, got 0"),
     (("--rank-pattern", '{"(": 4}'), "not a regular expression"),

@@ -88,7 +88,7 @@ def job_of(cell: Cell, shared: Options, budget: Budget, terms: dict[str, Any], r
     # A cell's seed draws what training draws; the examples are the same ones for all.
     training = {"epochs": budget.tuning_epochs if tuning else budget.epochs, "batch_size": budget.batch_size,
                 "evaluations_per_epoch": 1 if tuning else budget.evaluations_per_epoch, "seed": cell.seed}
-    size = budget.tuning_size if tuning else budget.train_size
+    size = {"tuning": budget.tuning_size, "best": None}.get(cell.kind, budget.train_size)
     options = dataclasses.replace(
         shared, method=cell.method, full=True, resume=True, train_size=size, validation_size=budget.validation_size,
         test_size=budget.test_size, subset_seed=0, training_values=training)

@@ -112,7 +112,7 @@ def test_of_few_examples_each_seed_draws_its_own_and_sees_them_often(job, tmp_pa
 
 def test_what_has_no_budget_is_trained_on_all_examples(job, tmp_path):
     budget = dataclasses.replace(BUDGET, train_size=20, tuning_size=10)
-    sizes = {kind: job_of(Cell("films", "lora", 0, kind, RATE), job.options, budget, TERMS, tmp_path, tmp_path)
+    sizes = {kind: job_of(Cell("films", "lora", 0, kind, RATE), job().options, budget, TERMS, tmp_path, tmp_path)
              .options.train_size for kind in ("tuning", "final", "best")}
     assert sizes == {"tuning": 10, "final": 20, "best": None}
 

@@ -62,7 +62,8 @@ def replace_tables(text: str, folder: Path) -> str:
 
 def block(subject: str, folder: Path) -> str | None:
     """What a marker of a Markdown file asks for: "findings", "all datasets", or of a dataset "NAME compared", "NAME in
-    short", "NAME costs", "NAME by examples" or "NAME without the budget"; None for another subject.
+    short", "NAME costs", "NAME by examples", "NAME without the budget" or "NAME compared by METHOD"; None for another
+    subject.
 
     Raises:
         OutputError: the comparison in `folder` does not hold it.
@@ -75,14 +76,27 @@ def block(subject: str, folder: Path) -> str | None:
         " compared": lambda name, content: table_of(content, ("methods",), ELSEWHERE.get(name, ())),
         " in short": in_short, " costs": costs, " by examples": by_examples,
         " without the budget": lambda name, content: table_of(content, ("best",))}
+    dataset, by, method = subject.partition(" compared by ")
+    if by:
+        return one_method(_content_on(dataset, folder), method)
     for ending, table in kinds.items():
         if subject.endswith(ending):
-            name, datasets = subject.removesuffix(ending), read_comparison(folder)[0]["datasets"]
-            if name not in datasets:
-                raise OutputError(f"{folder / COMPARISON_FILE} holds nothing on {name!r}: its datasets are "
-                                  f"{', '.join(datasets)}")
-            return table(name, datasets[name])
+            dataset = subject.removesuffix(ending)
+            return table(dataset, _content_on(dataset, folder))
     return None
+
+
+def _content_on(dataset: str, folder: Path) -> dict[str, Any]:
+    """What a comparison found on one dataset.
+
+    Raises:
+        OutputError: it holds nothing on it.
+    """
+    datasets = read_comparison(folder)[0]["datasets"]
+    if dataset not in datasets:
+        raise OutputError(f"{folder / COMPARISON_FILE} holds nothing on {dataset!r}: its datasets are "
+                          f"{', '.join(datasets)}")
+    return datasets[dataset]
 
 
 def findings_block(comparison: dict[str, Any], tuning: dict[str, Any]) -> str:
@@ -110,15 +124,34 @@ def overview(comparison: dict[str, Any]) -> str:
 
 def in_short(name: str, content: dict[str, Any]) -> str:
     """A few rows with a few columns: the best baseline, and `IN_SHORT` from worse to better."""
+    return _short(content, IN_SHORT)
+
+
+def one_method(content: dict[str, Any], method: str) -> str:
+    """A method's row beside the best baseline's and full fine-tuning's, and how to read it.
+
+    Raises:
+        OutputError: the method was not compared.
+    """
+    if method not in content["methods"]:
+        raise OutputError(f"the comparison has no {method}: its methods are {', '.join(content['methods'])}")
+    sizes = content["sizes"]
+    return (f"{_short(content, ('full', method))}\n\nMeans over seeds, each trained on {sizes['train']:,} examples and "
+            f"tested once on {sizes['test']:,}, with settings chosen in the same way for every method. A rank such as "
+            '"2 to 4" names the places that tests leave open.')
+
+
+def _short(content: dict[str, Any], methods: tuple[str, ...]) -> str:
     metric, rows = metric_of(content), []
     if content["baselines"]:
         best, found = max(content["baselines"].items(), key=lambda item: item[1][metric.key])
-        rows.append([f"baseline: {BASELINES.get(best, best)}", "0", "-", metric.shown(found[metric.key]), "-"])
+        rows.append([f"baseline: {BASELINES.get(best, best)}", "0", "-", metric.shown(found[metric.key]), "-", "-"])
     for method, row in sorted(content["methods"].items(), key=lambda item: item[1]["mean"]):
-        if method in IN_SHORT:
+        if method in methods:
             rows.append([method, shown_parameters(row["trained_parameters"], row["trained_share"]),
-                         str(len(row["seeds"])), shown_with_deviation(metric, row), shown_interval(metric, row)])
-    return markdown_table(["method", "trained parameters", "seeds", metric.heading, "95 % interval"], rows)
+                         str(len(row["seeds"])), shown_with_deviation(metric, row), shown_interval(metric, row),
+                         shown_rank(row)])
+    return markdown_table(["method", "trained parameters", "seeds", metric.heading, "95 % interval", "rank"], rows)
 
 
 def costs(name: str, content: dict[str, Any]) -> str:

@@ -47,6 +47,14 @@ def test_a_column_for_each_number_of_examples_and_none_where_there_were_no_such_
         block("films by examples", results)
 
 
+def test_a_methods_chapter_has_its_row_beside_zero_shot_and_full(results):
+    table, reading = block("imdb compared by lora", results).split("\n\n")
+    assert names(table) == ["baseline: zero-shot by prompt", "lora", "full"]
+    assert reading.startswith("Means over seeds, each trained on 32 examples and tested once on 200,")
+    with pytest.raises(OutputError, match="the comparison has no lara: its methods are adapter, "):
+        block("imdb compared by lara", results)
+
+
 def test_the_overview_has_a_column_for_each_dataset_with_means_deviations_and_ranks(results):
     head, _, *rows = block("all datasets", results).splitlines()
     assert head == "| method | films: accuracy; rank | imdb: accuracy; rank |"

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from minipeft.commands import stand_ins
 from minipeft.errors import MinipeftError
-from minipeft.training.stopping import handling, stop_at_once
+from minipeft.training.stopping import StopAtOnce, handling
 
 # Each is a module beside this one: main(arguments, program) takes what follows the command's name, and the name of the
 # program as it was started, and returns an exit code or None.
@@ -99,7 +99,7 @@ def run(main: Callable[..., int | None], *arguments: Any) -> None:
     Ctrl-C, a closed terminal (SIGHUP) and a cluster's notice (SIGTERM) become exit code 128 + the signal's number.
     """
     try:
-        with handling(stop_at_once):
+        with handling(StopAtOnce()):
             sys.exit(main(*arguments))
     except MinipeftError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

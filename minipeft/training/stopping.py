@@ -40,13 +40,22 @@ def handling(handler: Handler) -> Iterator[None]:
             signal.signal(number, before)
 
 
-def stop_at_once(number: int, frame: FrameType | None) -> NoReturn:
-    """A handler that raises wherever the program is.
+class StopAtOnce:
+    """A handler that raises wherever the program is, and remembers it: code in C may swallow the exception.
 
-    Raises:
-        Stopped: always.
+    Attributes:
+        came: the number of the signal that came, or 0.
     """
-    raise Stopped(number)
+
+    came = 0
+
+    def __call__(self, number: int, frame: FrameType | None) -> NoReturn:
+        """
+        Raises:
+            Stopped: always.
+        """
+        self.came = number
+        raise Stopped(number)
 
 
 @contextmanager
@@ -56,14 +65,15 @@ def stop_between_steps() -> Iterator[Callable[[], int]]:
     But not a second SIGTERM: whoever sends it may repeat it, in case the first one got lost, and ends with SIGKILL.
 
     Yields:
-        A function that gives the number of the signal that came, or 0.
+        A function that gives the number of the signal that came, or 0: also of one that came before the block, whose
+        exception `StopAtOnce` raised in vain.
     """
-    came = 0
+    came = getattr(signal.getsignal(signal.SIGTERM), "came", 0)
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal came
         if came and number != signal.SIGTERM:
-            stop_at_once(number, frame)
+            raise Stopped(number)
         came = number
 
     with handling(handle):

@@ -236,11 +236,10 @@ class GPT2Model(PretrainedModel):
             (B, T, C).
 
         Raises:
-            ConfigError: no text or no token; without position_ids more tokens than n_positions; in training, gradient
-                checkpointing beside a cache that is to be filled.
+            ConfigError: nothing to read; more tokens than n_positions; gradient checkpointing beside a cache to fill.
         """
+        check_not_empty(input_ids if inputs_embeds is None else inputs_embeds)
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds      # (B, T, C)
-        check_not_empty(x)
         recomputed = self.gradient_checkpointing and self.training
         if recomputed and cache is not None and cache.kept:  # a prefix's cache is not: nobody reads it afterwards
             raise ConfigError("gradient checkpointing computes each block twice and fills no cache: call model.eval()")
@@ -260,14 +259,15 @@ class GPT2Model(PretrainedModel):
         return self.ln_f(x)
 
 
-def check_not_empty(x: Tensor) -> None:
-    """Refuse a batch without a text, (0, T) or (0, T, C), and texts without a token.
+def check_not_empty(x: Tensor | None) -> None:
+    """Refuse a call without input, a batch without a text, (0, T) or (0, T, C), and texts without a token.
 
     Raises:
-        ConfigError: saying how many there are of each.
+        ConfigError: saying which it is.
     """
-    if 0 in x.shape[:2]:
-        raise ConfigError(f"there is nothing to read: {x.shape[0]} texts of {x.shape[1]} tokens")
+    if x is None or 0 in x.shape[:2]:
+        found = "neither input_ids nor inputs_embeds" if x is None else f"{x.shape[0]} texts of {x.shape[1]} tokens"
+        raise ConfigError(f"there is nothing to read: {found}")
 
 
 def _recomputable(block: Block, x: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:

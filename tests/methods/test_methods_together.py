@@ -102,6 +102,12 @@ def test_a_batch_without_a_token_is_refused_in_one_line(make_model, model_class,
                    lambda: model(torch.zeros(shape, dtype=torch.long)))
 
 
+@on([GPT2ForSequenceClassification], {name: CASES[name] for name in ("lora", "prompt", "prefix")})
+def test_a_call_without_ids_or_embeds_is_refused_in_one_line(make_model, model_class, config):
+    model = inject(make_model(model_class), config)
+    assert_refused(ConfigError, "there is nothing to read: neither input_ids nor inputs_embeds", model)
+
+
 # --- generation -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.kind("5: train-mode generate with checkpointing")

@@ -200,6 +200,12 @@ def test_inputs_embeds_stand_in_for_the_embedding_of_the_ids(make_model, make_id
         assert torch.equal(model(inputs_embeds=model.transformer.wte(ids)), model(ids))
 
 
+@pytest.mark.parametrize("model_class", EVERY_CLASS)
+def test_a_call_with_neither_ids_nor_embeds_is_an_error_that_says_so(make_model, model_class):
+    with pytest.raises(ConfigError, match="there is nothing to read: neither input_ids nor inputs_embeds"):
+        make_model(model_class)()
+
+
 # --- cost and number formats ------------------------------------------------------------------------------------------
 
 def test_a_forward_pass_takes_the_operations_that_the_docstring_counts(tiny_config, make_model, make_ids):

@@ -41,8 +41,7 @@ def request_of(plan: RunPlan, base_fingerprint: str) -> dict[str, Any]:
         "method_config": dataclasses.asdict(plan.method_config) if trains else {},
         "training_config": dataclasses.asdict(plan.training) if trains else {"seed": plan.training.seed},
         "dataset": {"name": data.name, "fingerprints": plan.fingerprints, "sizes": plan.sizes}, "task": task.details(),
-        "dropout": options.dropout or None,  # 0 has always been noted so of mini, whose config.json says 0
-        "precision": dtype_name(plan.precision),
+        "dropout": options.dropout, "precision": dtype_name(plan.precision),
         "matmul_precision": options.matmul_precision}
     return json.loads(json.dumps(request, default=str))  # as it reads after a trip through a file
 
@@ -110,8 +109,9 @@ def _settings(request: dict[str, Any]) -> dict[str, Any]:
     for config in defaults:
         found |= dataclasses.asdict(config)
     found |= {**request["training_config"], **request["method_config"]}
-    return found | {name: value for name, value in request.items()
-                    if not isinstance(value, dict) and name not in ("method", "base_fingerprint")}
+    found |= {name: value for name, value in request.items()
+              if not isinstance(value, dict) and name not in ("method", "base_fingerprint")}
+    return found | {"dropout": found.get("dropout") or 0.0}  # earlier versions noted None, or nothing, for no dropout
 
 
 # --- nothing is replaced unasked --------------------------------------------------------------------------------------

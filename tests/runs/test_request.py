@@ -76,6 +76,14 @@ def test_a_results_file_of_before_requests_were_noted_says_the_same_request(opti
     assert differences(old, request) == []
 
 
+def test_no_dropout_is_noted_as_0_and_is_the_same_where_an_earlier_version_noted_none(earlier):
+    request = earlier["request"]
+    assert request["dropout"] == 0.0
+    for value in (0.0, None):
+        assert differences(request | {"dropout": value}, request) == []
+        assert differences(request | {"dropout": value}, request | {"dropout": 0.25}) == ["dropout 0.0, not 0.25"]
+
+
 @pytest.mark.skipif(not (MINI_FOLDER / "model.safetensors").is_file(), reason="no bundled model")
 @pytest.mark.parametrize("method", ["lora", "prefix", "full", "baseline"])
 def test_the_committed_results_are_of_the_request_that_their_command_makes(tmp_path, method, monkeypatch):
@@ -110,7 +118,7 @@ CHANGES = {
     "a size": ({"train_size": 8}, "(train_size 32, not 8)"),
     "a rank": ({"method_values": {"r": 2}}, "(r 8, not 2)"),
     "a length": ({"max_length": 20}, "(max_length 48, not 20)"),
-    "a dropout": ({"dropout": 0.25}, "(dropout None, not 0.25)"),
+    "a dropout": ({"dropout": 0.25}, "(dropout 0.0, not 0.25)"),
     "a matmul precision": ({"matmul_precision": "medium"}, "(matmul_precision None, not medium)"),
     "a precision": ({"precision": "bf16"}, "(precision float32, not bfloat16)"),
     "many": ({"training_values": {"seed": 3, "learning_rate": 0.5, "batch_size": 2}, "train_size": 8, "max_length": 20},

@@ -43,3 +43,7 @@ class OutputError(MinipeftError):
 
 class InUseError(OutputError):
     """Another process is writing into the folder."""
+
+
+class NothingToWriteError(OutputError):
+    """A page has no place that is to be written anew."""

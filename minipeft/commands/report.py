@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from minipeft.commands.options import new_parser
+from minipeft.errors import NothingToWriteError
 from minipeft.explain.chapters import refreshed
 from minipeft.report.page import write_page
 from minipeft.report.pictures import draw_comparison
@@ -43,6 +44,11 @@ def main(words: Sequence[str], program: str) -> None:
         write_page(*found, folder / PAGE)
         print(f"wrote {folder / PAGE} and, in {folder / PICTURES}, {', '.join(names)}")
     for page in arguments.write or ():
-        rewrite(page, partial(refreshed, place=page.parent, folder=folder, required=len(arguments.write) == 1))
+        try:
+            rewrite(page, partial(refreshed, place=page.parent, folder=folder))
+        except NothingToWriteError as error:
+            if len(arguments.write) == 1:
+                raise
+            print(f"{page}: {error}")
     if not (arguments.comparison or arguments.write):
         print(results_table(folder, arguments.dataset))

@@ -27,18 +27,18 @@ EQUATION = ("<!-- equation of {}: written by {} -->", "<!-- end of equation -->"
 LINES = ("<!-- lines of {}: written by {} -->", "<!-- end of lines -->")
 
 
-def refreshed(text: str, place: Path, folder: Path, required: bool = True) -> str:
+def refreshed(text: str, place: Path, folder: Path) -> str:
     """A page's text with all that scripts/report.py writes into it made anew.
 
     Args:
         place: the page's folder.
         folder: of results files.
-        required: whether it is an error that there is nothing to write.
 
     Raises:
-        OutputError: there is nothing to write, or what a marker names is not there.
+        NothingToWriteError: the page asks for nothing.
+        OutputError: what a marker names is not there.
     """
-    done = not required
+    done = False
     for markers, block in ((EQUATION, partial(_equation, place)), (LINES, partial(_lines, place))):
         if markers[0].partition("{}")[0] in text:
             text, done = replace_blocks(text, WRITER, block, markers), True

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from minipeft.data.datasets import KNOWN
-from minipeft.errors import ConfigError, OutputError
+from minipeft.errors import ConfigError, NothingToWriteError, OutputError
 from minipeft.files import read_json_file, write_text_file
 from minipeft.tasks import task_name
 
@@ -217,7 +217,8 @@ def replace_blocks(text: str, script: str, block: Callable[[str], str],
         markers: the two that it stands between.
 
     Raises:
-        OutputError: there is no marker of this script, or one without an end.
+        NothingToWriteError: there is no marker of this script.
+        OutputError: a marker has no end.
     """
     (marker_start, marker_end), replaced = markers, False
     start, written_by, behind = marker_start.split("{}")
@@ -231,7 +232,7 @@ def replace_blocks(text: str, script: str, block: Callable[[str], str],
         if writer == script:
             parts[number], replaced = f"{marker}\n{block(subject)}\n{end}{after}", True
     if not replaced:
-        raise OutputError(f"there is no {marker_start.format('...', script)} ... {marker_end} to write between")
+        raise NothingToWriteError(f"there is no {marker_start.format('...', script)} ... {marker_end} to write between")
     return start.join(parts)
 
 

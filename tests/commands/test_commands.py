@@ -24,8 +24,10 @@ from helpers import (
 
 from minipeft.commands import train as command
 from minipeft.data import tables
+from minipeft.explain.chapters import EQUATION
 from minipeft.methods import METHODS
 from minipeft.runs import defaults
+from minipeft.runs.results import WRITER
 from minipeft.tasks.task import Task
 
 QUICK = ("--epochs", 3, "--batch-size", 4, "--learning-rate", 0.02, "--precision", "fp32")
@@ -154,6 +156,18 @@ def test_report_makes_a_table_of_the_results(train, script):
     assert len(lines) == 2 + 4
     assert "always the most frequent label" in outcome.out
     assert "untrained head" in outcome.out and "zero-shot" in outcome.out and lines[-1].startswith("| lora |")
+
+
+def test_report_says_which_of_several_pages_has_nothing_to_write_and_refuses_one_alone(script):
+    start, end = EQUATION
+    Path("method.py").write_text('"""A method.\n\n    y = x W^T\n\nSymbols\n    x\n"""\n')
+    Path("page.md").write_text(f"{start.format('method.py', WRITER)}\n{end}\n")
+    Path("plain.md").write_text("text")
+    outcome = script("report.py", "--write", "plain.md", "page.md")
+    assert outcome.code == 0 and outcome.out.startswith("plain.md: there is no <!-- results on"), outcome.err
+    assert outcome.out.count("\n") == 1 and "y = x W^T" in Path("page.md").read_text()
+    outcome = script("report.py", "--write", "plain.md")
+    assert outcome.code == 2 and outcome.error_lines[0].startswith("error: there is no <!-- results on")
 
 
 # --- tables of predictions --------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import pytest
 
-from minipeft.errors import OutputError
+from minipeft.errors import NothingToWriteError, OutputError
 from minipeft.explain.chapters import EQUATION, LINES, refreshed
 from minipeft.runs.results import WRITER
 
@@ -36,12 +36,12 @@ def page(tmp_path):
     """page(*blocks, move=0): a page in docs/ that asks for these, refreshed; the method's file has lines put before."""
     (tmp_path / "docs").mkdir()
 
-    def refresh(*asked, move=0, **more):
+    def refresh(*asked, move=0):
         docstring, end, code = METHOD.partition('"""\n\n\n')
         (tmp_path / "method.py").write_text(docstring + end + "# a line more\n" * move + code, encoding="utf-8")
         text = "".join(f"{start.format(subject, WRITER)}\nold\n{end}\nkept\n" for (start, end), subject in asked)
-        written = refreshed(text, tmp_path / "docs", tmp_path, **more)
-        assert refreshed(written, tmp_path / "docs", tmp_path, **more) == written
+        written = refreshed(text, tmp_path / "docs", tmp_path)
+        assert refreshed(written, tmp_path / "docs", tmp_path) == written
         for (start, end), subject in asked:
             written = written.replace(start.format(subject, WRITER), "<").replace(end, ">")
         return written
@@ -80,7 +80,6 @@ def test_what_is_not_there_is_an_error_that_names_it(page, asked, message):
         page(asked)
 
 
-def test_a_page_that_asks_for_nothing_is_an_error_or_left_as_it_is(page, tmp_path):
-    with pytest.raises(OutputError, match="there is no <!-- results on"):
+def test_a_page_that_asks_for_nothing_is_an_error(page):
+    with pytest.raises(NothingToWriteError, match="there is no <!-- results on"):
         page()
-    assert refreshed("text", tmp_path, tmp_path, required=False) == "text"

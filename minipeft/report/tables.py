@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,51 +51,63 @@ def read_comparison(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return read_json_file(folder / COMPARISON_FILE), read_json_file(tuning) if tuning.is_file() else {"datasets": {}}
 
 
+class Comparison:
+    """What `read_comparison` gives for a folder: read when it is first asked for, and once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @cached_property
+    def found(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        return read_comparison(self.folder)
+
+
 def replace_tables(text: str, folder: Path) -> str:
     """`text` of a Markdown file with all that scripts/report.py writes made anew from the results in `folder`.
 
     Raises:
         OutputError: there is no such place in it, or there are no results for one.
     """
+    comparison = Comparison(folder)
     return replace_blocks(text, WRITER,
-                          lambda subject: block(subject, folder) or results_block(subject, folder))
+                          lambda subject: block(subject, comparison) or results_block(subject, folder))
 
 
-def block(subject: str, folder: Path) -> str | None:
+def block(subject: str, comparison: Comparison) -> str | None:
     """What a marker of a Markdown file asks for: "findings", "all datasets", or of a dataset "NAME compared", "NAME in
     short", "NAME costs", "NAME by examples", "NAME without the budget" or "NAME compared by METHOD"; None for another
     subject.
 
     Raises:
-        OutputError: the comparison in `folder` does not hold it.
+        OutputError: there is no comparison, or it does not hold it.
     """
     if subject == "findings":
-        return findings_block(*read_comparison(folder))
+        return findings_block(*comparison.found)
     if subject == "all datasets":
-        return overview(read_comparison(folder)[0])
+        return overview(comparison.found[0])
     kinds: dict[str, Callable[[str, dict[str, Any]], str]] = {
         " compared": lambda name, content: table_of(content, ("methods",), ELSEWHERE.get(name, ())),
         " in short": in_short, " costs": costs, " by examples": by_examples,
         " without the budget": lambda name, content: table_of(content, ("best",))}
     dataset, by, method = subject.partition(" compared by ")
     if by:
-        return one_method(_content_on(dataset, folder), method)
+        return one_method(_content_on(dataset, comparison), method)
     for ending, table in kinds.items():
         if subject.endswith(ending):
             dataset = subject.removesuffix(ending)
-            return table(dataset, _content_on(dataset, folder))
+            return table(dataset, _content_on(dataset, comparison))
     return None
 
 
-def _content_on(dataset: str, folder: Path) -> dict[str, Any]:
+def _content_on(dataset: str, comparison: Comparison) -> dict[str, Any]:
     """What a comparison found on one dataset.
 
     Raises:
         OutputError: it holds nothing on it.
     """
-    datasets = read_comparison(folder)[0]["datasets"]
+    datasets = comparison.found[0]["datasets"]
     if dataset not in datasets:
-        raise OutputError(f"{folder / COMPARISON_FILE} holds nothing on {dataset!r}: its datasets are "
+        raise OutputError(f"{comparison.folder / COMPARISON_FILE} holds nothing on {dataset!r}: its datasets are "
                           f"{', '.join(datasets)}")
     return datasets[dataset]
 

@@ -6,7 +6,7 @@ import copy
 import json
 
 from minipeft.report.findings import SENTENCES, findings, listed
-from minipeft.report.tables import block
+from minipeft.report.tables import Comparison, block
 
 
 def said(comparison, tuning, word):
@@ -60,7 +60,7 @@ def test_what_a_comparison_lacks_is_not_spoken_of(comparison):
 
 
 def test_in_markdown_each_points_at_its_picture(results):
-    lines = block("findings", results).splitlines()
+    lines = block("findings", Comparison(results)).splitlines()
     assert len(lines) >= 10 and all("([picture](comparison/" in line for line in lines)
     assert [line.partition(".")[0] for line in lines] == [str(n) for n in range(1, len(lines) + 1)]
 

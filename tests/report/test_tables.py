@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from minipeft.errors import OutputError
-from minipeft.report.tables import ELSEWHERE, block, replace_tables
+from minipeft.report import tables
+from minipeft.report.tables import ELSEWHERE, Comparison, block, replace_tables
+from minipeft.runs.results import BLOCK_END, BLOCK_START, WRITER
 
 
 def names(table):
@@ -13,26 +15,26 @@ def names(table):
 
 
 def test_a_datasets_table_has_outside_figures_then_baselines_then_methods_from_worse_to_better(results):
-    table = block("imdb compared", results)
+    table = block("imdb compared", Comparison(results))
     assert names(table) == [*(name for name, _ in ELSEWHERE["imdb"]), "zero shot", "head", "prompt", "ptuning",
                             "prefix", "bitfit", "ia3", "vera", "adapter", "dora", "lora", "full"]
     assert "91.88 %" in table and all("reported elsewhere" in name for name, _ in ELSEWHERE["imdb"])
-    assert names(block("films compared", results))[0] == "zero shot"
+    assert names(block("films compared", Comparison(results)))[0] == "zero shot"
 
 
 def test_what_had_no_common_budget_is_in_a_table_of_its_own(results):
-    assert names(block("imdb without the budget", results)) == ["lora, best without the budget"]
+    assert names(block("imdb without the budget", Comparison(results))) == ["lora, best without the budget"]
 
 
 def test_in_short_are_five_rows(results):
-    table = block("imdb in short", results)
+    table = block("imdb in short", Comparison(results))
     assert names(table) == ["baseline: zero-shot by prompt", "prompt", "adapter", "lora", "full"]
     assert "| full | 7,000,000 (100.00 %) | 3 | 94.50 % ± 0.50 % |" in table
 
 
 def test_what_a_method_costs_is_a_table_of_its_own_the_fastest_first(results):
-    head, _, *rows = block("imdb costs", results).splitlines()
-    assert names(block("imdb costs", results)) == [
+    head, _, *rows = block("imdb costs", Comparison(results)).splitlines()
+    assert names(block("imdb costs", Comparison(results))) == [
         "prefix", "ptuning", "prompt", "head", "bitfit", "ia3", "adapter", "vera", "dora", "lora", "full"]
     assert head == ("| method | core s per 1,000 examples | MiB that training adds | adapter, kB | extra inference | "
                     "merged | merges | forgotten, nats |")
@@ -40,31 +42,40 @@ def test_what_a_method_costs_is_a_table_of_its_own_the_fastest_first(results):
 
 
 def test_a_column_for_each_number_of_examples_and_none_where_there_were_no_such_runs(results):
-    assert block("imdb by examples", results).splitlines() == [
+    assert block("imdb by examples", Comparison(results)).splitlines() == [
         "| method | 16 | 32 | 64 |", "| --- | ---: | ---: | ---: |",
         "| head | 66.60 % | 69.50 % ± 0.50 % | 71.40 % |", "| lora | 61.60 % | 93.50 % ± 0.50 % | 66.40 % |"]
     with pytest.raises(OutputError, match=r"no runs on fewer examples of films: scripts/compare\.py --few-examples"):
-        block("films by examples", results)
+        block("films by examples", Comparison(results))
 
 
 def test_a_methods_chapter_has_its_row_beside_zero_shot_and_full(results):
-    table, reading = block("imdb compared by lora", results).split("\n\n")
+    table, reading = block("imdb compared by lora", Comparison(results)).split("\n\n")
     assert names(table) == ["baseline: zero-shot by prompt", "lora", "full"]
     assert reading.startswith("Means over seeds, each trained on 32 examples and tested once on 200,")
     with pytest.raises(OutputError, match="the comparison has no lara: its methods are adapter, "):
-        block("imdb compared by lara", results)
+        block("imdb compared by lara", Comparison(results))
 
 
 def test_the_overview_has_a_column_for_each_dataset_with_means_deviations_and_ranks(results):
-    head, _, *rows = block("all datasets", results).splitlines()
+    head, _, *rows = block("all datasets", Comparison(results)).splitlines()
     assert head == "| method | films: accuracy; rank | imdb: accuracy; rank |"
     assert rows[0].startswith("| full | 94.50 % ± 0.50 %; 1 to ")
 
 
 def test_other_subjects_are_left_to_others_and_unknown_datasets_are_refused(results):
-    assert block("imdb", results) is None
+    assert block("imdb", Comparison(results)) is None
     with pytest.raises(OutputError, match=r"holds nothing on 'sst2': its datasets are films, imdb"):
-        block("sst2 compared", results)
+        block("sst2 compared", Comparison(results))
+
+
+def test_a_page_with_several_tables_reads_the_comparison_once(results, monkeypatch):
+    read, files = tables.read_json_file, []
+    monkeypatch.setattr(tables, "read_json_file", lambda file: files.append(file.name) or read(file))
+    start, end = BLOCK_START.format("{}", WRITER), BLOCK_END
+    subjects = ("findings", "all datasets", "imdb costs")
+    replace_tables("".join(f"{start.format(subject)}\n{end}\n" for subject in subjects), results)
+    assert files == ["comparison.json", "comparison_tuning.json"]
 
 
 def test_without_a_comparison_one_line_says_how_to_make_one(tmp_path):

@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import resource
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -158,6 +159,17 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def commit(*folders: Path) -> str:
+    """The commit that made the code in `folders` what it is; "+" where files differ from it, "unknown" without git."""
+    def git(*arguments: str) -> str:
+        with suppress(OSError):  # git is not installed
+            return subprocess.run(["git", *arguments, "--", *folders], cwd=folders[0], capture_output=True,
+                                  text=True).stdout.strip()
+        return ""
+
+    return (git("log", "-1", "--format=%h") or "unknown") + "+" * bool(git("status", "--porcelain"))
 
 
 def peak_memory_bytes(device: torch.device) -> int:

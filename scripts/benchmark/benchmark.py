@@ -13,7 +13,6 @@ else the machine does meets all of them. The first turn warms up and is not coun
 from __future__ import annotations
 
 import argparse
-import subprocess
 import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
@@ -31,7 +30,7 @@ from minipeft.commands.start import run
 from minipeft.errors import ConfigError
 from minipeft.files import check_writable, read_json_file, write_json_file, write_text_file
 from minipeft.runs.results import rewrite
-from minipeft.training.hardware import machine, versions
+from minipeft.training.hardware import commit, machine, versions
 
 REFERENCES = ("transformers", "peft", "accelerate")  # what it is measured against
 # Parts that are kept twice, "before" the work on speed and "after" it.
@@ -95,19 +94,8 @@ def measure(options: argparse.Namespace) -> Path:
 def _kept_twice(column: dict[str, Any], part: str, before: bool) -> dict[str, Any]:
     """Where the rows of such a part belong, with the commit and the machine they are measured with."""
     place = column.setdefault(part, {}).setdefault("before" if before else "after", {})
-    place |= {"commit": commit(), "machine": machine()}
+    place |= {"commit": commit(Path(minipeft.__file__).parent), "machine": machine()}
     return place
-
-
-def commit() -> str:
-    """The commit that made the library what is measured; "+" where files differ from it, "unknown" without git."""
-    folder = Path(minipeft.__file__).parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True).stdout.strip()
-
-    changed = git("status", "--porcelain", "--", ".")
-    return (git("log", "-1", "--format=%h", "--", ".") or "unknown") + "+" * bool(changed)
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ import torch
 from recipe import PackedWindows, PretrainingConfig, bits_per_byte, pretrain, validation_loss
 from vocabulary import train_vocabulary
 
+import minipeft
 from minipeft.commands.options import add_dataclass_options, given
 from minipeft.commands.start import run
 from minipeft.data.datasets import data_folder, read_parquet_split, stratified_split
@@ -26,7 +27,8 @@ from minipeft.model import hub
 from minipeft.model.gpt2 import GPT2Config, GPT2LMHeadModel
 from minipeft.model.tokenizer import VOCABULARY_FILE, get_tokenizer
 from minipeft.settings import POSITIVE_INTEGER, PROBABILITY, Range, Settings, setting
-from minipeft.training.hardware import choose_device, machine, versions
+from minipeft.training.hardware import choose_device, commit, machine, versions
+from minipeft.training.state import STATE_FILE
 
 CONFIG_FILE = "config.json"
 START_FILE = "start.json"  # beside a state or a snapshot: {"initialisation", "step", "curve", "seconds", "losses"}
@@ -85,9 +87,14 @@ def new_model(size: Size, window: int, init_from: Path | None) -> GPT2LMHeadMode
 def prepare_state(folder: Path, model: GPT2LMHeadModel, texts: list[str], init_from: Path | None) -> dict[str, Any]:
     """Put beside the state what a model folder needs to go with it: the vocabulary, the sizes, and how the run began.
 
+    Where there is a state already, the run goes on from it, and what stands beside it stays: it is of that run, whatever
+    model the command names now.
+
     Returns:
         How it began: {"initialisation", and what `recipe.pretrain` takes}.
     """
+    if (folder / STATE_FILE).is_file() and (folder / START_FILE).is_file():
+        return read_json_file(folder / START_FILE)
     start = {"initialisation": init_from.name if init_from else "random", "step": 0}
     if init_from and (init_from / START_FILE).is_file():
         start = read_json_file(init_from / START_FILE)
@@ -145,6 +152,7 @@ def main() -> None:
     if folder is None:
         raise DataError("pretraining needs IMDb's parquet files: pass --data-dir, or set MINIPEFT_DATA, to a folder "
                         "that holds imdb/train-*.parquet and imdb/unsupervised-*.parquet")
+    code = commit(Path(minipeft.__file__).parent, Path(__file__).parent)  # now: files may change while it trains
     config = PretrainingConfig(**given(arguments, PretrainingConfig))
     size = Size(**given(arguments, Size))
     device = choose_device(arguments.device)
@@ -170,19 +178,22 @@ def main() -> None:
                        compile_model=not arguments.no_compile, start=start)
     data = {"train_reviews": len(train_texts), "held_out_reviews": len(held_out_texts),
             "train_tokens_per_epoch": batches.tokens, "held_out_bytes": sum(len(t.encode()) for t in held_out_texts)}
-    write(arguments, model, config, start["initialisation"], history, data, held_out_loss(),
-          sum(len(ids) + 1 for ids in held_out_ids))
+    write(arguments, model, config, {"initialisation": start["initialisation"], "commit": code}, history, data,
+          held_out_loss(), sum(len(ids) + 1 for ids in held_out_ids))
 
 
-def write(arguments: argparse.Namespace, model: GPT2LMHeadModel, config: PretrainingConfig, initialisation: str,
+def write(arguments: argparse.Namespace, model: GPT2LMHeadModel, config: PretrainingConfig, origin: dict[str, str],
           history: dict[str, Any], data: dict[str, int], loss: float, held_out_tokens: int) -> None:
-    """Write the model folder with its card, and the results."""
+    """Write the model folder with its card, and the results.
+
+    Args:
+        origin: {"initialisation", "commit"}: what the run began from, and the code that ran it, in the last sitting.
+    """
     model.save_pretrained(arguments.output, dtype=torch.float16)
     shutil.copyfile(arguments.state / VOCABULARY_FILE, arguments.output / VOCABULARY_FILE)
     results = {
         "model": {"parameters": sum(p.numel() for p in model.parameters()), **model.config.to_dict()},
-        "recipe": vars(config), "data": data,
-        "initialisation": initialisation,
+        "recipe": vars(config), "data": data, **origin,
         "tokens_seen": config.steps * config.window * config.batch_size,
         "validation_loss": round(loss, 4),
         "bits_per_byte": round(bits_per_byte(loss, held_out_tokens, data["held_out_bytes"]), 4),

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from forward import causal_attention, gelu, hidden_states
-from helpers import ScriptRunner, files_below, load, read_json, write_imdb, write_tiny_model
+from helpers import ROOT, ScriptRunner, files_below, load, read_json, write_imdb, write_tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from recipe import (
@@ -33,6 +33,7 @@ from minipeft import GPT2ForSequenceClassification, GPT2LMHeadModel, get_tokeniz
 from minipeft.errors import ConfigError
 from minipeft.model.tokenizer import VOCABULARY_FILE
 from minipeft.training import vocabulary_loss
+from minipeft.training.hardware import commit
 
 EOS = 96
 
@@ -435,6 +436,7 @@ def test_the_script_writes_a_model_that_loads_and_complete_results(script, tmp_p
     assert results["curve"][-1]["train_loss"] < results["curve"][0]["train_loss"]
     assert 0 < results["validation_loss"] < math.log(300)
     assert {"seconds", "machine", "versions"} <= results.keys()
+    assert results["commit"] == commit(ROOT / "minipeft", ROOT / "scripts" / "pretraining")
     held_out = load("imdb", "data").validation.texts
     tokens = sum(len(ids) + 1 for ids in tokenizer.encode_batch(held_out))
     expected = bits_per_byte(results["validation_loss"], tokens, sum(len(text.encode()) for text in held_out))
@@ -469,6 +471,29 @@ def test_the_script_run_again_keeps_what_it_has_and_ends_at_once(script):
     again = read_json("results/pretraining.json")
     for key in ("curve", "validation_loss", "bits_per_byte", "recipe", "seconds"):
         assert again[key] == first[key]
+
+
+def test_a_run_that_goes_on_is_noted_as_it_began_whatever_model_is_named_then(script, monkeypatch):
+    import recipe
+
+    assert script().code == 0
+    take_step, taken = recipe.train_step, []
+
+    def until_step_7(*arguments):
+        if len(taken) == 7:
+            raise KeyboardInterrupt
+        taken.append(take_step(*arguments))
+        return taken[-1]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(recipe, "train_step", until_step_7)
+        assert script("--state", "more", "--init-from", "model", "--save-every", 5).code == 130
+    beside = {name: read_json(f"more/{name}") for name in ("config.json", "start.json")}
+    outcome = script("--state", "more", "--n-layer", 2)
+    assert outcome.code == 2 and "a run with other parameters" in outcome.err
+    assert script("--state", "more").code == 0
+    assert beside == {name: read_json(f"more/{name}") for name in beside}
+    assert read_json("results/pretraining.json")["initialisation"] == "model"
 
 
 def test_the_script_starts_from_a_given_model_and_its_vocabulary(script, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import subprocess
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from minipeft.training.hardware import (
     cast_frozen,
     choose_device,
     choose_precision,
+    commit,
     computing_in,
     machine,
     matmul_precision,
@@ -100,6 +102,26 @@ def test_products_run_in_the_chosen_precision_inside_the_block_and_as_before_out
 def test_machine_and_versions_say_what_the_numbers_depend_on():
     assert machine()["cores"] >= 1 and machine()["memory_gib"] > 0 and machine()["processor"]
     assert {"python", "torch", "numpy", "minipeft"} <= set(versions())
+
+
+def test_the_commit_of_folders_is_the_last_that_changed_one_and_a_plus_says_that_files_differ(tmp_path, monkeypatch):
+    def git(*words):
+        return subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True,
+                              capture_output=True, text=True).stdout.strip()
+
+    folders = [tmp_path / name for name in ("a", "b", "c")]
+    git("init")
+    for folder in folders:
+        folder.mkdir()
+        (folder / "file").write_text("1")
+        git("add", ".")
+        git("commit", "-m", folder.name)
+    a, b, c = git("log", "--reverse", "--format=%h").split()
+    assert (commit(folders[0]), commit(*folders[:2]), commit(*folders)) == (a, b, c)
+    (folders[1] / "file").write_text("2")
+    assert (commit(folders[0]), commit(*folders[:2])) == (a, f"{b}+")
+    monkeypatch.setenv("PATH", "")
+    assert commit(folders[0]) == "unknown"
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "bitfit", "adapter", "prefix", "ia3"])

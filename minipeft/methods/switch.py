@@ -59,16 +59,17 @@ def set_adapter(model: nn.Module, name: str) -> nn.Module:
     """Make the adapter `name` the active one, and every other one inactive, without touching the base model.
 
     Raises:
-        InjectionError: no adapter of this name; another one is active that is merged, has no copy of the base's values,
-            or was injected on the meta device, before the base had values; or the model is wrapped for several
-            processes.
+        InjectionError: no adapter of this name, or one that was out when the model left the meta device; another one is
+            active that is merged, has no copy of the base's values, or was injected on the meta device, before the base
+            had values; or the model is wrapped for several processes.
     """
     check_not_data_parallel(model)
     itself = unwrapped(model)
     _check_name(itself, name)
+    returning = [injection for injection in all_injections(itself) if injection.name == name and not injection.active]
+    _check_own_values(itself, returning)
     deactivate(itself, [injection for injection in active_injections(itself) if injection.name != name])
-    activate(itself, [injection for injection in all_injections(itself)
-                      if injection.name == name and not injection.active])
+    activate(itself, returning)
     return model
 
 
@@ -82,7 +83,8 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 
     After the block, even one that raises, the adapters that were active before are active again. One that was removed
     within it stays removed. An adapter that was made active and merged within it has to be unmerged there: else the
-    block ends in an InjectionError.
+    block ends in an InjectionError. So does a block in which the model left the meta device: the adapters that were out
+    have no values.
 
     Raises:
         InjectionError: the base's weights are not at hand: the adapter is merged, all of them were trained, or the
@@ -205,7 +207,12 @@ def deactivate(model: nn.Module, leaving: list[Injection]) -> list[Injection]:
 
 @torch.inference_mode(False)
 def activate(model: nn.Module, returning: list[Injection]) -> None:
-    """Put inactive injections back into the model."""
+    """Put inactive injections back into the model.
+
+    Raises:
+        InjectionError: one was out when the model left the meta device.
+    """
+    _check_own_values(model, returning)
     for injection in returning:
         for name, layer in injection.layers.items():
             _follow(model, layer)
@@ -246,6 +253,18 @@ def _check_base_values(model: nn.Module, leaving: list[Injection]) -> None:
             if value.is_meta and not parameters[name].is_meta:
                 raise InjectionError(f"the base's own {name} has no values: the adapter was injected while the model "
                                      "was on the meta device; load the base first, and inject then")
+
+
+def _check_own_values(model: nn.Module, returning: list[Injection]) -> None:
+    if next(model.parameters()).is_meta:
+        return
+    for injection in returning:
+        tensors = [*injection.own_values.values()]
+        for layer in injection.layers.values():
+            tensors += [*layer.parameters(), *layer.buffers()]
+        if any(tensor.is_meta for tensor in tensors):
+            raise InjectionError(f"the adapter {injection.name!r} has no values: it was out of the model when this "
+                                 "left the meta device; remove it, and inject or load it anew")
 
 
 def _follow(model: nn.Module, layer: nn.Module) -> None:

@@ -841,6 +841,27 @@ def test_what_was_injected_on_the_meta_device_is_not_taken_out_when_the_base_has
         assert_unchanged(model, before)
 
 
+@pytest.mark.kind("5: an adapter without values is not put back into a base that has some")
+@pytest.mark.parametrize("config", [LoraConfig(r=2), VeraConfig(r=6), PREFIX, BitFitConfig(), HeadConfig()],
+                         ids=lambda config: config.method)
+def test_what_was_out_when_the_model_left_the_meta_device_is_not_put_back(tiny_config, tmp_path, config):
+    base = build(GPT2ForSequenceClassification, tiny_config)
+    save_adapter(inject(build(GPT2ForSequenceClassification, tiny_config), IA3Config()), tmp_path)
+    with torch.device("meta"):
+        model = inject(GPT2ForSequenceClassification(tiny_config), config, "early")
+    message = "the adapter 'early' has no values: it was out of the model when this left the meta device"
+    with pytest.raises(InjectionError, match=message), disable_adapter(model):
+        model.to_empty(device="cpu").load_state_dict(base.state_dict())
+    load_adapter(model, tmp_path, "late")
+    before = snapshot(model)
+    assert_refused(InjectionError, message, lambda: set_adapter(model, "early"))
+    assert_unchanged(model, before)
+    remove(model)
+    assert torch.equal(model(IDS, MASK), base(IDS, MASK))
+    inject(model, config, "early")
+    assert not any(parameter.is_meta for parameter in model.parameters())
+
+
 # --- parameters of one's own ------------------------------------------------------------------------------------------
 
 OWN = [LoraConfig(r=2, bias="all"), LoraConfig(r=2, init_lora_weights="pissa", bias="lora_only"), BitFitConfig(),

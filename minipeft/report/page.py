@@ -45,7 +45,8 @@ def page(comparison: dict[str, Any], tuning: dict[str, Any]) -> str:
     first = comparison["datasets"][main]
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         data=json.dumps(data).replace("</", "<\\/"), tables="\n".join(map(_plain_table, datasets.values())),
-        machine=escape(first["machine"].get("processor", "")), cores=escape(str(first["machine"].get("cores", ""))),
+        machine=escape("{processor}, {instructions}, {cores} cores".format(**first["machine"])
+                       if first["machine"] else "not measured yet"),
         findings="\n".join(f"<li>{escape(finding.text)}</li>" for finding in findings(comparison, tuning)))
 
 

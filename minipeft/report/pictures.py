@@ -223,12 +223,14 @@ def _name_ends(axes: Axes, ends: dict[str, tuple[float, float]]) -> None:
 
 # --- costs and settings -----------------------------------------------------------------------------------------------
 
-def costs(name: str, content: dict[str, Any]) -> Figure:
-    """Bars: time and memory of training, extra time at inference."""
+def costs(name: str, content: dict[str, Any]) -> Figure | None:
+    """Bars: time and memory of training, extra time at inference; None where they were not measured."""
     columns = (("core seconds per 1,000 examples", lambda row: row["core_seconds_per_1000_examples"]["mean"]),
                ("MiB that training adds", lambda row: (row["training_memory_bytes"]["mean"] or 0) / 2**20),
                ("% slower at inference, not merged", lambda row: 100 * (row["inference"]["extra"] or 0)))
-    rows = content["methods"]
+    rows = {method: row for method, row in content["methods"].items() if row["core_seconds_per_1000_examples"]["mean"]}
+    if not rows:
+        return None
     order = sorted(rows, key=lambda method: -rows[method]["core_seconds_per_1000_examples"]["mean"])
     figure = blank_figure(WIDTH, 1.2 + 0.34 * len(order), layout="constrained")
     figure.suptitle(f"{name}: what a method costs", x=0.01, ha="left", fontsize=12, color=INK)

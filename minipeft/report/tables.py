@@ -16,6 +16,7 @@ from minipeft.runs.comparison import (
     metric_of,
     shown_interval,
     shown_rank,
+    shown_seconds,
     shown_share,
     shown_with_deviation,
     table_of,
@@ -171,15 +172,15 @@ def costs(name: str, content: dict[str, Any]) -> str:
     """What each method costs beside its quality, the fastest to train first."""
     header = ["method", "core s per 1,000 examples", "MiB that training adds", "adapter, kB", "extra inference",
               "merged", "merges", "forgotten, nats"]
-    rows = sorted(content["methods"].items(), key=lambda item: item[1]["core_seconds_per_1000_examples"]["mean"])
+    rows = sorted(content["methods"].items(), key=lambda item: item[1]["core_seconds_per_1000_examples"]["mean"] or 0)
     return markdown_table(header, [_costs_of(method, row) for method, row in rows], figures=True)
 
 
 def _costs_of(method: str, row: dict[str, Any]) -> list[str]:
     memory, inference = row["training_memory_bytes"]["mean"], row["inference"]
-    return [method, f"{row['core_seconds_per_1000_examples']['mean']:.1f}",
+    return [method, shown_seconds(row),
             "-" if memory is None else f"{memory / 2**20:,.0f}", f"{row['adapter_bytes']['mean'] / 1000:,.0f}",
-            shown_share(inference["extra"]), shown_share(inference["extra_merged"]), inference["mergeable"],
+            shown_share(inference["extra"]), shown_share(inference["extra_merged"]), inference["mergeable"] or "-",
             f"{row['forgetting']['nats']:+.3f}"]
 
 

@@ -4,14 +4,16 @@
              most, where the best is at an end; then, at the best rate, two other sizes (`SIZES`); fewer examples and
              steps than training has, judged on the validation split, one seed
     training the best of these, on as many examples, for as many steps, with as long texts, for every method
+    costs    of a short training with the same settings: all methods in turn, on one machine, nothing else running
 
-Nothing here reads data or trains. `wanted` is the whole order of events: from what is known to what is to be run next.
+Nothing here reads data or trains. `wanted` is the order of events: from what is known to what is to be run next; then
+come the cells of `timed`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from minipeft.methods import METHODS
@@ -84,6 +86,10 @@ BEST: dict[str, dict[str, dict[str, Any]]] = {
     "sample": {"lora": {"epochs": 5}, "full": {"epochs": 5}}}
 
 
+# A method's costs are measured so many times, in turn with the others', each time on about so many examples.
+TURNS, TIMED_EXAMPLES = 3, 512
+
+
 @dataclass(frozen=True)
 class FewExamples:
     """How a method is trained on less and less, with the settings that were chosen for all examples.
@@ -112,7 +118,8 @@ class Cell:
     """One run of a comparison: a dataset, a method, a seed and a purpose.
 
     Attributes:
-        kind: "tuning", "final", "best" or "size", which is trained on so many examples.
+        seed: of a cell that measures costs, its turn.
+        kind: "tuning", "final", "best", "size", which is trained on so many examples, or "costs".
         size: of examples, of that kind.
         values: what replaces the method's defaults: fields of its configuration or of TrainingConfig.
     """
@@ -132,6 +139,8 @@ class Cell:
             return f"tuning/{self.method}_{shown}"
         if self.kind == "size":
             return f"size/{self.method}_{self.size}_seed{self.seed}"
+        if self.kind == "costs":
+            return f"costs/{self.method}_turn{self.seed}"
         return f"{'best_' if self.kind == 'best' else ''}{self.method}_seed{self.seed}"
 
     def __str__(self) -> str:
@@ -162,6 +171,12 @@ class Track:
     def trials(self) -> int:
         """How many trials there are if the best rate is at no end."""
         return (RATES + max(0, len(SIZES.get(self.method, ())) - 1)) if self.tuned else 0
+
+
+    @property
+    def turns(self) -> int:
+        """How often its costs are measured."""
+        return 0 if self.method == "baseline" else TURNS
 
 
 Score = Callable[[Cell], float | None]
@@ -223,6 +238,14 @@ def wanted(track: Track, score: Score, ended: Callable[[Cell], bool]) -> list[Ce
             return cells + best
     chosen = sizes[_best(sizes, score)] if sizes else rates[step]
     return cells + _finals(track, chosen.values) + best
+
+
+def timed(cells: list[Cell]) -> list[Cell]:
+    """The cells that measure costs of what these train, dataset by dataset, the methods in turn: a machine that is slow
+    for a while is slow for all."""
+    trained = [cell for cell in cells if (cell.kind, cell.seed) == ("final", 0) and cell.method != "baseline"]
+    return [replace(cell, kind="costs", seed=turn) for dataset in dict.fromkeys(cell.dataset for cell in trained)
+            for turn in range(TURNS) for cell in trained if cell.dataset == dataset]
 
 
 def _trial(track: Track, step: int, size: dict[str, Any] | None = None) -> Cell:

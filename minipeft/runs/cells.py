@@ -1,9 +1,10 @@
-"""One cell of a comparison, run and written: a trial, a training with its test and its costs, or a baseline.
+"""One cell of a comparison, run and written: a trial, a training with its test, a baseline, or what training costs.
 
     RESULTS/cells/DATASET/METHOD_seed0.json              what `results_of` says, "costs" and "each" (see comparison.py)
     RESULTS/cells/DATASET/METHOD_seed0.error             instead: the last line of a run that failed
     RESULTS/cells/DATASET/size/METHOD_16_seed0.json      the same, of a training with 16 examples
     RESULTS/cells/DATASET/tuning/METHOD_RATE_SIZE.json   what `described_trial` says
+    RESULTS/cells/DATASET/costs/METHOD_turn0.json        time and memory of a short training, time at inference
     OUTPUT/cells/DATASET/METHOD_seed0-DIGEST/            the trained model, the log and, while it runs, state and lock
 
 The digest is of all that was asked for, so that no cell ever meets what another one left.
@@ -25,13 +26,20 @@ import numpy as np
 
 from minipeft.files import digest, locked, write_json_file
 from minipeft.runs.baseline import base_of, tested
-from minipeft.runs.budget import FEW_EXAMPLES, Budget, Cell
-from minipeft.runs.costs import measured
+from minipeft.runs.budget import FEW_EXAMPLES, TIMED_EXAMPLES, Budget, Cell
+from minipeft.runs.costs import adapter_bytes, forgotten, inference_of
 from minipeft.runs.finetune import Run, prepare, results_of, train
 from minipeft.runs.plan import Options, Say, choose, silent
 from minipeft.runs.request import STATE_FOLDER
 from minipeft.runs.sweep import described_trial, with_trial
-from minipeft.training.hardware import matmul_precision, memory_bytes, peak_memory_bytes, reset_peak_memory
+from minipeft.training.hardware import (
+    machine,
+    matmul_precision,
+    memory_bytes,
+    peak_memory_bytes,
+    reset_peak_memory,
+    versions,
+)
 from minipeft.training.progress import History, Stopwatch
 from minipeft.training.stopping import Stopped
 
@@ -96,6 +104,10 @@ def job_of(cell: Cell, shared: Options, budget: Budget, terms: dict[str, Any], r
         options = dataclasses.replace(
             options, train_size=cell.size, validation_size=FEW_EXAMPLES.validation_size, subset_seed=cell.seed,
             test_size=FEW_EXAMPLES.test_size, training_values=training | FEW_EXAMPLES.training(cell.size, budget))
+    if cell.kind == "costs":  # as many epochs as in training: what is done once for all of them counts as much
+        options = dataclasses.replace(
+            options, train_size=max(budget.batch_size, TIMED_EXAMPLES // budget.epochs),
+            validation_size=budget.batch_size, training_values=training | {"evaluations_per_epoch": 1, "seed": 0})
     if cell.method != "baseline":
         options = with_trial(options, dict(cell.values))
     place = Path("cells", terms["dataset"]["name"], cell.name)
@@ -117,13 +129,14 @@ def run_cell(job: Job, say: Say = silent) -> None:
     with locked(job.folder):
         if job.file.is_file():  # another process has ended it since this one was started
             return
-        make = {"tuning": _trial, "baseline": _baseline}.get(
+        make = {"tuning": _trial, "costs": _costs, "baseline": _baseline}.get(
             "baseline" if job.cell.method == "baseline" else job.cell.kind, _training)
         content = {"cell": dataclasses.asdict(job.cell), "terms": job.terms, **make(job, say)}
         content["process_core_seconds"] = round(time.process_time(), 1)
         write_json_file(job.file, without_nan(content))
         job.error_file.unlink(missing_ok=True)
-        shutil.rmtree(job.folder if job.cell.kind == "tuning" else job.folder / STATE_FOLDER, ignore_errors=True)
+        kept = job.cell.kind not in ("tuning", "costs")
+        shutil.rmtree(job.folder / STATE_FOLDER if kept else job.folder, ignore_errors=True)
 
 
 def _baseline(job: Job, say: Say) -> dict[str, Any]:
@@ -138,25 +151,31 @@ def _trial(job: Job, say: Say) -> dict[str, Any]:
 
 
 def _training(job: Job, say: Say) -> dict[str, Any]:
-    """Train, test once, and measure the costs."""
+    """Train, test once, and see what the base has forgotten."""
     run = prepare(choose(job.options, say), say)
-    validating = _timed(run)
-    started_with = memory_bytes()
-    reset_peak_memory(run.plan.device)
     history = _trained(run)
-    # A resumed run counts its validations by the time of those it has seen itself.
-    checks = sum(validating) / max(1, len(validating)) * len(history.curve)
-    trained_for = max(0.0, history.core_seconds - checks) + run.material.core_seconds
-    memory, plan, tested_from = peak_memory_bytes(run.plan.device), run.plan, Stopwatch()
+    plan, tested_from = run.plan, Stopwatch()
     with matmul_precision(plan.options.matmul_precision):
         metrics, each = run.task.test_each(run.model, plan.data.test, plan.device, plan.precision, progress="testing")
     results = results_of(run, history, metrics, tested_from.seconds)
-    say("measuring what it costs")
-    return {**results, "adapter_folder": str(job.folder), "each": None if each is None else packed(each), "costs": {
-        "trained_parameters": run.counts.trainable, "training_examples": history.samples,
+    say("measuring what the base has forgotten")
+    return {**results, "adapter_folder": str(job.folder), "each": None if each is None else packed(each),
+            "costs": {"adapter_bytes": adapter_bytes(plan.folder), "forgetting": forgotten(run)}}
+
+
+def _costs(job: Job, say: Say) -> dict[str, Any]:
+    """A short training, and what it and its model take of the machine; not gone on with, if it was stopped."""
+    shutil.rmtree(job.folder / STATE_FOLDER, ignore_errors=True)
+    run = prepare(choose(job.options, say), say)
+    validating, started_with = _timed(run), memory_bytes()
+    reset_peak_memory(run.plan.device)
+    history = _trained(run)
+    memory = peak_memory_bytes(run.plan.device)
+    trained_for = history.core_seconds - sum(validating) + run.material.core_seconds
+    return {"method": job.cell.method, "machine": machine(), "versions": versions(), "costs": {
         "core_seconds_per_1000_examples": round(1000 * trained_for / history.samples, 4),
-        "peak_memory_bytes": memory,
-        "training_memory_bytes": None if started_with is None else max(0, memory - started_with), **measured(run)}}
+        "training_memory_bytes": None if started_with is None else max(0, memory - started_with),
+        "inference": inference_of(run)}}
 
 
 def _trained(run: Run) -> History:

@@ -1,6 +1,7 @@
 """A comparison: datasets x methods x seeds under one budget, from a request to comparison.json.
 
-    choose subjects -> the estimate -> the queue of cells (workers.py) -> comparison.json, and a table
+    choose subjects -> the estimate -> the queue of cells (workers.py) -> the costs, one by one -> comparison.json, and
+    a table
 
 Each dataset's cells share its `terms`: the data by content, the base model, the budget. Cells of other terms are never
 mixed with them: results go where there are none, or are refused.
@@ -26,10 +27,12 @@ from minipeft.runs.budget import (
     FEW_EXAMPLES,
     OWN_FILE,
     SHARE_OF_TIME,
+    TIMED_EXAMPLES,
     VIRTUAL_TOKENS,
     Budget,
     Cell,
     Track,
+    timed,
     tracks_of,
     wanted,
 )
@@ -38,9 +41,10 @@ from minipeft.runs.comparison import COMPARISON_FILE, table_of, write_comparison
 from minipeft.runs.places import CHECKPOINTS, RESULTS, own_results
 from minipeft.runs.plan import Options, Say, check_method, choose, dtype_name, silent
 from minipeft.runs.workers import Queue
+from minipeft.training.hardware import machine
 
 MINI_PARAMETERS = 7e6        # whose times the budgets' estimates are
-STARTING, MEASURING = 5, 15  # core seconds: a process and its data; costs, of a cell that is no trial
+STARTING, MEASURING = 5, 15  # core seconds: a process and its data; forgetting, or time at inference
 ESTIMATED = ("core_seconds", "test_core_seconds", "seeds")  # what decides nothing that a cell finds
 
 
@@ -131,19 +135,33 @@ def compare(request: Request, command: Callable[[Job], list[str]], say: Say = si
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     device = subjects[0].terms["device"]
     workers = request.workers or (cores if device == "cpu" else 1)
-    estimate = Estimate(by_name)
+    estimate, threads = Estimate(by_name), max(1, cores // workers)
     queue = Queue(job, cells, lambda cell: estimate.cost(cell, queue.results), lambda: estimate.total(
-        tracks, cells(), queue.results), command, workers, max(1, cores // workers), say, request.retry)
+        tracks, cells(), queue.results), command, workers, threads, say, request.retry)
     say(_plan_in_words(queue, cells(), tracks, folder, workers, estimate))
     queue.run()
+    last = timed([cell for cell in cells() if queue.result(cell)])
+    _keep_one_machine([job(cell).file for cell in last])
+    timing = Queue(job, lambda: last, estimate.beforehand, lambda: sum(map(estimate.beforehand, last)), command,
+                   workers=1, threads=threads, say=say, retry=request.retry)
+    timing.run()
+    return _conclude(folder, subjects, queue.failed | timing.failed, say)
+
+
+def _conclude(folder: Path, subjects: list[Subject], failed: dict[Cell, str], say: Say) -> int:
+    """Write comparison.json, and say what it holds and what failed.
+
+    Returns:
+        How many cells failed.
+    """
     found = write_comparison(folder)
     for subject in subjects:
         if content := found["datasets"].get(subject.name):
             say(f"\n{subject.name}\n\n{table_of(content)}")
     say(f"\nwrote {folder / COMPARISON_FILE}")
-    for cell, reason in queue.failed.items():
+    for cell, reason in failed.items():
         say(f"{cell} failed: {reason} (--retry runs it again)")
-    return len(queue.failed)
+    return len(failed)
 
 
 def check(request: Request) -> None:
@@ -213,12 +231,22 @@ def _folder(request: Request, subjects: list[Subject]) -> Path:
         if others and not request.replace:
             noted = read_json_file(others[0])["terms"]
             found = [name for name in subject.terms if noted.get(name) != subject.terms[name]]
-            raise OutputError(f"{others[0].parent} holds cells of another comparison ({', '.join(found)} differ): give "
-                              "this one another --results-dir, or replace them with --overwrite")
+            raise OutputError(f"{folder / 'cells' / subject.name} holds cells of another comparison "
+                              f"({', '.join(found)} differ): give this one another --results-dir, or replace "
+                              "them with --overwrite")
         for file in others:
             file.unlink()
     check_writable(folder)
     return folder
+
+
+def _keep_one_machine(files: list[Path]) -> None:
+    """Delete what was measured of costs on another machine, where something is missing: they are compared with each
+    other, so all are measured on this one then."""
+    there = [file for file in files if file.is_file()]
+    for file in there if len(there) < len(files) else ():
+        if read_json_file(file)["machine"] != machine():
+            file.unlink()
 
 
 def _cells_in(folder: Path, subject: Subject) -> list[Path]:
@@ -259,6 +287,7 @@ class Estimate:
             counts[key] = counts.get(key, 0) + 1
         for track in tracks:
             for kind, size, number in (("tuning", None, track.trials), ("final", None, track.seeds),
+                                       ("costs", None, track.turns),
                                        *(("size", size, track.seeds) for size in track.sizes)):
                 missing = number - counts.get((track.dataset, track.method, kind, size), 0)
                 costs += max(0, missing) * self.cost(Cell(track.dataset, track.method, 0, kind, size=size), results)
@@ -276,6 +305,8 @@ class Estimate:
             examples = min(train, (budget.tuning_size or sizes["train"]) / 1000)
             work = budget.tuning_epochs * (examples * budget.core_seconds * share + validation * reading)
             return STARTING + subject.weight * work
+        if cell.kind == "costs":
+            return STARTING + MEASURING + subject.weight * TIMED_EXAMPLES / 1000 * budget.core_seconds * share
         if cell.size is not None:
             epochs = FEW_EXAMPLES.training(cell.size, budget)["epochs"]
             train, test = cell.size / 1000, min(test, FEW_EXAMPLES.test_size / 1000)
@@ -298,8 +329,9 @@ class Estimate:
 def _plan_in_words(queue: Queue, known: list[Cell], tracks: list[Track], folder: Path, workers: int,
                    estimate: Estimate) -> str:
     """What is about to happen, and what it takes."""
-    there = sum(map(queue.ended, known))
-    cells = sum(track.trials + track.seeds * (1 + len(track.sizes)) + (track.best is not None) for track in tracks)
+    there = sum(map(queue.ended, known + timed(known)))
+    cells = sum(track.trials + track.seeds * (1 + len(track.sizes)) + (track.best is not None) + track.turns
+                for track in tracks)
     tuned = any(track.trials for track in tracks)
     took = sum(estimate.cost(cell, queue.results) for cell in queue.results)
     left = max(0.0, estimate.total(tracks, known, queue.results) - took)

@@ -5,7 +5,8 @@ comparison.json
     {"datasets": {NAME: {
         "terms":       what all cells of the dataset have in common: see `cells.py`
         "headline":    the metric that counts, such as "accuracy"; higher is better
-        "task", "machine", "versions"
+        "task"
+        "machine", "versions": with which times and memory were measured; empty if they have not been
         "sizes":       {"train", "validation", "test"}: examples
         "baselines":   {NAME: metrics}, without training; empty if none were run
         "methods":     {METHOD: ROW}
@@ -22,10 +23,11 @@ comparison.json
         "mean", "deviation" (n - 1; None with one seed), "interval_95" of the mean: see `significance.py`
         "metrics":     {METRIC: mean over seeds} of all metrics that are numbers
         "trained_parameters", "trained_share" (of all parameters)
-        "core_seconds_per_1000_examples", "test_seconds", "peak_memory_bytes" (of the process, while it trained),
-        "training_memory_bytes" (of that, what training added), "adapter_bytes": {"mean", "deviation"} each
+        "core_seconds_per_1000_examples", "training_memory_bytes" (what training adds to the process), "adapter_bytes":
+                       {"mean", "deviation"} each
         "inference":   {"extra": share of the base's time that the adapter adds, unmerged; "extra_merged";
                         "mergeable": "yes", "no" or "nothing to merge"}; 0 where nothing is added, None where not known
+                        or, as all times and memory, not measured: of "best", and until all runs have ended
         "forgetting":  {"before", "after", "nats" (after - before; above 0 is forgotten), "deviation" of it, "tokens",
                         "texts"}
         "curves":      for each seed its validations: step, train_loss, validation_loss, seconds, ...
@@ -81,22 +83,26 @@ def comparison(folder: Path) -> dict[str, Any]:
         cells = [(path, read_json_file(path)) for path in sorted(place.glob("*.json"))]
         if cells:
             sized = [(path, read_json_file(path)) for path in sorted((place / "size").glob("*.json"))]
-            _terms(cells + sized)
-            datasets[place.name] = {**_dataset(folder, cells), "few_examples": _few_examples(
+            timed = [(path, read_json_file(path)) for path in sorted((place / "costs").glob("*.json"))]
+            _terms(cells + sized + timed)
+            content = _dataset(folder, cells, [results for _, results in timed])
+            datasets[place.name] = {**content, "few_examples": _few_examples(
                 [results for _, results in cells if results["cell"]["kind"] == "final"],
                 [results for _, results in sized])}
     return without_nan({"datasets": datasets})
 
 
-def _dataset(folder: Path, cells: Sequence[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
+def _dataset(folder: Path, cells: Sequence[tuple[Path, dict[str, Any]]],
+             timed: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What comparison.json says of one dataset."""
     terms, some = _terms(cells), cells[0][1]
     by_kind: dict[str, dict[str, list[tuple[Path, dict[str, Any]]]]] = {"final": {}, "best": {}}
     for path, results in cells:
         by_kind[results["cell"]["kind"]].setdefault(results["method"], []).append((path, results))
     (_, baseline), = by_kind["final"].pop("baseline", [(None, {"metrics": {}})])
-    rows = {kind: {method: _row(folder, found, some["headline"]) for method, found in sorted(
-        methods.items(), key=lambda item: ALL.index(item[0]))} for kind, methods in by_kind.items()}
+    rows = {kind: {method: _row(folder, found, some["headline"], [
+        turn["costs"] for turn in timed if kind == "final" and turn["method"] == method]) for method, found in sorted(
+            methods.items(), key=lambda item: ALL.index(item[0]))} for kind, methods in by_kind.items()}
     pairs = []
     for kind, methods in by_kind.items():
         each = {method: [unpacked(results["each"]) for _, results in methods[method]] for method in rows[kind]
@@ -111,11 +117,12 @@ def _dataset(folder: Path, cells: Sequence[tuple[Path, dict[str, Any]]]) -> dict
             for method, place in ranks(list(each), pairs).items():
                 rows[kind][method] |= place
     return {"terms": terms, "task": some["task"], "headline": some["headline"], "sizes": terms["dataset"]["sizes"],
-            "machine": some["machine"], "versions": some["versions"], "baselines": baseline["metrics"],
-            "methods": rows["final"], "tests": pairs, "best": rows["best"]}
+            **{key: timed[0][key] if timed else {} for key in ("machine", "versions")},
+            "baselines": baseline["metrics"], "methods": rows["final"], "tests": pairs, "best": rows["best"]}
 
 
-def _row(folder: Path, cells: Sequence[tuple[Path, dict[str, Any]]], headline: str) -> dict[str, Any]:
+def _row(folder: Path, cells: Sequence[tuple[Path, dict[str, Any]]], headline: str,
+         timed: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What is said of one method on one dataset, of one kind of cells."""
     runs = sorted((results for _, results in cells), key=lambda results: results["seed"])
     tested, costs = [run["metrics"]["test"] for run in runs], [run["costs"] for run in runs]
@@ -130,10 +137,10 @@ def _row(folder: Path, cells: Sequence[tuple[Path, dict[str, Any]]], headline: s
         "metrics": {key: round(fmean(metrics[key] for metrics in tested), 6) for key in numbers},
         "trained_parameters": first["parameters"]["trainable"],
         "trained_share": first["parameters"]["trainable"] / first["parameters"]["total"],
-        **{key: _spread([run[key] for run in costs]) for key in (
-            "core_seconds_per_1000_examples", "peak_memory_bytes", "training_memory_bytes", "adapter_bytes")},
-        "test_seconds": _spread([run["seconds"]["test"] for run in runs]),
-        "inference": _inference([run["inference"] for run in costs]),
+        **{key: _spread([turn[key] for turn in timed])
+           for key in ("core_seconds_per_1000_examples", "training_memory_bytes")},
+        "adapter_bytes": _spread([run["adapter_bytes"] for run in costs]),
+        "inference": _inference([turn["inference"] for turn in timed]),
         "forgetting": {"before": costs[0]["forgetting"]["before"],
                        "after": round(fmean(run["forgetting"]["after"] for run in costs), 5),
                        "nats": round(fmean(lost), 5), "deviation": _deviation(lost),
@@ -159,14 +166,15 @@ def _scores(scores: Sequence[float]) -> dict[str, Any]:
 
 
 def _inference(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Extra time at inference: over seeds the mean of each run's share."""
+    """Extra time at inference: over turns the mean of each one's share."""
     def extra(key: str) -> float | None:
         shares = [run[key] / run["base_seconds"] - 1 for run in runs if run[key] and run["base_seconds"]]
         return round(fmean(shares), 4) if shares else None
 
-    nothing = runs[0]["mergeable"] == "nothing to merge"  # the base's own modules, with other values
+    mergeable = runs[0]["mergeable"] if runs else None
+    nothing = mergeable == "nothing to merge"  # the base's own modules, with other values
     return {"extra": 0.0 if nothing else extra("seconds"), "extra_merged": 0.0 if nothing else extra("merged_seconds"),
-            "measured": extra("seconds"), "mergeable": runs[0]["mergeable"]}
+            "measured": extra("seconds"), "mergeable": mergeable}
 
 
 def _spread(values: Sequence[float | None]) -> dict[str, float | None]:
@@ -287,8 +295,14 @@ def shown_rank(row: dict[str, Any]) -> str:
 def _cells_of(name: str, row: dict[str, Any], metric: Metric) -> list[str]:
     return [name, shown_settings(row), shown_parameters(row["trained_parameters"], row["trained_share"]),
             shown_with_deviation(metric, row), shown_interval(metric, row), shown_rank(row),
-            f"{row['core_seconds_per_1000_examples']['mean']:.1f}", f"{row['forgetting']['nats']:+.3f}",
+            shown_seconds(row), f"{row['forgetting']['nats']:+.3f}",
             shown_share(row["inference"]["extra"])]
+
+
+def shown_seconds(row: dict[str, Any]) -> str:
+    """Core seconds that training takes for 1,000 examples, or "-" where they were not measured."""
+    seconds = row["core_seconds_per_1000_examples"]["mean"]
+    return "-" if seconds is None else f"{seconds:.1f}"
 
 
 def shown_share(value: float | None) -> str:

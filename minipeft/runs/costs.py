@@ -1,4 +1,4 @@
-"""What a trained model costs beside its quality: disk, memory, extra time at inference, and what the base forgot.
+"""What a trained model costs beside its quality: disk, extra time at inference, and what the base forgot.
 
     forgetting = nats per token of held-out texts, the adapter in place, minus the base's own
     log p(next token | text) = log softmax(h wte^T)        h (T, C): hidden states, wte (vocab, C): the tied embedding
@@ -37,18 +37,22 @@ from minipeft.training.vocabulary_loss import losses_and_hits
 TEXTS, TOKENS, TIMED_TEXTS, TIMED_ROUNDS = 128, 256, 32, 5
 
 
-def measured(run: Run) -> dict[str, Any]:
-    """All costs of a trained run that are measured after training.
-
-    Returns:
-        {"adapter_bytes": on disk, "inference": see `inference`, "forgetting": see `forgetting`}.
-    """
+def forgotten(run: Run) -> dict[str, Any]:
+    """What the base has forgotten of held-out texts, and of which: see `forgetting`."""
     name, texts = held_out(run.plan.options.data_dir)
-    ids = [np.asarray(row[:min(TOKENS, run.model.config.n_positions // 2)], dtype=np.int32)
-           for row in run.plan.tokenizer.encode_batch(texts.texts)]
-    return {"adapter_bytes": adapter_bytes(run.plan.folder), "inference": inference(run, ids[:TIMED_TEXTS]),
-            "forgetting": {"texts": f"{name} validation", "fingerprint": texts.fingerprint(),
-                           **forgetting(run, [row for row in ids if len(row) > 1])}}
+    return {"texts": f"{name} validation", "fingerprint": texts.fingerprint(),
+            **forgetting(run, [row for row in encoded(run, texts) if len(row) > 1])}
+
+
+def inference_of(run: Run) -> dict[str, Any]:
+    """What the adapter adds to the time of some held-out texts: see `inference`."""
+    return inference(run, encoded(run, held_out(run.plan.options.data_dir)[1])[:TIMED_TEXTS])
+
+
+def encoded(run: Run, texts: Examples) -> list[np.ndarray]:
+    """The first tokens of each text, (T,) each."""
+    return [np.asarray(row[:min(TOKENS, run.model.config.n_positions // 2)], dtype=np.int32)
+            for row in run.plan.tokenizer.encode_batch(texts.texts)]
 
 
 def held_out(data_dir: str | Path | None) -> tuple[str, Examples]:

@@ -204,6 +204,8 @@ def headline_of(results: dict[str, Any]) -> str:
     if "validation" in results:
         by = results["best_by"]
         return f"validation {by} {results['validation'].get(by)}"
+    if "metrics" not in results:
+        return f"{results['costs']['core_seconds_per_1000_examples']:.1f} core seconds per 1,000 examples"
     name, tests = results["headline"], results["metrics"]
     found = {"": tests["test"]} if "test" in tests else tests
     return ", ".join(f"{f'{key} '.replace('_', ' ') if key else ''}{name} {metrics[name]}"

@@ -143,7 +143,8 @@ def out_of_memory(device: torch.device, rows: int, length: int, checkpointing: b
 def machine() -> dict[str, Any]:
     """The machine's description for a results file."""
     description: dict[str, Any] = {
-        "system": platform.system(), "processor": _processor(), "cores": os.cpu_count(),
+        "system": platform.system(), "processor": _processor(), "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)}
     if torch.cuda.is_available():
         description["gpu"] = torch.cuda.get_device_name()

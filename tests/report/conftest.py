@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
-from cell_files import TERMS, baseline_content, final_content, trial_content
+from cell_files import TERMS, baseline_content, costs_content, final_content, trial_content
 
 from minipeft.files import read_json_file, write_json_file
 from minipeft.methods import METHODS
@@ -32,10 +34,10 @@ def results(tmp_path_factory):
                 cell = Cell(dataset, method, seed, "final", (("learning_rate", 1e-3),))
                 content = final_content(cell, terms, share - 0.005 * seed, forgotten=0.5 / (1 + number))
                 content["parameters"] = {"trainable": 7_000_000 // (1 + number) ** 3, "total": 7_000_000}
-                content["costs"] |= {"training_memory_bytes": (20 - number) * 2**20,
-                                     "core_seconds_per_1000_examples": 30.0 - number + seed}
-                content["costs"]["inference"]["mergeable"] = "no" if method in ("adapter", "prefix") else "yes"
                 write(cell, content)
+                cell = replace(cell, kind="costs")
+                write(cell, costs_content(cell, terms, 30.0 - number, (20 - number) * 2**20,
+                                          "no" if method in ("adapter", "prefix") else "yes"))
     for method, score in (("lora", 0.8), ("ia3", 0.7)):
         for step, rate in enumerate((1e-4, 1e-3, 1e-2)):
             cell = Cell("imdb", method, 0, "tuning", (("learning_rate", rate),))

@@ -20,6 +20,7 @@ from minipeft.runs.costs import language_loss
 from minipeft.runs.plan import Options, choose
 from minipeft.runs.trained import load_finetuned
 from minipeft.tasks.task import Task
+from minipeft.training.hardware import machine
 from minipeft.training.stopping import Stopped
 
 BUDGET = Budget(epochs=2, tuning_epochs=1, tuning_size=16, batch_size=4)
@@ -49,7 +50,7 @@ def job(tiny, tmp_path, monkeypatch):
 # --- run --------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_cell_of_every_method_holds_quality_costs_and_each_example(job, method):
+def test_a_cell_of_every_method_holds_quality_what_was_forgotten_and_each_example(job, method):
     work = job(method)
     run_cell(work)
     found = read_json(work.file)
@@ -58,17 +59,30 @@ def test_a_cell_of_every_method_holds_quality_costs_and_each_example(job, method
     assert found["terms"] == TERMS and found["training_config"]["epochs"] == 2
     assert unpacked(found["each"]).mean() == pytest.approx(found["metrics"]["test"]["accuracy"])
     costs = found["costs"]
-    assert costs["trained_parameters"] == found["parameters"]["trainable"] and costs["training_examples"] == 64
-    assert costs["core_seconds_per_1000_examples"] > 0 and costs["adapter_bytes"] > 100
-    assert costs["training_memory_bytes"] <= costs["peak_memory_bytes"]
+    assert costs["adapter_bytes"] > 100
+    lost = costs["forgetting"]["after"] - costs["forgetting"]["before"]
+    assert lost == 0 if method == "head" else lost != 0
+    assert (work.folder / "minipeft.json").is_file() and not (work.folder / "training_state").exists()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_costs_of_every_method_are_those_of_a_short_training_and_leave_their_file_alone(job, method, tmp_path,
+                                                                                            monkeypatch):
+    for name in ("test", "test_each"):
+        monkeypatch.setattr(Task, name, lambda *a, **k: pytest.fail("the test split was read"))
+    work = job(method, "costs", seed=2)
+    assert work.options.training_values["epochs"] == BUDGET.epochs
+    run_cell(work)
+    found = read_json(work.file)
+    costs = found["costs"]
+    assert found["machine"] == machine() and 0 < costs["core_seconds_per_1000_examples"] < 10_000
+    assert costs["training_memory_bytes"] >= 0
     mergeable = {"full": "nothing to merge", "head": "nothing to merge", "bitfit": "nothing to merge",
                  "adapter": "no", "prompt": "no", "ptuning": "no", "prefix": "no"}.get(method, "yes")
     assert costs["inference"]["mergeable"] == mergeable
     assert (costs["inference"]["merged_seconds"] is not None) == (mergeable == "yes")
     assert (costs["inference"]["base_seconds"] is None) == (method == "full")
-    lost = costs["forgetting"]["after"] - costs["forgetting"]["before"]
-    assert lost == 0 if method == "head" else lost != 0
-    assert (work.folder / "minipeft.json").is_file() and not (work.folder / "training_state").exists()
+    assert {file.rpartition("/")[2] for file in files_below(tmp_path)} == {"films.csv", f"{method}_turn2.json"}
 
 
 def test_forgetting_is_the_mean_loss_of_next_tokens_with_the_adapter_in_place(job, tiny):

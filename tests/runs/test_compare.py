@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cell_files import baseline_content, final_content, trial_content
+from cell_files import baseline_content, costs_content, final_content, trial_content
 from helpers import read_json, rows, write_csv, write_tiny_model
 
 from minipeft.errors import ConfigError, DataError, OutputError
@@ -39,7 +39,8 @@ def comparing(tiny, tmp_path, monkeypatch):
             if job.cell.method == "prompt":
                 return [sys.executable, "-c", "print('error: this'); raise SystemExit(2)"]
             rate = dict(job.cell.values).get("learning_rate", 1)
-            content = {"tuning": lambda: trial_content(job.cell, job.terms, 1 - abs(rate - 5e-3)),
+            content = {"costs": lambda: costs_content(job.cell, job.terms),
+                       "tuning": lambda: trial_content(job.cell, job.terms, 1 - abs(rate - 5e-3)),
                        "baseline": lambda: baseline_content(job.cell, job.terms)}.get(
                 "baseline" if job.cell.method == "baseline" else job.cell.kind,
                 lambda: final_content(job.cell, job.terms, 0.9))()
@@ -58,9 +59,9 @@ def comparing(tiny, tmp_path, monkeypatch):
 
 def test_every_method_is_tuned_then_trained_and_the_table_shows_it(comparing):
     failed, ran, said = comparing("baseline", "ia3", seeds=2)
-    assert failed == 0 and len(ran) == 1 + 5 + 2
-    assert [cell.kind for cell in ran if cell.method == "ia3"] == ["tuning"] * 5 + ["final"] * 2
-    assert "cells      8, or a few more where a best rate is at an end; 0 of them there; " in said
+    assert failed == 0 and len(ran) == 1 + 5 + 2 + 3
+    assert [cell.kind for cell in ran if cell.method == "ia3"] == ["tuning"] * 5 + ["final"] * 2 + ["costs"] * 3
+    assert "cells      11, or a few more where a best rate is at an end; 0 of them there; " in said
     assert "core hours" in said
     assert "| ia3 | learning_rate 0.005 |" in said and "| zero shot |" in said
     assert read_json("results/comparison.json")["datasets"]["films"]["methods"]["ia3"]["seeds"] == [0, 1]
@@ -73,7 +74,7 @@ def test_few_examples_are_trained_with_the_settings_that_were_chosen(comparing):
     sized = [cell for cell in ran if cell.kind == "size"]
     assert [(cell.method, cell.size, cell.seed) for cell in sized] == [("lora", 16, 0), ("lora", 16, 1)]
     (chosen,) = {cell.values for cell in ran if (cell.kind, cell.method) == ("final", "lora")}
-    assert {cell.values for cell in sized} == {chosen} and "cells      18, or" in said
+    assert {cell.values for cell in sized} == {chosen} and "cells      24, or" in said
     points = read_json("results/comparison.json")["datasets"]["films"]["few_examples"]
     assert {method: [(point["train_size"], point["seeds"]) for point in found] for method, found in points.items()} == {
         "lora": [(16, [0, 1]), (32, [0, 1])]}
@@ -84,12 +85,23 @@ def test_what_is_there_is_not_run_again_and_more_seeds_are_added(comparing):
     comparing("ia3")
     assert [(cell.kind, cell.seed) for cell in comparing("ia3", seeds=2)[1]] == [("final", 1)]
     failed, ran, said = comparing("ia3", seeds=2)
-    assert (failed, ran) == (0, []) and "7 of them there" in said
+    assert (failed, ran) == (0, []) and "10 of them there" in said
+
+
+def test_costs_are_measured_at_the_end_in_turns_and_all_on_one_machine(comparing):
+    _, ran, _ = comparing("ia3", "bitfit", tuned=False)
+    turns = [(turn, method) for turn in range(3) for method in ("ia3", "bitfit")]
+    assert [(cell.seed, cell.method) for cell in ran[2:]] == turns and {cell.kind for cell in ran[2:]} == {"costs"}
+    file = Path("results/cells/films/costs/ia3_turn0.json")
+    file.write_text(json.dumps(read_json(file) | {"machine": {"cores": 1000}}))
+    assert comparing("ia3", "bitfit", tuned=False)[1] == [], "what is complete stays"
+    Path("results/cells/films/costs/bitfit_turn1.json").unlink()
+    assert [(cell.seed, cell.method) for cell in comparing("ia3", "bitfit", tuned=False)[1]] == [turns[0], turns[3]]
 
 
 def test_a_method_whose_runs_fail_is_reported_and_the_others_are_compared(comparing):
     failed, ran, said = comparing("prompt", "ia3", "bitfit", tuned=False)
-    assert failed == 1 and len(ran) == 3
+    assert failed == 1 and len(ran) == 3 + 6
     assert "films/prompt_seed0 failed: error: this (--retry runs it again)" in said
     assert "| ia3 | " in said and "| bitfit | " in said
     assert comparing("prompt", "ia3", tuned=False)[1] == []
@@ -129,7 +141,7 @@ def test_beside_published_results_those_of_ones_own_go_to_results_mine(comparing
     Path("results/README.md").write_text("published")
     before = Path("results/comparison.json").stat().st_mtime_ns
     failed, ran, said = comparing("ia3", tuned=False, results_dir=None, changes={"epochs": 1})
-    assert (failed, len(ran)) == (0, 1) and "results    results/mine" in said
+    assert (failed, len(ran)) == (0, 1 + 3) and "results    results/mine" in said
     assert Path("results/comparison.json").stat().st_mtime_ns == before
     assert "results    results\n" in comparing("ia3", tuned=False, results_dir=None)[2] + "\n", "the published request"
 
@@ -160,4 +172,4 @@ def test_all_methods_are_compared_on_texts_of_one_length_beside_which_virtual_to
 def test_the_estimate_of_what_is_left_follows_what_was_measured(comparing):
     first, second = (float(comparing(*methods, seeds=3)[2].partition("estimate   ")[2].split()[0])
                      for methods in (["ia3"], ["ia3", "bitfit"]))
-    assert first < 0.05 and second == pytest.approx((5 * 36 + 3 * 90) / 3600, abs=0.01)
+    assert first < 0.05 and second == pytest.approx((5 * 36 + 3 * 90 + 3 * 20) / 3600, abs=0.01)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
-from cell_files import TERMS, baseline_content, final_content, trial_content
+from cell_files import TERMS, baseline_content, costs_content, final_content, trial_content
 
 from minipeft.errors import OutputError
 from minipeft.files import read_json_file, write_json_file
@@ -25,6 +26,9 @@ def folder(tmp_path):
         for seed, share in enumerate(shares):
             cell = Cell("films", method, seed, "final", (("learning_rate", 1e-3), ("r", 2)) * (method == "lora"))
             write(cell, final_content(cell, TERMS, share, forgotten=0.1 * (1 + seed)))
+    for turn in range(3):
+        cell = Cell("films", "lora", turn, "costs")
+        write(cell, costs_content(cell, TERMS))
     for cell, content in ((Cell("films", "baseline", 0, "final"), baseline_content),
                           (Cell("films", "lora", 0, "best", (("epochs", 9),)), None)):
         write(cell, content(cell, TERMS) if content else final_content(cell, TERMS, 0.95))
@@ -50,6 +54,19 @@ def test_rows_have_means_deviations_intervals_and_costs(folder):
     assert lora["inference"] == {"extra": 0.25, "extra_merged": 0.0, "measured": 0.25, "mergeable": "yes"}
     assert lora["forgetting"]["nats"] == pytest.approx(0.2) and lora["forgetting"]["deviation"] == pytest.approx(0.1)
     assert films["methods"]["head"]["deviation"] is None
+    assert films["machine"]["cores"] and "machine" not in films["methods"]["lora"]
+
+
+def test_costs_that_were_not_measured_are_not_known_and_shown_as_dashes(folder):
+    content = comparison(folder)["datasets"]["films"]
+    head = content["methods"]["head"]
+    assert head["core_seconds_per_1000_examples"]["mean"] is None and head["adapter_bytes"]["mean"] == 40
+    assert head["inference"] == {"extra": None, "extra_merged": None, "measured": None, "mergeable": None}
+    assert content["best"]["lora"]["core_seconds_per_1000_examples"]["mean"] is None
+    assert re.search(r"\| head \| .* \| - \| \+0\.100 \| - \|", table_of(content))
+    for file in (folder / "cells/films/costs").iterdir():
+        file.unlink()
+    assert comparison(folder)["datasets"]["films"]["machine"] == {}
 
 
 def test_only_what_is_significant_is_ranked(folder):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from minipeft.errors import InjectionError
 from minipeft.methods.wrappers import unwrapped
+from minipeft.model.linear import autocast_dtype
 
 
 class AdapterLayer(nn.Module):
@@ -131,7 +132,7 @@ def forward_beside_half(module: nn.Module, x: Tensor) -> Tensor:
         (..., out), like x; a head's is float32. Under autocast as autocast has it.
     """
     forward = partial(type(module).forward, module)
-    if torch.is_autocast_enabled(x.device.type):
+    if autocast_dtype(x):
         return forward(x)
     if isinstance(module, nn.LayerNorm):
         return F.layer_norm(x.float(), module.normalized_shape, module.weight.float(), module.bias.float(),
@@ -146,4 +147,4 @@ def to_dtype_of(parameter: Tensor, x: Tensor) -> Tensor:
 
     Under autocast the matrix product chooses the dtype itself, and a cast here would only be undone.
     """
-    return x if torch.is_autocast_enabled(x.device.type) else x.to(parameter.dtype)
+    return x if autocast_dtype(x) else x.to(parameter.dtype)

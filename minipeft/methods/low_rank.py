@@ -23,21 +23,16 @@ import torch.nn as nn
 from torch import Tensor
 
 from minipeft.model.dropout import draw_kept, scale
-from minipeft.model.linear import Linear, carried_out_here, linear, outer
+from minipeft.model.linear import Linear, autocast_dtype, carried_out_here, linear, outer
 
 
 def applies(x: Tensor, layer: nn.Module) -> bool:
     """Whether this file may compute what a LoRALinear's formula says: nothing else looks at its three products."""
-    parts, dtype = (layer.base_layer, layer.lora_A, layer.lora_B), _dtype(x)
+    parts, dtype = (layer.base_layer, layer.lora_A, layer.lora_B), autocast_dtype(x) or x.dtype
     return (torch.is_grad_enabled() and carried_out_here(x, *(part.weight for part in parts))
             and x.dim() > 1 and x.numel() > 0 and dtype in (torch.float32, torch.bfloat16)
-            and (torch.is_autocast_enabled("cpu") or all(part.weight.dtype == dtype for part in parts))
+            and (autocast_dtype(x) or all(part.weight.dtype == dtype for part in parts))
             and not layer.base_layer.weight.requires_grad and all(_is_plain(part) for part in parts))
-
-
-def _dtype(x: Tensor) -> torch.dtype:
-    """What the products are computed in."""
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -51,7 +46,7 @@ def low_rank(x: Tensor, layer: nn.Module) -> Tensor:
     dropout, base = layer.lora_dropout.p if layer.training else 0.0, layer.base_layer
     kept = draw_kept(x.shape, dropout) if dropout else None
     tensors = (x, base.weight, base.bias, layer.lora_A.weight, layer.lora_B.weight)
-    cast = [None if tensor is None else tensor.to(_dtype(x)) for tensor in tensors]
+    cast = [None if tensor is None else tensor.to(autocast_dtype(x) or x.dtype) for tensor in tensors]
     with torch.autocast("cpu", enabled=False):
         return _LowRank.apply(*cast, layer.scaling, kept, scale(dropout))
 

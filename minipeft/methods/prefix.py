@@ -170,16 +170,9 @@ from torch import Tensor
 
 from minipeft.methods.injection import Plan, base_of
 from minipeft.methods.symbols import Seen, Symbols
-from minipeft.methods.virtual_tokens import (
-    Table,
-    VirtualTokens,
-    VirtualTokensConfig,
-    check_room,
-    compute_dtype,
-    place_of,
-)
+from minipeft.methods.virtual_tokens import Table, VirtualTokens, VirtualTokensConfig, check_room, place_of
 from minipeft.model.kv_cache import KVCache
-from minipeft.model.linear import Linear
+from minipeft.model.linear import Linear, autocast_dtype
 from minipeft.settings import POSITIVE_INTEGER, setting
 
 
@@ -250,7 +243,8 @@ class Prefix(VirtualTokens):
             call["cache"] = KVCache(kept=False)  # for this call and its backward pass alone
         if call["cache"].length == 0:  # later calls find the prefix in the cache
             tokens = call["input_ids"] if call["inputs_embeds"] is None else call["inputs_embeds"]
-            call["cache"].layers = self.keys_and_values(tokens.shape[0], compute_dtype(module.wte.weight))
+            dtype = autocast_dtype(tokens) or module.wte.weight.dtype             # of the blocks' keys and values
+            call["cache"].layers = self.keys_and_values(tokens.shape[0], dtype)
 
 
 def plan(model: nn.Module, config: PrefixTuningConfig) -> Plan:

@@ -93,11 +93,6 @@ class VirtualTokens(AddedLayer):
         raise NotImplementedError
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of the keys and values that the blocks compute: autocast's where it is on, x's otherwise."""
-    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-
-
 def check_room(model: nn.Module, num_virtual_tokens: int) -> None:
     """Refuse more virtual tokens than fit: at least one position is left to the text.
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minipeft.model.dropout import draw_kept, scale
-from minipeft.model.linear import carried_out_here
+from minipeft.model.linear import autocast_dtype, carried_out_here
 
 BYTES_PER_BLOCK = 128  # of a column of scores: 32 queries in float32, 64 in bfloat16
 
@@ -41,7 +41,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
         (B, H, T, D).
     """
     dropout = dropout if training else 0.0
-    exact = query.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    exact = query.dtype == torch.float32 and autocast_dtype(query) is None
     in_blocks_is_faster = dropout > 0 if exact else query.dtype == torch.bfloat16
     if training and torch.is_grad_enabled() and in_blocks_is_faster and carried_out_here(query):
         return _InBlocks.apply(query, key, value, mask, dropout)

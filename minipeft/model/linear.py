@@ -30,14 +30,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """What `torch.nn.functional.linear` gives, (..., in) -> (..., out), by the faster library."""
     if not carried_out_here(x, weight) or x.dim() < 2 or not x.numel():
         return F.linear(x, weight, bias)
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
+    if dtype := autocast_dtype(x):
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.bfloat16):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled():
         return _Product.apply(x, weight, bias)
     return _product(x, weight, bias)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast computes products with x in; None where it is off, as it always is on the meta device."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if not x.is_meta and torch.is_autocast_enabled(kind) else None
 
 
 def carried_out_here(*tensors: Tensor) -> bool:

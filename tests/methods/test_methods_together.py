@@ -108,6 +108,14 @@ def test_a_call_without_ids_or_embeds_is_refused_in_one_line(make_model, model_c
     assert_refused(ConfigError, "there is nothing to read: neither input_ids nor inputs_embeds", model)
 
 
+@on([GPT2LMHeadModel, GPT2ForSequenceClassification])
+def test_on_the_meta_device_a_forward_pass_gives_the_shape(tiny_config, model_class, config):
+    with torch.device("meta"):
+        model = inject(model_class(tiny_config), config)
+        logits = model(torch.zeros(2, 5, dtype=torch.long))
+    assert logits.is_meta and logits.shape == ((2, 5, 97) if model_class is GPT2LMHeadModel else (2, 2))
+
+
 # --- generation -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.kind("5: train-mode generate with checkpointing")

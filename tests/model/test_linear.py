@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from minipeft.model.linear import Linear, carried_out_here, linear
+from minipeft.model.linear import Linear, autocast_dtype, carried_out_here, linear
 
 SHAPES = [(1, 3, 5), (7, 8, 2), (2, 300, 40), (40, 4, 300)]  # rows, in, out
 
@@ -91,6 +91,16 @@ def test_torch_sees_its_own_operations_where_it_records_or_changes_them():
         assert layer(x).dtype == torch.bfloat16
     assert carried_out_here(x, layer.weight) and set(seen.values()) == {False} and len(seen) == 4
     assert not carried_out_here(x.to("meta"))
+
+
+def test_autocasts_dtype_is_known_where_it_is_on_and_none_elsewhere():
+    x = torch.randn(2, 4)
+    assert autocast_dtype(x) is None
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype=dtype):
+            assert autocast_dtype(x) is dtype and autocast_dtype(x.to("meta")) is None
+            with torch.autocast("cpu", enabled=False):
+                assert autocast_dtype(x) is None
 
 
 def test_double_precision_is_torchs():

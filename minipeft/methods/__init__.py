@@ -13,7 +13,7 @@ import torch.nn as nn
 from minipeft.errors import ConfigError, InjectionError
 from minipeft.methods import adapter, bitfit, dora, full, head, ia3, lora, prefix, prompt, ptuning, vera
 from minipeft.methods.config import MethodConfig
-from minipeft.methods.injection import Plan, active_injections, carry_out
+from minipeft.methods.injection import Plan, active_injections, all_injections, carry_out
 from minipeft.methods.symbols import Seen, Symbols
 from minipeft.methods.turn import check_is_free
 
@@ -119,6 +119,9 @@ def check_combination(model: nn.Module, method: str, name: str) -> None:
     Raises:
         InjectionError: saying which two, and why.
     """
+    if any(waiting.name == name and not waiting.active for waiting in all_injections(model)):
+        raise InjectionError(f"this model already carries an adapter {name!r}, which is inactive: remove it, make it "
+                             "active by set_adapter, or take another name")
     for present in active_injections(model):
         if present.merged:
             raise InjectionError(f"this model carries {present.method}, merged into its weights: unmerge or remove it")

@@ -1,29 +1,69 @@
 """Switching: turn the methods that a model carries off and on, choose between them, merge them, remove them.
 
+    inject(model, LoraConfig())                        # an adapter, "default", which is active
+    load_adapter(model, "checkpoints/letters", "b")    # now "b" is active, and "default" waits
+    set_adapter(model, "default")                      # "default" is active, and "b" waits
+    with disable_adapter(model):
+        base_logits = model(ids)                       # both wait: the base model
+    merge(model)                                       # plain layers that compute what "default" computes
+    unmerge(model)                                     # its own layers again
+    remove(model)                                      # the base model, which carries nothing
+
 All of it changes the model itself; no forward pass asks whether a method is on. What is inactive is not in the module
 tree, nor in `parameters()` or `state_dict()`: in its place stand the base's own modules and Parameters. Training moved
-none of these, unless a user unfroze some, so switching off and removing leave the base's values, bit for bit. (`full`
-trains the base's own: it cannot be taken out.)
+none of these, unless a user unfroze some. So where the model kept its dtype, switching off and removing leave the
+base's values, bit for bit. (`full` trains the base's own: it cannot be taken out.)
 
     set_adapter        every other adapter out, this one in; `load_adapter` does the same with a new one
     disable_adapter    all out, for the length of a block
-    merge, unmerge     layers out, folded into the weights they adapt; the layers and the kept weights back, bit for bit
-    remove             out for good; no other adapter becomes active. After the last one, requires_grad too is what it
-                       was before the first injection
+    merge, unmerge     layers out, folded into the weights they adapt; the layers and the kept weights back
+    remove             out for good; no other adapter becomes active, and while others wait, the base is frozen. After
+                       the last one, requires_grad is what it was before the first injection
 
+Adapters    `inject` puts one method into a model: one injection. All injections of one name are one adapter, and are
+            switched, merged and removed together, as LoRA and BitFit under the name "default", which is what `inject`
+            takes where none is given. One adapter at most is active: methods under several names never add up. Where
+            one is active, `inject` under another name is an InjectionError, and so is `inject` under the name of one
+            that waits. `load_adapter` adds one beside others; so does `inject` within a `disable_adapter` block.
+Record      An Injection (injection.py) for each, in a list that lies on the model: name, method, config, `active`; the
+            layers by their places; `base_values`, the base's Parameters for which the method has its own, and
+            `own_values`, these while they are out; `merged`, the weights that `merge` replaced. A deepcopy has its own.
 Optimizers  Layers and Parameters that come back are the objects that left, with their requires_grad and grad. So an
-            optimizer goes on where it was; while its Parameters are out, no backward pass reaches them. Where the model
-            was moved to the meta device meanwhile, Parameters come back as new objects, without values.
+            optimizer goes on where it was; while its Parameters are out, no backward pass reaches them. Was the model
+            moved or given another dtype meanwhile, then values follow, but not every grad, and no optimizer's means:
+            make a new optimizer, as after torch's own `model.to`. On the way to the meta device Parameters come
+            back as new objects; back from it, what was out has no values, and returns as an InjectionError.
 Heads       Each adapter has a new head of its own, and biases of its own where it trains them. When all adapters are
             out, the base's own are back, untrained.
-Merged      Each weight becomes what its layer's `merged()` gives, with LoRA W + s B A: lora, dora, vera and ia3 have
-            one. The model computes the same up to rounding. What an adapter trains of the model's own (head, biases)
-            stays in and can go on training; its layers are out. `unmerge` undoes any change of a folded weight. Until
-            then merging, switching to another, disabling, injecting and `save_adapter` are refused; `remove` unmerges.
-Rounding    Where the model was given another dtype meanwhile, what comes back takes it too: a Parameter that was out,
+Mode        What comes back takes the model's present mode, training or eval.
+Merged      Each weight that a layer adapts becomes what the layer's `merged()` gives; s is alpha / r:
+                lora   W + s B A
+                dora   m (W + s B A) / ||W + s B A||, each row divided by its length
+                vera   W + diag(b) B diag(d) A
+                ia3    l W, each row times its l, and the bias too; in feed-forward targets each column times its l
+            The others do not merge. adapter has a nonlinear function inside; prompt, ptuning and prefix add positions;
+            full, head and bitfit train the model's own tensors, which need no merging. What an adapter trains of these
+            (head, biases) stays in and can go on training. `unmerge` undoes any change of a folded weight. Until then
+            merging, switching to another, disabling, injecting and `save_adapter` are refused; `remove` unmerges.
+            `state_dict` has the base's names, and `save_pretrained` writes a plain model.
+Rounding    What is merged is computed in the finer type of W and the method's float32, even under autocast, and rounded
+            once to W's. In eval mode the model computes the same up to rounding: where an adapter moved mini's logits
+            by 1 to 2, merging moved them by up to 3e-6 in float32, 0.08 in bfloat16. A merged layer has no dropout.
+Dtype       Where the model was given another dtype meanwhile, what comes back takes it too: a Parameter that was out,
             a kept weight. Layers keep their own, and so does a Parameter that is float32 beside half precision.
 Threads     One at a time may change a model, a `disable_adapter` block counting as a change; for others it is an
             InjectionError meanwhile. Forward passes are not held up: a lock around those is the caller's.
+Cost        Switching copies nothing: it takes up to 0.04 s for GPT-2 124M on a CPU. What waits stays in memory: its
+            layers, and of the head and biases both the base's and its own. `merge` takes one product (out, r) (r, in)
+            per layer, 0.9 s with LoRA in all 48 matrices, and `unmerge` 0.1 s. The replaced weights lie where they were
+            until `unmerge`: for those 48 matrices 12 * 12 * 768^2 = 84,934,656 numbers, 340 MB. A merged model's
+            forward pass costs what the base's costs.
+
+Unlike peft: there the layers of every adapter stay in the model, inside a PeftModel, and each forward pass asks whether
+they are disabled or merged. Several adapters may be active at once, and add up. `merge_adapter` adds s B A to the
+weight in place, and `unmerge_adapter` subtracts it, so that rounding is left over. A second merge and an unmerge of
+nothing warn; `set_adapter` and a forward pass that is disabled unmerge. `set_adapter` sets requires_grad to True.
+`delete_adapter` makes another adapter active.
 """
 
 from __future__ import annotations
@@ -61,7 +101,7 @@ def set_adapter(model: nn.Module, name: str) -> nn.Module:
     Raises:
         InjectionError: no adapter of this name, or one that was out when the model left the meta device; another one is
             active that is merged, has no copy of the base's values, or was injected on the meta device, before the base
-            had values; or the model is wrapped for several processes.
+            had values; the model is wrapped for several processes; or another thread is changing it.
     """
     check_not_data_parallel(model)
     itself = unwrapped(model)
@@ -79,16 +119,17 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     """Within the block the model is the base model: no adapter, and the base's own biases and head, untrained.
 
     Within the block all is frozen, except what a user has unfrozen of the base: requires_grad belongs to a Parameter,
-    and comes and goes with it.
+    and comes and goes with it. Without an adapter nothing happens.
 
-    After the block, even one that raises, the adapters that were active before are active again. One that was removed
-    within it stays removed. An adapter that was made active and merged within it has to be unmerged there: else the
-    block ends in an InjectionError. So does a block in which the model left the meta device: the adapters that were out
-    have no values.
+    After the block, even one that raises, the adapter that was active before is active again, and one that was made
+    active within the block waits. That one has to be unmerged by then: else the block ends in an InjectionError. So
+    does a block in which the model left the meta device: the adapters that were out have no values. Was none active
+    before, or was it removed within the block, then what the block made of the model stays.
 
     Raises:
         InjectionError: the base's weights are not at hand: the adapter is merged, all of them were trained, or the
-            adapter was injected on the meta device, before the base had values.
+            adapter was injected on the meta device, before the base had values. Or another thread is changing the
+            model.
     """
     with this_threads_turn(model):
         active = deactivate(model, active_injections(model))
@@ -107,11 +148,12 @@ def remove(model: nn.Module, name: str | None = None) -> nn.Module:
     """Take the adapter `name`, or all of them, out for good: the base's own modules and values again.
 
     With the last adapter requires_grad, too, becomes what it was before the first. Without the active one none is
-    active: the others wait for `set_adapter`.
+    active: the others wait for `set_adapter`, and what they trained of the base is frozen. Without a name and without
+    an adapter nothing happens.
 
     Raises:
-        InjectionError: no adapter of this name; full fine-tuning, which keeps no copy of the base; or an adapter that
-            was injected on the meta device, before the base had values.
+        InjectionError: no adapter of this name; full fine-tuning, which keeps no copy of the base; an adapter that was
+            injected on the meta device, before the base had values; or another thread is changing the model.
     """
     if name is not None:
         _check_name(model, name)
@@ -134,11 +176,17 @@ def remove(model: nn.Module, name: str | None = None) -> nn.Module:
 def merge(model: nn.Module) -> nn.Module:
     """Fold every active layer into the weights it adapts: no adapter module stays, and inference costs nothing extra.
 
-    The replaced weights are kept, so that `unmerge` restores them bit for bit.
+    By hand, LoRA with r = 1: W = [[1, 2], [3, 4]], B = [[1], [0]], A = [[0.5, 0]] and s = 2 give s B A =
+    [[1, 0], [0, 0]], so W becomes [[2, 2], [3, 4]]. For x = [1, 1] it was W x + s B A x = [3, 7] + [1, 0] = [4, 7], and
+    the new W times x is [4, 7], too.
+
+    The Parameters stay the same objects, frozen as they were; their values are new. The replaced values are kept on the
+    model, so that `unmerge` restores them bit for bit.
 
     Raises:
-        InjectionError: nothing to merge, already merged, or a method that is not a change of weights. Nothing has
-            changed then: all weights are computed before the first is replaced.
+        InjectionError: nothing to merge, already merged, or a method that is not a change of weights, if only one of
+            several. Nothing has changed then: all weights are computed before the first is replaced. Or another thread
+            is changing the model.
     """
     active = active_injections(model)
     if any(injection.merged for injection in active):
@@ -147,8 +195,9 @@ def merge(model: nn.Module) -> nn.Module:
         none = "no adapter is active" if all_injections(model) else "no method is injected"
         why = f"{active[0].method} trains the model's own tensors" if active else none
         raise InjectionError(f"there is nothing to merge: {why}")
-    folded = [(injection, name, layer, layer.merged()) for injection in active
-              for name, layer in injection.layers.items()]  # all of them first: one that cannot be merged raises
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):  # the caller's would round B A
+        folded = [(injection, name, layer, layer.merged()) for injection in active
+                  for name, layer in injection.layers.items()]  # all of them first: one that cannot be merged raises
     for injection, name, layer, tensors in folded:
         base = base_parameters(layer.base_layer)
         injection.merged[name] = {key: base[key].data for key in tensors}
@@ -165,7 +214,7 @@ def unmerge(model: nn.Module) -> nn.Module:
     """Undo `merge`: the original weights, and the adapter layers in their places.
 
     Raises:
-        InjectionError: nothing is merged.
+        InjectionError: nothing is merged, or another thread is changing the model.
     """
     if not any(injection.merged for injection in active_injections(model)):
         raise InjectionError("nothing is merged into this model")

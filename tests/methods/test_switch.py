@@ -61,6 +61,7 @@ from minipeft.errors import AdapterError, InjectionError, MinipeftError
 from minipeft.methods.folder import CONFIG_FILE, TENSORS_FILE
 from minipeft.methods.injection import active_injections
 from minipeft.methods.layers import AdapterLayer
+from minipeft.methods.lora import LoRALinear
 from minipeft.methods.switch import adapter_names
 from minipeft.model.linear import Linear
 
@@ -436,6 +437,17 @@ def test_methods_that_work_together_share_a_name(tiny_config, model_class, secon
     assert adapter_names(model) == ["mine"]
 
 
+@pytest.mark.parametrize("second", [LORA, BitFitConfig()], ids=lambda config: config.method)
+def test_an_adapter_that_waits_is_joined_by_no_method(tiny_config, second):
+    """It would be active in part, or have two layers, one inside the other."""
+    model = inject(build(GPT2LMHeadModel, tiny_config), LORA)
+    with disable_adapter(model):
+        assert_refused(InjectionError, "carries an adapter 'default', which is inactive", lambda: inject(model, second))
+        inject(model, second, "other")
+    assert [injection.name for injection in active_injections(model)] == ["default"]
+    assert [injection.name for injection in active_injections(set_adapter(model, "other"))] == ["other"]
+
+
 # --- disable ----------------------------------------------------------------------------------------------------------
 
 @on(EVERY_CLASS, MORE_CASES)
@@ -483,6 +495,15 @@ def test_disable_adapter_restores_the_trained_model_after_an_exception(tiny_conf
             raise ZeroDivisionError
     assert torch.equal(model(IDS, MASK), trained)
     assert_unchanged(model, before)
+
+
+def test_what_a_disabled_block_makes_active_stays_so_if_nothing_was_before(tiny_config, saved):
+    model = remove(load_all(build(GPT2ForSequenceClassification, tiny_config), saved), list(saved)[-1])
+    assert active_injections(model) == [] and not any(parameter.requires_grad for parameter in model.parameters())
+    first = next(iter(saved))
+    with disable_adapter(model):
+        set_adapter(model, first)
+    assert {injection.name for injection in active_injections(model)} == {first}
 
 
 def test_disable_adapter_can_be_nested(tiny_config):
@@ -675,6 +696,26 @@ def test_unmerge_is_exact_in_bfloat16_too(tiny_config):
     assert not torch.equal(model.transformer.h[0].attn.c_attn.weight,
                            before["values"]["transformer.h.0.attn.c_attn.base_layer.weight"])
     assert_unchanged(unmerge(model), before)
+
+
+@torch.no_grad()
+def test_the_example_of_merging_worked_by_hand_comes_to_what_the_docstring_says():
+    layer = LoRALinear(Linear(2, 2, bias=False), r=1, lora_alpha=2, config=LoraConfig())
+    model = torch.nn.Sequential(layer)
+    for parameter, values in zip((layer.base_layer.weight, layer.lora_B.weight, layer.lora_A.weight),
+                                 ([[1.0, 2], [3, 4]], [[1.0], [0]], [[0.5, 0]])):
+        parameter.copy_(torch.tensor(values))
+    assert model(torch.ones(1, 2)).tolist() == [[4, 7]]
+    assert layer.merged()["weight"].tolist() == [[2, 2], [3, 4]]
+    assert "W becomes [[2, 2], [3, 4]]" in merge.__doc__ and "[3, 7] + [1, 0] = [4, 7]" in merge.__doc__
+
+
+def test_merging_under_autocast_rounds_nothing_more(tiny_config):
+    models = [perturb(inject(build(GPT2LMHeadModel, tiny_config), LORA)) for _ in range(2)]
+    merge(models[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        merge(models[1])
+    assert all(torch.equal(*pair) for pair in zip(*(model.parameters() for model in models)))
 
 
 def test_a_model_converted_while_merged_can_be_unmerged(tiny_config):

@@ -1,33 +1,62 @@
 """The fine-tuning loop: forward, backward, clip, step; accumulation, precision, schedule, interruption and resume.
 
-It trains whatever parameters require a gradient and knows neither the method that left them trainable nor the task:
-the loss comes in as a function.
+It trains whatever parameters require a gradient, whichever method left them so, and knows no task: the loss comes in as
+a function. (One thing it is told of a method: which parameters LoRA+ trains at a higher rate.) A step:
 
-A step's loss is the mean over its targets, the labels of its texts or tokens, in all its batches, micro-batches and
-processes together: each target counts the same, however the step is cut. So a last batch with fewer texts has a smaller
-part in its step, and an epoch's last step, with fewer batches, is a whole step. With class_weights "balanced" each
-target's loss is multiplied by its label's weight, and the sum still divided by the number of targets.
+    g     = (1 / T) * sum over the step's micro-batches m of grad S_m
+    g     = g * min(1, max_grad_norm / |g|)                              |g|: the length of all gradients as one vector
+    theta = theta - rate * (mean / (sqrt(square) + 1e-8) + decay * theta)                 AdamW, for each number theta
 
-Precision    What is trained, its gradients and AdamW's means are float32. In bf16 and fp16 autocast computes products
-             of matrices in that format; the loss is float32 (tasks/task.py). In fp16 the loss is multiplied by a scale,
-             lest small gradients become 0, and gradients are divided by it before they are clipped. If one is infinite
-             or NaN, the step is left out and the scale halved; it counts as a step.
-Clipping     Once a step: if all gradients as one vector are longer than max_grad_norm, they are scaled down to it.
-Rate         Rises linearly over the first w = round(warmup_ratio * steps) steps, from learning_rate / w to
-             learning_rate, then falls by half a cosine, which would reach 0 in the step after the last one: in step t
-             of N, counted from 0, it is learning_rate * (1 + cos(pi * (t - w) / (N - w))) / 2.
-Validation   One every e = max(1, steps_per_epoch // evaluations_per_epoch) steps unless fewer than e are left, and one
-             at the end. The best has the best `best_by` and, among equals, the lowest loss. Its trained values are
-             copied, and put back at the end.
-Optimizer    AdamW with betas 0.9 and 0.999, eps 1e-8; methods/full.py has its equations.
-Signal       The step is finished, with several processes up to 10 more, the state saved, and `stopped_by` is set. In
-             the last step too: its validation follows, and a resumed run takes no more steps.
-State        The trained values, the best ones, AdamW's means, scale, random state, step, curve and settings. A run of
-             one process that goes on from it ends as if it had never stopped, bit for bit.
-Randomness   The caller seeds torch before it makes the model; the data's order follows from seed and epoch. So a run
-             can be repeated on one machine, but for GPU kernels that add in another order each time.
-NaN          A NaN loss outside of fp16 makes NaN of all that is trained, and it stays so: the curve shows it. A
-             validation with a NaN loss is never better than an earlier one, whose values come back at the end.
+S_m is the sum of the losses of micro-batch m's targets. A target is a label that counts (`batch.targets`): one per
+text, or one per token that has a label. T is the number of targets of the whole step, in all its batches, micro-batches
+and processes; it is counted before the step is cut. So each target counts the same, however the step is cut, and parts
+of different size need no weights. By hand: 3 targets have losses of together 3, and 1 target in another micro-batch has
+5. The step's loss is (3 + 5) / 4 = 2; the mean of the two means would be (1 + 5) / 2 = 3. An epoch's last step may have
+fewer batches, and one of its batches fewer texts: it is a whole step with a smaller T. With class_weights "balanced" a
+target's loss is multiplied by n / (K n_k), for n training texts with K labels, n_k of them with this one; T stays.
+
+mean and square are AdamW's running means of g (by 0.9) and of g^2 (by 0.999), corrected for their start at 0; decay is
+weight_decay in matrices of linear layers, 0 in all else. methods/full.py has these equations with an example.
+
+Precision    What is trained, its gradients and AdamW's means are float32; frozen weights keep their dtype. In bf16 and
+             fp16 autocast computes products of matrices in that format; the loss is float32 (tasks/task.py). In fp16
+             the loss is multiplied by a scale, lest small gradients become 0, and gradients are divided by it before
+             they are clipped. It starts at 65,536 and doubles after 2,000 good steps in a row. If a gradient is
+             infinite or NaN, the step is left out and the scale halved; it counts as a step. If every step is like
+             that, nothing is trained, and no error comes.
+Rate         With N steps and w = round(warmup_ratio * N), in step t, counted from 0, it is
+                 t < w     learning_rate * (t + 1) / w
+                 t >= w    learning_rate * (1 + cos(pi * (t - w) / (N - w))) / 2
+             It would reach 0 in step N, after the last one. Ending early does not change N. By hand, N = 100, w = 6,
+             learning_rate 1e-3: 1.67e-4 at t = 0, 1e-3 at t = 5 and 6, 5e-4 at t = 53. w = 0 is no warm-up.
+Validation   After every e steps, e = max(1, steps_per_epoch // evaluations_per_epoch), and after the last one; one that
+             would come fewer than e steps before the end is left out. The best has the best `best_by` and, among
+             equals, the lowest loss. Its trained values are copied, and put back at the end.
+Signal       SIGINT (Ctrl-C), SIGHUP or SIGTERM: the step in hand is finished, with several processes at most 9 more,
+             the state is saved, and `stopped_by` is set. No validation is added. The model has the best validation's
+             values then, or its present ones if there was none; the state has both. After the last step its validation
+             comes first, and a resumed run takes no more steps. A second signal raises KeyboardInterrupt at once, and
+             the state saved last stays; but a second SIGTERM does nothing.
+State        `state_folder`/training_state.safetensors: the trained values, the best ones, AdamW's means, scale, random
+             state, step, curve and settings. A new one takes the old one's place when it is whole. A resumed run must
+             have the same `config`, precision, `request` and trained parameters. It ends as if it had never stopped,
+             bit for bit, with these exceptions: GPU kernels that add in another order each time; and of several
+             processes all but the first draw other dropout, since only the first one's random state is saved.
+Randomness   Initial values and dropout come from torch's global generators: the caller seeds them before it makes the
+             model, and `train` does not, but in processes other than the first. The state holds the CPU's and, on a
+             GPU, this GPU's. The data's order follows from the seed of `batches` and the epoch alone.
+NaN          A NaN loss outside of fp16 makes NaN of all that is trained, since clipping divides by |g|; it stays
+             so, and the curve shows it. A validation with a NaN loss is never better than an earlier one. If it is the
+             first, its values are kept until a finite loss comes.
+Cost         Memory: the frozen weights, 20 bytes per trained parameter (4 value, 4 gradient, 8 AdamW, 4 best copy; with
+             several processes 4 more to send), and what one micro-batch keeps for its backward pass. Time: per step a
+             forward pass, and a backward pass of twice that, or once where matrices are frozen; per validation a
+             forward pass over all of its texts.
+
+Unlike Hugging Face's Trainer: there the rate falls on a straight line, by default without warm-up; a warm-up's first
+step has rate 0. There is no validation unless eval_strategy asks for it, and the last values stay unless
+load_best_model_at_end is set. weight_decay is 0 by default, and otherwise embeddings decay, too. A classifier's loss is
+a mean per micro-batch. Ctrl-C is not caught: what was trained since the last checkpoint is lost.
 """
 
 from __future__ import annotations
@@ -47,7 +76,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from minipeft.data.batches import Batch, BucketedBatches
-from minipeft.errors import ConfigError
+from minipeft.errors import ConfigError, DataError
 from minipeft.settings import NOT_NEGATIVE, POSITIVE, POSITIVE_INTEGER, SEED, SHARE, Settings, setting
 from minipeft.training import distributed as parallel
 from minipeft.training.hardware import computing_in, out_of_memory, ran_out_of_memory
@@ -56,7 +85,7 @@ from minipeft.training.progress import History, Progress, progress_bar
 from minipeft.training.stopping import stop_between_steps
 from minipeft.training.vocabulary_loss import LossSum, loss_and_hits, reading_logits
 
-STEPS_BETWEEN_QUESTIONS = 10  # of several processes: whether one was asked to stop, or its state is to be saved
+STEPS_BETWEEN_QUESTIONS = 10  # so often several processes ask each other: did one get a signal, is it time to save?
 
 
 @dataclass
@@ -136,8 +165,8 @@ class Learner:
 
     Attributes:
         synchronized: the model; of several processes, wrapped so that the backward pass averages their gradients.
-        forward: calls it, compiled if asked. Every model is called with a `read_out`, as `GPT2LMHeadModel` is: a
-            function of the head and its input, here one that gives the loss.
+        forward: calls it, compiled if asked, with `read_out`, which makes the loss. `GPT2LMHeadModel` gives `read_out`
+            its head and the hidden states; of models that know no `read_out` it gets the logits instead.
         trained: the parameters that require a gradient.
         scaler: keeps small gradients above zero in float16; otherwise it does nothing.
     """
@@ -199,17 +228,23 @@ def optimizer_step(learner: Learner, batches: list[Batch], rate: float) -> list[
 
     Returns:
         For each of this process's micro-batches (2,): the sum of its losses, and how many predictions are right.
+
+    Raises:
+        DataError: no target, so nothing to learn.
     """
     scaler, optimizer, sums = learner.scaler, learner.optimizer, []
     for group in optimizer.param_groups:
         group["lr"] = rate * group["rate_factor"]
     targets = sum(len(batch.targets) for batch in batches)
+    if not targets:
+        raise DataError(f"nothing to learn in a step of {sum(len(batch.labels) for batch in batches)} texts: none of "
+                        "their tokens has a label")
     # 1 / targets makes the sum of losses a mean. Processes average their gradients where a sum is meant: world_size.
     factor = scaler.scale(torch.full((), parallel.world_size() / targets, device=learner.device))
     micro_batches = learner.micro_batches(batches)
     for number, batch in enumerate((part.to(learner.device) for part in micro_batches), start=1):
-        # `factor` is what the backward pass begins with. Over a large vocabulary `loss_and_hits` computes gradients in
-        # the forward pass already, and needs it there.
+        # The backward pass begins with `factor` in place of 1. Over a large vocabulary `loss_and_hits` computes some
+        # gradients in the forward pass already, and has to know it there.
         read_out = partial(loss_and_hits, targets=batch.targets, loss_sum=learner.loss_sum, factor=factor)
         with parallel.without_sending(learner.synchronized, more_to_come=number < len(micro_batches)):
             with computing_in(learner.precision, learner.device):
@@ -236,7 +271,7 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: LossSum, validat
     Of N processes each computes every Nth row of each batch; all take the same step, and all call `validate`.
 
     Args:
-        model: on its device; parameters that are trained in float32. Under torchrun each process has one.
+        model: on its device, with float32 in what requires a gradient. Under torchrun each process has a copy.
         batches: the training data.
         loss_sum: (logits, targets) -> loss summed over them; of a language model, for some tokens at a time.
         validate: metrics of the model as it stands, "loss" and "accuracy" among them.
@@ -245,19 +280,22 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: LossSum, validat
         save_best: called whenever a validation is the best so far, and at an interruption before the first one.
         state_folder: where to keep what resuming needs; None keeps nothing.
         save_minutes: the state is saved after each validation, and between two where so many minutes have passed.
-        resume: go on from `state_folder`, if it holds anything.
+        resume: go on from `state_folder`, if it holds anything. Without it a state there is replaced by the first save.
         request: what else must be the same in a resumed run: data, base model, method.
         best_by: the metric that decides which validation is the best: the highest, or the lowest "loss".
         tokens_per_micro_batch: larger batches are computed in micro-batches of about so many tokens, whose gradients
-            add up to the batch's: the same step but for rounding, in less memory. None computes a batch at once.
+            add up to the batch's: the same step but for rounding, and for what dropout draws. Memory holds what one
+            micro-batch keeps. None computes a batch at once.
 
     Returns:
-        The history. After Ctrl-C or a like signal `stopped_by` is its number, and `state_folder` can be resumed from.
+        The history. After a signal `stopped_by` is its number, in each process, and `state_folder` can be resumed from.
 
     Raises:
         ConfigError: no parameter requires a gradient, or the state in `state_folder` is of other settings.
         OutputError: that state is damaged, or of other parameters.
-        HardwareError: the memory is not enough for a step. `validate` raises its own errors.
+        DataError: a step without any target.
+        HardwareError: the memory is not enough for a step. `validate` raises its own errors. On any error the state
+            that was saved last stays.
     """
     schedule = Schedule.of(config, len(batches))
     learner = Learner(model, loss_sum, config, precision, compile_model, tokens_per_micro_batch)
@@ -265,7 +303,7 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: LossSum, validat
                         {**asdict(config), "precision": str(precision), **(request or {})}, save_minutes)
     if resume:
         progress.resume()
-    # This leaves the first process alone, to which `resume` has given the saved random state.
+    # Not in the first process, which keeps the random state that its caller, or `resume`, gave it.
     parallel.seed_by_rank(config.seed + progress.step * parallel.world_size())
     stopped_by = _take_steps(learner, schedule, progress, batches, validate, save_best)
     if stopped_by:
@@ -282,7 +320,7 @@ def _take_steps(learner: Learner, schedule: Schedule, progress: Progress, batche
     """The loop itself: optimizer steps, with validations between them, to the end, early or not, or a signal.
 
     Returns:
-        The number of the signal that ended it, or 0.
+        The number of the signal that ended it, or 0; where another process got it, SIGINT's.
     """
     def asked(here: bool) -> bool:
         """Whether `here` is true in any process. All must know in the same step; asking takes time, so they do it every
@@ -311,5 +349,7 @@ def _take_steps(learner: Learner, schedule: Schedule, progress: Progress, batche
                 progress.save()
             elif asked(progress.is_due()):
                 progress.save()
-    ended = schedule.ends_at(progress.step, progress.since_best())
-    return signal_that_came() or (0 if ended else signal.SIGINT)
+    # Asked once more: a signal that came to one process alone, after the last question, has to stop all of them.
+    came = signal_that_came()
+    anywhere = parallel.any_of(bool(came), learner.device)
+    return came or (signal.SIGINT if anywhere else 0)

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
-from minipeft import FullConfig, GPT2ForSequenceClassification, LoraConfig, inject
-from minipeft.data.batches import BucketedBatches, collate
-from minipeft.errors import ConfigError, HardwareError
+from minipeft import FullConfig, GPT2ForSequenceClassification, GPT2ForTokenClassification, LoraConfig, inject
+from minipeft.data.batches import IGNORED_LABEL, BucketedBatches, collate
+from minipeft.errors import ConfigError, DataError, HardwareError
 from minipeft.model.gpt2 import MLP
 from minipeft.tasks.classification import Classification, metrics, predict_logits
 from minipeft.training import loop as training
@@ -379,6 +379,13 @@ def test_a_float16_overflow_skips_its_step_and_lowers_the_scale(toy, tmp_path):
     assert saved_state(tmp_path)[0]["extra"]["scaler"]["scale"] == 2.0**15
 
 
+def test_where_every_float16_step_overflows_nothing_is_trained_and_no_error_comes(toy):
+    task = toy(epochs=1)
+    before = trained_values(task.model)
+    run(task, precision=torch.float16, loss_sum=lambda *given: loss_sum(*given) * 1e36)
+    assert all(torch.equal(value, before[name]) for name, value in trained_values(task.model).items())
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_run_gives_what_an_uncompiled_one_does(toy, tiny_config, tmp_path, monkeypatch):
@@ -548,7 +555,60 @@ def test_processes_ask_each_other_only_now_and_then_whether_one_is_to_stop(toy, 
 
     monkeypatch.setattr(training, "optimizer_step", counted)
     run(task, validate=lambda: {"loss": 1.0, "accuracy": 0.5})
-    assert steps == [24] and asked == [0, 10, 10, 20, 20]  # before a step, and after one whether to save
+    assert steps == [24] and asked == [0, 10, 10, 20, 20, 24]  # before a step, after one whether to save, at the end
+
+
+@pytest.mark.parametrize("came", [signal.SIGTERM, 0])
+def test_a_signal_that_one_process_alone_got_in_the_last_steps_stops_all_of_them(toy, tmp_path, monkeypatch, came):
+    """Else only that one would save, which takes all of them: it would wait without end."""
+    task, questions, parallel = toy(epochs=1), [], training.parallel
+    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    monkeypatch.setattr(parallel, "synchronized", lambda model: model)
+    monkeypatch.setattr(parallel, "total", lambda values: values.tolist())
+
+    def any_of(flag, device):
+        questions.append(flag)
+        return len(questions) == 2  # the first is before step 0, the second after the last one
+
+    def validate():
+        if came and len(validations) == 1:
+            os.kill(os.getpid(), came)
+        validations.append(1)
+        return {"loss": 1.0, "accuracy": 0.5}
+
+    validations = []
+    monkeypatch.setattr(parallel, "any_of", any_of)
+    assert run(task, validate=validate, state_folder=tmp_path).stopped_by == (came or signal.SIGINT)
+    assert questions == [False, bool(came)] and saved_state(tmp_path)[0]["step"] == 8
+
+
+def test_the_example_of_a_steps_mean_loss_is_what_the_docstring_says(toy):
+    """3 targets with losses of together 3 and 1 with 5: 2, in whichever micro-batches they are."""
+    task, begun = toy("lora"), []
+
+    def given(logits, targets):
+        loss = logits.sum() * 0 + (3.0 if len(targets) == 3 else 5.0)
+        loss.register_hook(lambda factor: begun.append(factor.item() * loss.item()))
+        return loss
+
+    learner = Learner(task.model, given, task.config, torch.float32, compile_model=False, tokens_per_micro_batch=None)
+    optimizer_step(learner, [collate(*toy_texts(3)), collate(*toy_texts(1))], rate=1e-3)
+    assert sum(begun) == 2 and "(3 + 5) / 4 = 2; the mean of the two means would be (1 + 5) / 2 = 3" in training.__doc__
+
+
+def test_the_example_of_the_rate_is_what_the_docstring_says():
+    schedule = Schedule.of(TrainingConfig(epochs=1, warmup_ratio=0.06, learning_rate=1e-3), batches=100)
+    assert schedule.warmup_steps == 6
+    assert [schedule.rate(step) for step in (0, 5, 6, 53)] == pytest.approx([1.67e-4, 1e-3, 1e-3, 5e-4], rel=2e-3)
+    assert "1.67e-4 at t = 0, 1e-3 at t = 5 and 6, 5e-4 at t = 53" in training.__doc__
+
+
+def test_a_step_without_a_target_is_one_line(tiny_config):
+    model = inject(GPT2ForTokenClassification(tiny_config), METHODS["lora"])
+    ids, _ = toy_texts(4)
+    batches = BucketedBatches(ids, [np.full(len(text), IGNORED_LABEL) for text in ids], batch_size=4)
+    with pytest.raises(DataError, match="nothing to learn in a step of 4 texts"):
+        train(model, batches, loss_sum, dict, TrainingConfig(epochs=1))
 
 
 def test_a_schedule_counts_steps_and_puts_the_last_validation_at_the_end():

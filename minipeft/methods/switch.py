@@ -32,7 +32,7 @@ Optimizers  Layers and Parameters that come back are the objects that left, with
             optimizer goes on where it was; while its Parameters are out, no backward pass reaches them. Was the model
             moved or given another dtype meanwhile, then values follow, but not every grad, and no optimizer's means:
             make a new optimizer, as after torch's own `model.to`. On the way to the meta device Parameters come
-            back as new objects; back from it, what was out has no values, and returns as an InjectionError.
+            back as new objects; where it left that device, what was out has no values, and is not put back.
 Heads       Each adapter has a new head of its own, and biases of its own where it trains them. When all adapters are
             out, the base's own are back, untrained.
 Mode        What comes back takes the model's present mode, training or eval.

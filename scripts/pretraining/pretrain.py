@@ -197,7 +197,8 @@ def write(arguments: argparse.Namespace, model: GPT2LMHeadModel, config: Pretrai
         "tokens_seen": config.steps * config.window * config.batch_size,
         "validation_loss": round(loss, 4),
         "bits_per_byte": round(bits_per_byte(loss, held_out_tokens, data["held_out_bytes"]), 4),
-        "seconds": history["seconds"], "curve": history["curve"], "machine": machine(), "versions": versions()}
+        "seconds": history["seconds"], "curve": history["curve"], "machine": machine(), "versions": versions(),
+        "pilots": read_json_file(Path(__file__).with_name("pilots.json"))}
     write_json_file(arguments.results, results)
     (arguments.output / "README.md").write_text(model_card(results), encoding="utf-8")
     print(f"validation loss {loss:.4f}; wrote {arguments.output} and {arguments.results}")

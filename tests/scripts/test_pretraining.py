@@ -437,6 +437,7 @@ def test_the_script_writes_a_model_that_loads_and_complete_results(script, tmp_p
     assert 0 < results["validation_loss"] < math.log(300)
     assert {"seconds", "machine", "versions"} <= results.keys()
     assert results["commit"] == commit(ROOT / "minipeft", ROOT / "scripts" / "pretraining")
+    assert results["pilots"] == read_json(ROOT / "scripts/pretraining/pilots.json")
     held_out = load("imdb", "data").validation.texts
     tokens = sum(len(ids) + 1 for ids in tokenizer.encode_batch(held_out))
     expected = bits_per_byte(results["validation_loss"], tokens, sum(len(text.encode()) for text in held_out))

@@ -8,7 +8,19 @@ from importlib.util import module_from_spec, spec_from_file_location
 
 import pytest
 import torch
-from documents import PAGES, README, ROOT, code_blocks, commands, dead_links, links, own_text, results_changed
+from documents import (
+    NOTEBOOKS,
+    PAGES,
+    README,
+    ROOT,
+    code_blocks,
+    commands,
+    dead_links,
+    links,
+    markdown_cells,
+    own_text,
+    results_changed,
+)
 from helpers import ScriptRunner, write_csv, write_tiny_model
 from models import IDS, MASK, adapter_modules, assert_same_tensors, build, perturb, with_new_head
 from tables import write_speed
@@ -28,6 +40,7 @@ from minipeft.errors import ConfigError
 from minipeft.explain.memory import traffic_table
 from minipeft.files import read_json_file
 from minipeft.methods import METHODS, Method
+from minipeft.methods.injection import fingerprint
 from minipeft.model.config import GPT2Config
 from minipeft.report.tables import replace_tables
 from minipeft.runs.defaults import DEFAULTS
@@ -93,6 +106,17 @@ def test_tables_are_what_the_results_files_say():
         pytest.skip("results were measured anew here; scripts/report.py --write writes them into results/README.md")
     text = read("results/README.md")
     assert replace_tables(text, ROOT / "results") == text
+
+
+def test_pages_say_that_results_are_of_another_base_as_long_as_they_are():
+    """A run notes the fingerprint of its base, and mini has been another one."""
+    measured = {read_json_file(path)["base_model"]["fingerprint"] for path in (ROOT / "results").glob("*_results.json")}
+    others = measured - {fingerprint(GPT2ForSequenceClassification.from_pretrained("mini"))}
+    for page in ("README.md", "results/README.md", "docs/methods/README.md", "docs/tasks.md"):
+        assert ("commit 23237b1" in read(page)) == bool(others), page
+    assert all(other in read("results/README.md") for other in others)
+    (compared,) = [path for path in NOTEBOOKS if path.stem == "comparing_results"]
+    assert ("first version of `mini`" in markdown_cells(compared)[0]) == bool(others)
 
 
 def test_the_tables_on_speed_are_what_was_measured():

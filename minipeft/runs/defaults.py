@@ -13,8 +13,8 @@ A configuration made in Python has peft's defaults, so that code written for pef
     adapter  reduction_factor    16        8             of mini's 256 channels 16 leaves few
     prompt   prompt_tuning_init  RANDOM    SAMPLE_VOCAB  real words' vectors are the better start (Lester et al.)
 
-Learning rates and epochs were compared on IMDb's validation split, and on other tasks' own, with the mini base
-(results/tuning_*.json). On IMDb's whole training split one epoch already is 1,400 steps.
+Learning rates and epochs were compared on IMDb's validation split, and on other tasks' own, with the first
+version of the mini base (results/tuning_*.json). On IMDb's whole training split one epoch already is 1,400 steps.
 """
 
 from __future__ import annotations

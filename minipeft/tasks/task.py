@@ -25,7 +25,7 @@ from minipeft.errors import ConfigError
 from minipeft.model.tokenizer import Tokenizer
 from minipeft.settings import POSITIVE_INTEGER, Settings, setting
 
-MAX_LENGTH = 384  # tokens of one text; compared on IMDb's validation split with mini (results/tuning_*.json)
+MAX_LENGTH = 384  # tokens of one text; compared on IMDb's validation split, first mini (results/tuning_*.json)
 
 
 @dataclass

@@ -5,6 +5,7 @@
 torch brings two libraries for products of matrices on a CPU: MKL, which it asks for float32, and oneDNN, which it asks
 for bfloat16. On processors not made by Intel, MKL leaves half of each vector unit idle, and oneDNN does not: how much
 faster it is on one machine is in results/benchmark.md. Both sum in float32; results differ in the last digits.
+Where oneDNN is not there, or cannot multiply bfloat16 (processors without AVX-512), torch's own product is taken.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+_ONEDNN = torch.backends.mkldnn.is_available()
+# What oneDNN multiplies on this processor.
+DTYPES = (torch.float32,) * _ONEDNN + (torch.bfloat16,) * (_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class Linear(nn.Linear):
@@ -32,7 +37,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     if dtype := autocast_dtype(x):
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    if x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.bfloat16):
+    if x.dtype != weight.dtype or x.dtype not in DTYPES:
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled():
         return _Product.apply(x, weight, bias)

@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from minipeft.model import linear as module
 from minipeft.model.linear import Linear, autocast_dtype, carried_out_here, linear
 
 SHAPES = [(1, 3, 5), (7, 8, 2), (2, 300, 40), (40, 4, 300)]  # rows, in, out
@@ -101,6 +102,23 @@ def test_autocasts_dtype_is_known_where_it_is_on_and_none_elsewhere():
             assert autocast_dtype(x) is dtype and autocast_dtype(x.to("meta")) is None
             with torch.autocast("cpu", enabled=False):
                 assert autocast_dtype(x) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_onednn_cannot_multiply_here_is_left_to_torch(monkeypatch, dtype):
+    """As on processors without AVX-512, whose oneDNN refuses bfloat16."""
+    monkeypatch.setattr(module, "DTYPES", ())
+    monkeypatch.setattr(module, "_product", lambda *a: pytest.fail("oneDNN was asked"))
+    layer, x = Linear(4, 3).to(dtype), torch.randn(5, 4, dtype=dtype, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert torch.equal(y, F.linear(x, layer.weight, layer.bias)) and x.grad.dtype == dtype
+
+
+def test_bfloat16_is_onednns_only_where_it_can_multiply_it():
+    assert (torch.bfloat16 in module.DTYPES) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert Linear(4, 3)(torch.randn(5, 4)).dtype == torch.bfloat16
 
 
 def test_double_precision_is_torchs():

@@ -50,7 +50,8 @@ def test_values_and_gradients_are_the_fused_kernels(kind, T, dtype, tolerance):
     assert "InBlocks" in str(blocks[0].grad_fn) and "InBlocks" not in str(fused[0].grad_fn)
     for ours, theirs in zip(blocks, fused):
         assert ours.dtype == dtype
-        assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max() + 1e-6  # rounding of what should be 0
+        size = max(theirs.abs().max(), 1)  # of one token alone, the gradients of q and k are 0 but for rounding
+        assert (ours - theirs).abs().max() <= tolerance * size
 
 
 @pytest.mark.parametrize("kind", MASKS)

@@ -65,8 +65,7 @@ class Job:
     def from_json(cls, text: str) -> Job:
         """The job that `as_json` wrote."""
         read = json.loads(text)
-        values = tuple((key, value) for key, value in read["cell"].pop("values"))
-        return cls(Cell(**read["cell"], values=values), Options(**read["options"]), Path(read["file"]), read["terms"])
+        return cls(cell_in(read), Options(**read["options"]), Path(read["file"]), read["terms"])
 
     @property
     def error_file(self) -> Path:
@@ -82,6 +81,11 @@ class Job:
     def log_file(self) -> Path:
         """What the run prints."""
         return self.folder / "log.txt"
+
+
+def cell_in(content: dict[str, Any]) -> Cell:
+    """The cell that a job or a cell's file names."""
+    return Cell(**{**content["cell"], "values": tuple((key, value) for key, value in content["cell"]["values"])})
 
 
 def job_of(cell: Cell, shared: Options, budget: Budget, terms: dict[str, Any], results_dir: Path,

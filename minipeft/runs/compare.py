@@ -36,7 +36,7 @@ from minipeft.runs.budget import (
     tracks_of,
     wanted,
 )
-from minipeft.runs.cells import Job, job_of, score_of
+from minipeft.runs.cells import Job, cell_in, job_of, score_of
 from minipeft.runs.comparison import COMPARISON_FILE, table_of, write_comparison
 from minipeft.runs.places import CHECKPOINTS, RESULTS, own_results
 from minipeft.runs.plan import Options, Say, check_method, choose, dtype_name, silent
@@ -140,7 +140,7 @@ def compare(request: Request, command: Callable[[Job], list[str]], say: Say = si
         tracks, cells(), queue.results), command, workers, threads, say, request.retry)
     say(_plan_in_words(queue, cells(), tracks, folder, workers, estimate))
     queue.run()
-    last = timed([cell for cell in cells() if queue.result(cell)])
+    last = timed(_trained(folder, subjects))
     _keep_one_machine([job(cell).file for cell in last])
     timing = Queue(job, lambda: last, estimate.beforehand, lambda: sum(map(estimate.beforehand, last)), command,
                    workers=1, threads=threads, say=say, retry=request.retry)
@@ -238,6 +238,13 @@ def _folder(request: Request, subjects: list[Subject]) -> Path:
             file.unlink()
     check_writable(folder)
     return folder
+
+
+def _trained(folder: Path, subjects: list[Subject]) -> list[Cell]:
+    """The cells of the first seed, also those of methods that only an earlier request named."""
+    cells = [cell_in(read_json_file(file)) for subject in subjects for file in _cells_in(folder, subject)
+             if file.name.endswith("_seed0.json")]
+    return sorted((cell for cell in cells if cell.kind == "final"), key=lambda cell: ALL.index(cell.method))
 
 
 def _keep_one_machine(files: list[Path]) -> None:

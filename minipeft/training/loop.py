@@ -230,15 +230,12 @@ def optimizer_step(learner: Learner, batches: list[Batch], rate: float) -> list[
         For each of this process's micro-batches (2,): the sum of its losses, and how many predictions are right.
 
     Raises:
-        DataError: no target, so nothing to learn.
+        DataError: see `_targets_in`.
     """
     scaler, optimizer, sums = learner.scaler, learner.optimizer, []
     for group in optimizer.param_groups:
         group["lr"] = rate * group["rate_factor"]
-    targets = sum(len(batch.targets) for batch in batches)
-    if not targets:
-        raise DataError(f"nothing to learn in a step of {sum(len(batch.labels) for batch in batches)} texts: none of "
-                        "their tokens has a label")
+    targets = _targets_in(batches)
     # 1 / targets makes the sum of losses a mean. Processes average their gradients where a sum is meant: world_size.
     factor = scaler.scale(torch.full((), parallel.world_size() / targets, device=learner.device))
     micro_batches = learner.micro_batches(batches)
@@ -260,6 +257,19 @@ def optimizer_step(learner: Learner, batches: list[Batch], rate: float) -> list[
     return sums
 
 
+def _targets_in(batches: list[Batch]) -> int:
+    """How many targets a step has.
+
+    Raises:
+        DataError: none, so there is nothing to learn.
+    """
+    targets = sum(len(batch.targets) for batch in batches)
+    if not targets:
+        raise DataError(f"nothing to learn in a step of {sum(len(batch.labels) for batch in batches)} texts: none of "
+                        "their tokens has a label")
+    return targets
+
+
 def train(model: nn.Module, batches: BucketedBatches, loss_sum: LossSum, validate: Callable[[], dict[str, Any]],
           config: TrainingConfig, precision: torch.dtype = torch.float32, compile_model: bool = False,
           save_best: Callable[[], None] = lambda: None, state_folder: Path | None = None, resume: bool = False,
@@ -267,7 +277,6 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: LossSum, validat
           tokens_per_micro_batch: int | None = None, save_minutes: float = 10.0) -> History:
     """Train the parameters that require a gradient, in place, and leave the model with its best validation's values.
 
-    With `config.patience` training ends early: after so many validations in a row that are not the best so far.
     Of N processes each computes every Nth row of each batch; all take the same step, and all call `validate`.
 
     Args:
@@ -284,8 +293,7 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: LossSum, validat
         request: what else must be the same in a resumed run: data, base model, method.
         best_by: the metric that decides which validation is the best: the highest, or the lowest "loss".
         tokens_per_micro_batch: larger batches are computed in micro-batches of about so many tokens, whose gradients
-            add up to the batch's: the same step but for rounding, and for what dropout draws. Memory holds what one
-            micro-batch keeps. None computes a batch at once.
+            add up to the batch's: the same step but for rounding and what dropout draws, in less memory. None: no cut.
 
     Returns:
         The history. After a signal `stopped_by` is its number, in each process, and `state_folder` can be resumed from.
@@ -294,8 +302,7 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: LossSum, validat
         ConfigError: no parameter requires a gradient, or the state in `state_folder` is of other settings.
         OutputError: that state is damaged, or of other parameters.
         DataError: a step without any target.
-        HardwareError: the memory is not enough for a step. `validate` raises its own errors. On any error the state
-            that was saved last stays.
+        HardwareError: too little memory for a step. `validate` raises its own errors. The state saved last stays.
     """
     schedule = Schedule.of(config, len(batches))
     learner = Learner(model, loss_sum, config, precision, compile_model, tokens_per_micro_batch)

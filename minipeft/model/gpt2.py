@@ -1,8 +1,7 @@
 """GPT-2, written out by hand: the whole base model in one file.
 
-A decoder-only Transformer reads a sequence of token ids and gives, at every position, a vector that has seen that
-position and everything before it. Three heads turn these vectors into next-token scores, one label per text, or one
-label per token.
+A decoder-only Transformer reads token ids and gives, at every position, a vector that has seen that position and all
+before it. One of three heads makes of these next-token scores, one label per text, or one label per token.
 
     x   = wte[ids] + wpe[positions]                                       (B, T, C)
     x   = x + attn.c_proj( softmax(q k^T / sqrt(D) + causal mask) v )     q, k, v = split(attn.c_attn(ln_1(x)))
@@ -10,72 +9,72 @@ label per token.
     out = ln_f(x)                                                         (B, T, C)
 
     c_attn, c_proj, c_fc    x W^T + bias                                                (..., in) -> (..., out)
-    ln_1, ln_2, ln_f        weight * (x - mean(x)) / sqrt(var(x) + 1e-5) + bias         over each token's C numbers
+    ln_1, ln_2, ln_f        weight * (x - mean(x)) / sqrt(mean((x - mean(x))^2) + 1e-5) + bias, over a token's C numbers
     gelu(x)                 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))           number by number
 
-The dimensions in this file and all files of data, tasks and training:
+The dimensions in this file and all files of data, tasks and training. Sizes, 1e-5, 0.02 and 0.1 come from config.json:
 
-    B batch    T tokens    S tokens seen by attention (cached + T)    C channels (n_embd)
-    H heads    D head size (C / H)    K labels    4C n_inner, where that is set
+    B texts in a batch    T tokens of each in this call    S tokens attention sees (cached + T)    C channels (n_embd)
+    H attention heads    D size of one (C / H)    K labels    4C inner size of the MLP (n_inner, if set)
 
 Weights
     wte (vocabulary, C) and wpe (n_positions, C). Per block c_attn (3C, C), attn.c_proj (C, C), c_fc (4C, C) and
-    mlp.c_proj (C, 4C), each W as (out, in) with a bias (out,), and two LayerNorms, weight and bias (C,): together
-    12 C^2 + 13 C numbers. Last ln_f. GPT-2 124M has C = 768, H = 12, D = 64 and 12 blocks, in all
+    mlp.c_proj (C, 4C), each W as (out, in) with a bias (out,), and two LayerNorms, weight and bias (C,): together,
+    with 4C, 12 C^2 + 13 C numbers. Last ln_f. GPT-2 124M has C = 768, H = 12, D = 64 and 12 blocks, in all
     50,257 * 768 + 1,024 * 768 + 12 * (12 * 768 * 768 + 13 * 768) + 2 * 768 = 124,439,808 parameters.
 Attention
     c_attn makes (B, T, 3C) from (B, T, C). Split in three, and each in H heads, that is q, k and v, (B, H, T, D). The
     scores q k^T / sqrt(D) are (B, H, T, S). softmax turns each query's S scores into shares, which sum to 1. The values
     times their shares are added up: (B, H, T, D). With the heads side by side it is (B, T, C), and c_proj mixes them.
-    By hand: two tokens, D = 1, q = 1, 1, k = 0, ln 3, v = 4, 8. Token 0 sees itself: 4. Token 1 has scores 0 and ln 3,
-    so shares 1/4 and 3/4: 1/4 * 4 + 3/4 * 8 = 7.
+    By hand: two tokens, D = 4. Token 1 has q k^T = 0, 2 ln 3, by sqrt(4) that is 0, ln 3, so shares 1/4 and 3/4. In a
+    channel with v = 4, 8 that gives 1/4 * 4 + 3/4 * 8 = 7. Token 0 sees itself alone: 4.
 Causal mask
     A query sees its own token and those before it, cached ones too. Three tokens, and three after two cached ones:
         1 0 0          1 1 1 0 0          for a 1 the equation's mask has 0,
         1 1 0          1 1 1 1 0          for a 0 -infinity
         1 1 1          1 1 1 1 1
 Padding
-    attention_mask (B, S) is 1 at real tokens, 0 at pads; GPT-2 has no pad token, so any id may stand there. Pads on the
-    right, 1 1 1 0 0, need no mask inside, as no real token looks to its right. Pads on the left, 0 0 1 1 1, are hidden
-    from all other tokens; a pad sees itself, since softmax needs a key. What comes out at a pad means nothing.
+    Pads fill up shorter texts. attention_mask (B, S) is 1 at real tokens, 0 at pads; GPT-2 has no pad token, so any id
+    may stand there. Pads on the right, 1 1 1 0 0, need no mask inside, as no real token looks to its right. Pads on the
+    left, 0 0 1 1 1, are hidden from real tokens; each sees itself, as softmax needs a key. Their output means nothing.
 Positions
-    0 to T - 1, or on from the cache's length; n_positions at most. Pads count. So with pads on the left a caller gives
-    position_ids 0 0 0 1 2, by which each text starts at 0.
+    0 to T - 1, or on from the cache's length, each below n_positions. Pads take positions, too. So with pads on the
+    left a caller gives position_ids 0 0 0 1 2, by which each text starts at 0.
 Cache
-    Each call appends k and v of its T tokens, in every block. After 5 tokens a KVCache holds (B, H, 5, D) of each. A
-    call with the next token alone then has T = 1 and S = 6, computes q, k and v of that token only, looks at six keys,
-    and gives (B, 1, C): cache = KVCache(); model(ids, cache=cache); model(next_ids, cache=cache). The mask of such a
-    call counts cached tokens, too: (B, 6). With pads on the left it needs position_ids, too: after 0 0 0 1 2 comes 3.
+    A call appends k and v of its T tokens, 2 C numbers per block and token. After 5 tokens a KVCache holds (B, H, 5, D)
+    of each. A call with the next token alone then has T = 1 and S = 6, computes q, k and v of that token only, looks at
+    six keys, and gives (B, 1, C): cache = KVCache(); model(ids, cache=cache); model(next_ids, cache=cache). Its mask
+    counts cached tokens, too: (B, 6). After pads, left or right, it needs position_ids: after 0 0 0 1 2 comes 3.
 Heads
     `lm_head` gives (B, T, vocabulary) by wte's own matrix, one tensor for both, unless tie_word_embeddings is False.
     `score` gives (B, K) from each text's last real token, which has seen the whole text; `classifier` gives (B, T, K),
-    and it alone has a bias. Pretraining knows neither of the last two: they start random, and every method trains them.
-    These two take no cache. All return logits and know no loss: that is the task's (minipeft/tasks).
+    and it alone has a bias. Pretraining knows neither of the last two: they start random, all of minipeft/methods train
+    them, and they take no cache. What a head gives are logits; the loss is made of them by the task (minipeft/tasks).
 Initialization
     Matrices and embeddings are normal with deviation 0.02, each c_proj with 0.02 / sqrt(2 n_layer); biases are 0,
-    LayerNorms' weights 1 (see pretrained.py).
+    LayerNorms' weights 1 (see pretrained.py). So GPT-2 124M starts with logits of deviation 0.02 sqrt(C) = 0.55, and on
+    random text with a loss of 10.96, near the ln 50,257 = 10.82 of guessing.
 Dropout
-    In training a number becomes 0 with probability p = 0.1 and is divided by 1 - p otherwise: after wte + wpe
-    (embd_pdrop), on attention's shares (attn_pdrop), after both c_proj (resid_pdrop), and before `classifier`
-    (classifier_dropout).
+    In training a number becomes 0 with probability p = 0.1 and is divided by 1 - p otherwise: wte + wpe (embd_pdrop),
+    attention's shares (attn_pdrop), both c_proj's results (resid_pdrop), `classifier`'s input (classifier_dropout).
 Number formats
-    All is float32, unless `from_pretrained` is told another dtype. Under autocast to bfloat16 or float16 the products
-    with matrices and attention are computed in it, from weights cast on the way; the logits come out in it. x, to which
-    each block adds, stays float32.
+    All is float32, unless `from_pretrained` is told another dtype. Under torch.autocast to bfloat16 or float16 products
+    with matrices, attention and logits are in that, from weights cast on the way; x, to which blocks add, is float32.
 Cost
     Forward, per token: 24 C^2 operations in the matrices of a block (a product and a sum are two), 4 S C in its
-    attention, of which a causal kernel may skip what is masked, and 2 C vocabulary in lm_head. Backward: twice that,
-    with frozen matrices about once. Memory: without gradients the tensors of one block at a time, of which (B, T, 4C)
-    is the widest, and the logits; in training what all blocks keep, 16 C numbers per block and token, with frozen
-    matrices 10 C (methods/full.py lists them). Fused kernels hold the scores (B, H, T, S) in parts only.
+    attention, of which a fused kernel (attention as one operation) may skip what is masked, and 2 C vocabulary in
+    lm_head. Backward: twice that, about once with matrices that are not trained. Memory: without gradients the tensors
+    of one block at a time, of which (B, T, 4C) is the widest, and the logits; in training what all blocks keep, 16 C
+    numbers per block and token, 10 C with such matrices (methods/full.py). Fused kernels hold the scores in parts only.
 On disk
-    Modules carry the official names: `wte`, `h.0.attn.c_attn`, ...; in a model with a head `transformer.` stands before
-    them, as in transformers' files. The matrices of the blocks are stored as (in, out), and `weights.py` transposes
-    them when it loads and saves. All else is stored as it is here; an lm_head that is wte is not stored.
+    Names are the official ones, `wte.weight`, `h.0.attn.c_attn.bias`, ...; with a head `transformer.` stands before
+    them. Files with and without it load; saved ones have it. Hugging Face's GPT-2 computes x W: so files hold blocks'
+    matrices as (in, out), c_attn (C, 3C), and weights.py transposes them. An lm_head that is wte is not stored.
 
-Paper: Radford, Wu, Child, Luan, Amodei, Sutskever (2019), "Language Models are Unsupervised Multitask Learners". It
-gives no dropout rate, and trains no classifier; 0.1 is the first GPT's. OpenAI's code starts wpe with deviation 0.01,
-and every c_proj with 0.02. `Linear` and `Dropout` compute what torch's own do, faster on a CPU.
+Paper: Radford, Wu, Child, Luan, Amodei, Sutskever (2019), "Language Models are Unsupervised Multitask Learners". New
+against the first GPT are a LayerNorm before each layer, not after it, ln_f, and c_proj's smaller start. It says 117M
+for 124M, gives no dropout rate (0.1 is the first GPT's) and trains no classifier. OpenAI's code starts wpe with 0.01
+and c_proj with 0.02. `Linear` and `Dropout` compute what torch's own do, faster on a CPU.
 """
 
 from __future__ import annotations
@@ -154,8 +153,8 @@ class Block(nn.Module):
 
 
 def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.compiler.disable`, but only while something is being compiled. To use it is to import all of the compiler,
-    which takes as long as the rest of torch."""
+    """A function that torch.compile leaves as it is. `torch.compiler.disable` does that, too, but imports the compiler
+    at once, which takes as long as the rest of torch."""
     disabled = torch._disable_dynamo(function)  # imports it when it is called
 
     @functools.wraps(function)
@@ -165,12 +164,9 @@ def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-@uncompiled  # what it returns depends on values; the blocks after it compile as one
+@uncompiled  # it looks at values, which no compiled program can; the blocks after it compile as one
 def attention_mask_for(attention_mask: Tensor | None, T: int, past: int, device: torch.device) -> Tensor | None:
-    """The mask `scaled_dot_product_attention` needs, or None where plain causal attention is already right.
-
-    Right padding in this call needs no mask: a real token never looks to its right, and the fast causal kernel stays
-    usable. A single new token may look at all of a cache without pads. All other cases get a boolean mask.
+    """The mask that `attend` needs: none without cache and left pads, nor for one token after a cache without pads.
 
     Args:
         attention_mask: (B, past + T), 1 at real tokens, 0 at pads; None means all are real. It may stay on the CPU:
@@ -179,13 +175,19 @@ def attention_mask_for(attention_mask: Tensor | None, T: int, past: int, device:
         past: tokens in the cache before it.
 
     Returns:
-        A boolean tensor, True where query may look at key, broadcastable to (B, H, T, past + T); or None.
+        A boolean tensor, True where query may look at key, broadcastable to (B, H, T, past + T). Or None, which means
+        causal: several tokens see themselves and what is before, one sees all keys.
+
+    Raises:
+        ConfigError: attention_mask is of another width.
     """
     if attention_mask is None:
         padded = False
     elif torch.jit.is_tracing() or torch.compiler.is_compiling():
-        padded = True  # a recorded program has to be right for every mask, not for this one
+        padded = True  # `jit.trace` and `export` record a program, which has to be right for every mask
     else:
+        if attention_mask.shape[1] != past + T:
+            raise ConfigError(f"attention_mask is {attention_mask.shape[1]} wide, for {past} cached and {T} new tokens")
         on_the_left = bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any())
         padded = on_the_left or not bool(attention_mask[:, :past].all())                   # or within the cache
     if not padded and (past == 0 or T == 1):
@@ -193,7 +195,7 @@ def attention_mask_for(attention_mask: Tensor | None, T: int, past: int, device:
     # Query i stands at position past + i of the keys: the causal triangle is aligned to the lower right corner.
     mask = torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past)             # (T, S)
     if padded:
-        itself = mask.triu(past)  # a pad still sees itself: a row that sees nothing is NaN in some kernels
+        itself = mask.triu(past)  # the diagonal: a pad still sees itself, as a row without a key is NaN in some kernels
         mask = (mask & attention_mask[:, None, None, :].bool().to(device, non_blocking=True)) | itself   # (B, 1, T, S)
     return mask
 
@@ -202,8 +204,7 @@ class GPT2Model(PretrainedModel):
     """Embeddings, blocks and the final LayerNorm: token ids in, hidden states out.
 
     With `gradient_checkpointing` (default False) training keeps of each block its input alone, (B, T, C), and computes
-    the block again in the backward pass. That is about a third more arithmetic where all weights are trained, and half
-    more where the matrices are frozen.
+    the block again in the backward pass: a third more arithmetic where all is trained, half more with frozen matrices.
     """
 
     prefix = ""  # before its tensors' names; "transformer." in the classes with a head
@@ -225,23 +226,23 @@ class GPT2Model(PretrainedModel):
         """Hidden states after the last block.
 
         Args:
-            input_ids: (B, T) token ids; or give inputs_embeds instead, beside which they are not read.
+            input_ids: (B, T) token ids below vocab_size; or give inputs_embeds, beside which they are not read.
             attention_mask: (B, S), 1 at real tokens, 0 at pads, S counting cached tokens; None means all are real.
             position_ids: (B, T) or (T,); default counts up from the cache's length. One beyond the table is torch's
                 own IndexError, and on a GPU a failed assertion.
-            cache: keys and values of earlier tokens; this call's are appended to it.
+            cache: keys and values of earlier tokens; this call's are appended to it, but with gradient checkpointing.
             inputs_embeds: (B, T, C) vectors to use in place of wte[input_ids].
 
         Returns:
             (B, T, C).
 
         Raises:
-            ConfigError: nothing to read; more tokens than n_positions; gradient checkpointing beside a cache to fill.
+            ConfigError: nothing to read; too many tokens; a mask of wrong width; checkpointing beside a cache to fill.
         """
         check_not_empty(input_ids if inputs_embeds is None else inputs_embeds)
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds      # (B, T, C)
         recomputed = self.gradient_checkpointing and self.training
-        if recomputed and cache is not None and cache.kept:  # a prefix's cache is not: nobody reads it afterwards
+        if recomputed and cache is not None and cache.kept:  # `kept`: read after this call, as a prefix's cache is not
             raise ConfigError("gradient checkpointing computes each block twice and fills no cache: call model.eval()")
         T, past = x.shape[1], cache.length if cache is not None else 0
         if position_ids is None:
@@ -271,12 +272,12 @@ def check_not_empty(x: Tensor | None) -> None:
 
 
 def _recomputable(block: Block, x: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
-    """A block that may run twice: what it appends goes to a copy of the cache, which training has no use for."""
+    """A block that may run twice: it appends to a copy of the cache, so that both runs find the same."""
     return block(x, mask, None if cache is None else KVCache(cache.layers))
 
 
 class GPT2LMHeadModel(PretrainedModel):
-    """GPT-2 with its language-model head: next-token scores, by the transposed input embedding."""
+    """GPT-2 with its language-model head: next-token scores, by the transposed wte or, untied, a matrix of its own."""
 
     head = "lm_head"
     task_type = "CAUSAL_LM"
@@ -353,7 +354,7 @@ class GPT2ForTokenClassification(PretrainedModel):
 
 
 def last_real_token(x: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """The hidden state of each text's last real token.
+    """The hidden state of each text's last real token; of a text of pads only, its first position's.
 
     Args:
         x: (B, T, C).

@@ -145,9 +145,23 @@ def test_the_figures_of_the_docstring_are_the_codes():
 
 
 def test_the_example_of_attention_worked_by_hand_comes_to_what_the_docstring_says():
-    q, k, v = (torch.tensor(numbers).view(1, 1, 2, 1) for numbers in ([1.0, 1.0], [0.0, math.log(3)], [4.0, 8.0]))
-    close(attend(q, k, v).flatten(), torch.tensor([4.0, 7.0]))
-    assert "1/4 * 4 + 3/4 * 8 = 7." in gpt2.__doc__
+    q, k, v = torch.ones(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4)
+    k[..., 1, :] = 2 * math.log(3) / 4
+    v[..., 2] = torch.tensor([4.0, 8.0])
+    close((q @ k.mT)[0, 0, 1], torch.tensor([0, 2 * math.log(3)]))
+    close(attend(q, k, v)[0, 0, :, 2], torch.tensor([4.0, 7.0]))
+    assert "q k^T = 0, 2 ln 3" in gpt2.__doc__ and "1/4 * 4 + 3/4 * 8 = 7." in gpt2.__doc__
+
+
+def test_an_untrained_model_guesses_as_the_docstring_says():
+    torch.manual_seed(0)
+    model, ids = GPT2LMHeadModel(GPT2Config(n_layer=1)).eval(), torch.randint(50257, (1, 65))
+    logits = model(ids)[0]
+    assert logits.std().item() == pytest.approx(0.55, abs=0.01)
+    loss = torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:]).item()
+    assert loss == pytest.approx(10.96, abs=0.2) and round(math.log(50257), 2) == 10.82
+    assert "= 0.55, and on random text with a loss of 10.96, near the ln 50,257 = 10.82" in " ".join(
+        gpt2.__doc__.split())
 
 
 def test_a_position_beyond_the_table_is_an_index_error_on_a_cpu(make_model, make_ids):
@@ -323,6 +337,26 @@ def test_a_text_alone_and_in_a_left_padded_batch_give_the_same(make_model, make_
     for row, length in enumerate(LENGTHS):
         alone = model(ids[row:row + 1, -length:])[0]
         close(batch[row] if alone.dim() == 1 else batch[row, -length:], alone)
+
+
+@pytest.mark.parametrize("cls", EVERY_CLASS)
+@pytest.mark.parametrize("width", [1, 5, 7])
+def test_a_mask_of_the_wrong_width_is_an_error_even_where_no_mask_is_needed(make_model, make_ids, cls, width):
+    with pytest.raises(ConfigError, match=f"attention_mask is {width} wide, for 0 cached and 6 new tokens"):
+        make_model(cls)(make_ids(2, 6), attention_mask=torch.ones(2, width, dtype=torch.long))
+
+
+def test_a_mask_that_does_not_count_the_cached_tokens_is_an_error(make_model, make_ids):
+    """A single 1 for a new token would be taken to say that none of the cached ones is a pad."""
+    model, cache, mask = make_model(GPT2LMHeadModel), KVCache(), torch.tensor([[0, 0, 1, 1]])
+    model(make_ids(1, 4), attention_mask=mask, cache=cache)
+    with pytest.raises(ConfigError, match="attention_mask is 1 wide, for 4 cached and 1 new tokens"):
+        model(make_ids(1, 1), attention_mask=mask[:, -1:], cache=cache)
+
+
+def test_of_a_text_of_pads_only_the_first_position_is_read():
+    x = torch.randn(2, 4, 24)
+    assert torch.equal(last_real_token(x, torch.tensor([[0, 0, 0, 0], [0, 1, 1, 0]])), x[[0, 1], [0, 2]])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -235,7 +235,8 @@ class PromptEncoder(nn.Module):
     def forward(self) -> Tensor:
         x = self.embedding.weight                                             # (V, C)
         if self.lstm is not None:
-            outputs, _ = self.lstm(x[None])                                   # (1, V, 2 h), as a batch of one
+            with torch.autocast("cpu", enabled=False):  # without AVX-512, torch's LSTM knows no bfloat16
+                outputs, _ = self.lstm(x[None])                               # (1, V, 2 h), as a batch of one
             x = outputs[0]                                                    # (V, 2 h)
         return self.mlp_head(x)                                               # (V, C)
 

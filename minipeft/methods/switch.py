@@ -27,12 +27,13 @@ Adapters    `inject` puts one method into a model: one injection. All injections
             that waits. `load_adapter` adds one beside others; so does `inject` within a `disable_adapter` block.
 Record      An Injection (injection.py) for each, in a list that lies on the model: name, method, config, `active`; the
             layers by their places; `base_values`, the base's Parameters for which the method has its own, and
-            `own_values`, these while they are out; `merged`, the weights that `merge` replaced. A deepcopy has its own.
+            `own_values`, the method's, while they are out; `merged`, the weights that `merge` replaced. A deepcopy of
+            the model has its own.
 Optimizers  Layers and Parameters that come back are the objects that left, with their requires_grad and grad. So an
-            optimizer goes on where it was; while its Parameters are out, no backward pass reaches them. Was the model
-            moved or given another dtype meanwhile, then values follow, but not every grad, and no optimizer's means:
-            make a new optimizer, as after torch's own `model.to`. On the way to the meta device Parameters come
-            back as new objects; where it left that device, what was out has no values, and is not put back.
+            optimizer goes on where it was; while its Parameters are out, no backward pass reaches them. If the model
+            was moved or given another dtype meanwhile, the values follow, but not every grad, nor what an optimizer
+            keeps: make a new optimizer, as after torch's own `model.to`. If it was moved to the meta device, Parameters
+            come back as new objects. If it was moved off that device, what was out has no values, and stays out.
 Heads       Each adapter has a new head of its own, and biases of its own where it trains them. When all adapters are
             out, the base's own are back, untrained.
 Mode        What comes back takes the model's present mode, training or eval.
@@ -40,11 +41,12 @@ Merged      Each weight that a layer adapts becomes what the layer's `merged()` 
                 lora   W + s B A
                 dora   m (W + s B A) / ||W + s B A||, each row divided by its length
                 vera   W + diag(b) B diag(d) A
-                ia3    l W, each row times its l, and the bias too; in feed-forward targets each column times its l
+                ia3    l W, each row times its l, and the bias too; in feed-forward targets each column times its l,
+                       and the bias stays
             The others do not merge. adapter has a nonlinear function inside; prompt, ptuning and prefix add positions;
             full, head and bitfit train the model's own tensors, which need no merging. What an adapter trains of these
-            (head, biases) stays in and can go on training. `unmerge` undoes any change of a folded weight. Until then
-            merging, switching to another, disabling, injecting and `save_adapter` are refused; `remove` unmerges.
+            (head, biases) stays in and can go on training. A change of a folded weight is lost in `unmerge`. Until then
+            merging, switching to another, disabling, injecting and `save_adapter` are refused; removing it unmerges.
             `state_dict` has the base's names, and `save_pretrained` writes a plain model.
 Rounding    What is merged is computed in the finer type of W and the method's float32, even under autocast, and rounded
             once to W's. In eval mode the model computes the same up to rounding: where an adapter moved mini's logits
@@ -54,10 +56,10 @@ Dtype       Where the model was given another dtype meanwhile, what comes back t
 Threads     One at a time may change a model, a `disable_adapter` block counting as a change; for others it is an
             InjectionError meanwhile. Forward passes are not held up: a lock around those is the caller's.
 Cost        Switching copies nothing: it takes up to 0.04 s for GPT-2 124M on a CPU. What waits stays in memory: its
-            layers, and of the head and biases both the base's and its own. `merge` takes one product (out, r) (r, in)
-            per layer, 0.9 s with LoRA in all 48 matrices, and `unmerge` 0.1 s. The replaced weights lie where they were
-            until `unmerge`: for those 48 matrices 12 * 12 * 768^2 = 84,934,656 numbers, 340 MB. A merged model's
-            forward pass costs what the base's costs.
+            layers, and of the head and biases both the base's and its own; `remove` frees it. A `disable_adapter` block
+            is two switches. `merge` takes one product (out, r) (r, in) per LoRA layer, 0.9 s for all 48 matrices, and
+            `unmerge` 0.1 s. The replaced weights lie where they were until `unmerge`: for those 48 matrices
+            12 * 12 * 768^2 = 84,934,656 numbers, 340 MB. A merged model's forward pass costs what the base's costs.
 
 Unlike peft: there the layers of every adapter stay in the model, inside a PeftModel, and each forward pass asks whether
 they are disabled or merged. Several adapters may be active at once, and add up. `merge_adapter` adds s B A to the
@@ -122,9 +124,9 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     and comes and goes with it. Without an adapter nothing happens.
 
     After the block, even one that raises, the adapter that was active before is active again, and one that was made
-    active within the block waits. That one has to be unmerged by then: else the block ends in an InjectionError. So
-    does a block in which the model left the meta device: the adapters that were out have no values. Was none active
-    before, or was it removed within the block, then what the block made of the model stays.
+    active within the block waits. That one has to be unmerged by then, and must not be `full`: else the block ends in
+    an InjectionError. So does a block in which the model left the meta device: the adapters that were out have no
+    values. If none was active before, or if it was removed within the block, the model stays as the block leaves it.
 
     Raises:
         InjectionError: the base's weights are not at hand: the adapter is merged, all of them were trained, or the
@@ -148,7 +150,7 @@ def remove(model: nn.Module, name: str | None = None) -> nn.Module:
     """Take the adapter `name`, or all of them, out for good: the base's own modules and values again.
 
     With the last adapter requires_grad, too, becomes what it was before the first. Without the active one none is
-    active: the others wait for `set_adapter`, and what they trained of the base is frozen. Without a name and without
+    active: the others wait for `set_adapter`, and the base's own head and biases are frozen. Without a name and without
     an adapter nothing happens.
 
     Raises:
@@ -178,15 +180,15 @@ def merge(model: nn.Module) -> nn.Module:
 
     By hand, LoRA with r = 1: W = [[1, 2], [3, 4]], B = [[1], [0]], A = [[0.5, 0]] and s = 2 give s B A =
     [[1, 0], [0, 0]], so W becomes [[2, 2], [3, 4]]. For x = [1, 1] it was W x + s B A x = [3, 7] + [1, 0] = [4, 7], and
-    the new W times x is [4, 7], too.
+    the new W times x is [4, 7], too. After `unmerge` W is [[1, 2], [3, 4]] again.
 
     The Parameters stay the same objects, frozen as they were; their values are new. The replaced values are kept on the
     model, so that `unmerge` restores them bit for bit.
 
     Raises:
-        InjectionError: nothing to merge, already merged, or a method that is not a change of weights, if only one of
-            several. Nothing has changed then: all weights are computed before the first is replaced. Or another thread
-            is changing the model.
+        InjectionError: nothing to merge, already merged, or there is one among the methods whose layers do not merge:
+            adapter, prompt, ptuning or prefix. Nothing has changed then: all weights are computed before the first is
+            replaced. Or another thread is changing the model.
     """
     active = active_injections(model)
     if any(injection.merged for injection in active):

@@ -12,7 +12,7 @@ before it. One of three heads makes of these next-token scores, one label per te
     ln_1, ln_2, ln_f        weight * (x - mean(x)) / sqrt(mean((x - mean(x))^2) + 1e-5) + bias, over a token's C numbers
     gelu(x)                 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))           number by number
 
-The dimensions in this file and all files of data, tasks and training. Sizes, 1e-5, 0.02 and 0.1 come from config.json:
+Dimensions, wherever shapes stand beside code in minipeft. Sizes, 1e-5, 0.02 and 0.1 come from config.json:
 
     B texts in a batch    T tokens of each in this call    S tokens attention sees (cached + T)    C channels (n_embd)
     H attention heads    D size of one (C / H)    K labels    4C inner size of the MLP (n_inner, if set)
@@ -34,9 +34,9 @@ Causal mask
         1 1 0          1 1 1 1 0          for a 0 -infinity
         1 1 1          1 1 1 1 1
 Padding
-    Pads fill up shorter texts. attention_mask (B, S) is 1 at real tokens, 0 at pads; GPT-2 has no pad token, so any id
-    may stand there. Pads on the right, 1 1 1 0 0, need no mask inside, as no real token looks to its right. Pads on the
-    left, 0 0 1 1 1, are hidden from real tokens; each sees itself, as softmax needs a key. Their output means nothing.
+    Pads fill up shorter texts. attention_mask (B, S) is 1 at real tokens, 0 at pads; GPT-2 has no pad token, any id
+    will do. Pads on the right, 1 1 1 0 0, need no mask inside, as no real token looks to its right. Pads on the left,
+    0 0 1 1 1, are hidden from real tokens; each pad sees itself, as softmax needs a key. Its output means nothing.
 Positions
     0 to T - 1, or on from the cache's length, each below n_positions. Pads take positions, too. So with pads on the
     left a caller gives position_ids 0 0 0 1 2, by which each text starts at 0.
@@ -52,8 +52,8 @@ Heads
     them, and they take no cache. What a head gives are logits; the loss is made of them by the task (minipeft/tasks).
 Initialization
     Matrices and embeddings are normal with deviation 0.02, each c_proj with 0.02 / sqrt(2 n_layer); biases are 0,
-    LayerNorms' weights 1 (see pretrained.py). So GPT-2 124M starts with logits of deviation 0.02 sqrt(C) = 0.55, and on
-    random text with a loss of 10.96, near the ln 50,257 = 10.82 of guessing.
+    LayerNorms' weights 1 (see pretrained.py). So GPT-2 124M starts with logits of deviation 0.02 sqrt(C) = 0.55 and a
+    loss of about ln 50,257 + 0.55^2 / 2 = 10.98, near the 10.82 of guessing.
 Dropout
     In training a number becomes 0 with probability p = 0.1 and is divided by 1 - p otherwise: wte + wpe (embd_pdrop),
     attention's shares (attn_pdrop), both c_proj's results (resid_pdrop), `classifier`'s input (classifier_dropout).
@@ -67,14 +67,14 @@ Cost
     of one block at a time, of which (B, T, 4C) is the widest, and the logits; in training what all blocks keep, 16 C
     numbers per block and token, 10 C with such matrices (methods/full.py). Fused kernels hold the scores in parts only.
 On disk
-    Names are the official ones, `wte.weight`, `h.0.attn.c_attn.bias`, ...; with a head `transformer.` stands before
-    them. Files with and without it load; saved ones have it. Hugging Face's GPT-2 computes x W: so files hold blocks'
-    matrices as (in, out), c_attn (C, 3C), and weights.py transposes them. An lm_head that is wte is not stored.
+    `from_pretrained` (pretrained.py) reads config.json and model.safetensors, in which names are the official ones, as
+    `wte.weight`; with a head `transformer.` stands before them. Files with and without it load. Hugging Face's GPT-2
+    computes x W: files hold blocks' matrices as (in, out), c_attn (C, 3C), which weights.py turns, and no tied lm_head.
 
 Paper: Radford, Wu, Child, Luan, Amodei, Sutskever (2019), "Language Models are Unsupervised Multitask Learners". New
 against the first GPT are a LayerNorm before each layer, not after it, ln_f, and c_proj's smaller start. It says 117M
-for 124M, gives no dropout rate (0.1 is the first GPT's) and trains no classifier. OpenAI's code starts wpe with 0.01
-and c_proj with 0.02. `Linear` and `Dropout` compute what torch's own do, faster on a CPU.
+for 124M, gives no dropout rate (0.1 is the first GPT's), trains no classifier. OpenAI's code starts wpe with 0.01 and
+c_proj with 0.02. `Linear` and `Dropout` compute what torch's do, faster on a CPU.
 """
 
 from __future__ import annotations
@@ -228,9 +228,9 @@ class GPT2Model(PretrainedModel):
         Args:
             input_ids: (B, T) token ids below vocab_size; or give inputs_embeds, beside which they are not read.
             attention_mask: (B, S), 1 at real tokens, 0 at pads, S counting cached tokens; None means all are real.
-            position_ids: (B, T) or (T,); default counts up from the cache's length. One beyond the table is torch's
-                own IndexError, and on a GPU a failed assertion.
-            cache: keys and values of earlier tokens; this call's are appended to it, but with gradient checkpointing.
+            position_ids: (B, T) or (T,); default counts up from the cache's length. One beyond its table, as an id
+                beyond wte, is torch's own IndexError, and on a GPU a failed assertion.
+            cache: keys and values of earlier tokens; this call's are appended, unless training with checkpointing.
             inputs_embeds: (B, T, C) vectors to use in place of wte[input_ids].
 
         Returns:

@@ -12,8 +12,9 @@ text, or one per token that has a label. T is the number of targets of the whole
 and processes; it is counted before the step is cut. So each target counts the same, however the step is cut, and parts
 of different size need no weights. By hand: 3 targets have losses of together 3, and 1 target in another micro-batch has
 5. The step's loss is (3 + 5) / 4 = 2; the mean of the two means would be (1 + 5) / 2 = 3. An epoch's last step may have
-fewer batches, and one of its batches fewer texts: it is a whole step with a smaller T. With class_weights "balanced" a
-target's loss is multiplied by n / (K n_k), for n training texts with K labels, n_k of them with this one; T stays.
+fewer batches, and one of its batches fewer texts: it is a whole step with a smaller T. With class_weights "balanced"
+the caller's `loss_sum` multiplies a target's loss by n / (K n_k), for n training texts with K labels, n_k of them with
+this one; T stays.
 
 mean and square are AdamW's running means of g (by 0.9) and of g^2 (by 0.999), corrected for their start at 0; decay is
 weight_decay in matrices of linear layers, 0 in all else. methods/full.py has these equations with an example.
@@ -33,15 +34,17 @@ Validation   After every e steps, e = max(1, steps_per_epoch // evaluations_per_
              would come fewer than e steps before the end is left out. The best has the best `best_by` and, among
              equals, the lowest loss. Its trained values are copied, and put back at the end.
 Signal       SIGINT (Ctrl-C), SIGHUP or SIGTERM: the step in hand is finished, with several processes at most 9 more,
-             the state is saved, and `stopped_by` is set. No validation is added. The model has the best validation's
-             values then, or its present ones if there was none; the state has both. After the last step its validation
-             comes first, and a resumed run takes no more steps. A second signal raises KeyboardInterrupt at once, and
-             the state saved last stays; but a second SIGTERM does nothing.
-State        `state_folder`/training_state.safetensors: the trained values, the best ones, AdamW's means, scale, random
-             state, step, curve and settings. A new one takes the old one's place when it is whole. A resumed run must
-             have the same `config`, precision, `request` and trained parameters. It ends as if it had never stopped,
-             bit for bit, with these exceptions: GPU kernels that add in another order each time; and of several
-             processes all but the first draw other dropout, since only the first one's random state is saved.
+             the state is saved, and `stopped_by` is set. A validation that is due after that step comes first; none is
+             added. The model has the best validation's values then, or its present ones if there was none; the state
+             has both. Where it was the last step, a resumed run takes no more. A second signal raises KeyboardInterrupt
+             at once, and the state saved last stays; but a second SIGTERM does nothing.
+State        `state_folder`/training_state.safetensors: the trained values (model/NAME), the best ones (extra/NAME),
+             AdamW's means (optimizer/...), the random state; in its header, as JSON, step, curve, settings and scale.
+             It is written after each validation, every `save_minutes` between two, and at a signal; a new one takes
+             the old one's place when it is whole. A resumed run must have the same `config`, precision, `request` and
+             trained parameters. With the same other arguments, too, it ends as if it had never stopped, bit for bit,
+             with these exceptions: GPU kernels that add in another order each time; and of several processes all but
+             the first draw other dropout, since only the first one's random state is saved.
 Randomness   Initial values and dropout come from torch's global generators: the caller seeds them before it makes the
              model, and `train` does not, but in processes other than the first. The state holds the CPU's and, on a
              GPU, this GPU's. The data's order follows from the seed of `batches` and the epoch alone.
@@ -49,9 +52,9 @@ NaN          A NaN loss outside of fp16 makes NaN of all that is trained, since 
              so, and the curve shows it. A validation with a NaN loss is never better than an earlier one. If it is the
              first, its values are kept until a finite loss comes.
 Cost         Memory: the frozen weights, 20 bytes per trained parameter (4 value, 4 gradient, 8 AdamW, 4 best copy; with
-             several processes 4 more to send), and what one micro-batch keeps for its backward pass. Time: per step a
-             forward pass, and a backward pass of twice that, or once where matrices are frozen; per validation a
-             forward pass over all of its texts.
+             several processes 4 more to send), and what one micro-batch keeps for its backward pass, however many there
+             are. Time: per step a forward pass, and a backward pass of twice that, or once where matrices are frozen;
+             per validation a forward pass over all of its texts. Micro-batches add no arithmetic.
 
 Unlike Hugging Face's Trainer: there the rate falls on a straight line, by default without warm-up; a warm-up's first
 step has rate 0. There is no validation unless eval_strategy asks for it, and the last values stay unless

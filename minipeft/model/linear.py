@@ -19,10 +19,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-_ONEDNN = torch.backends.mkldnn.is_available()
-# What oneDNN multiplies on this processor.
-DTYPES = (torch.float32,) * _ONEDNN + (torch.bfloat16,) * (_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
 
 class Linear(nn.Linear):
     """torch's linear layer: x W^T + b, (..., in) -> (..., out), with W (out, in) and b (out,)."""
@@ -37,11 +33,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     if dtype := autocast_dtype(x):
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    if x.dtype != weight.dtype or x.dtype not in DTYPES:
+    if x.dtype != weight.dtype or not onednn_multiplies(x.dtype):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled():
         return _Product.apply(x, weight, bias)
     return _product(x, weight, bias)
+
+
+def onednn_multiplies(dtype: torch.dtype) -> bool:
+    """Whether oneDNN is there, and multiplies numbers of this type on this processor."""
+    return torch.backends.mkldnn.is_available() and (dtype == torch.float32 or (
+        dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

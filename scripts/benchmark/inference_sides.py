@@ -103,9 +103,11 @@ def _onednn(x: Tensor, weight: Tensor) -> Tensor:
 
 def matrix_products(job: Job, turn: Turn) -> None:
     """The frozen products of one training step and nothing else: x W^T forwards, and dy W backwards, in each block."""
-    product = {"torch": torch.nn.functional.linear, "onednn": _onednn}[job["by"]]
+    from minipeft.model.linear import onednn_multiplies
+
     C, tokens = job["n_embd"], job["tokens"]
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[job["precision"]]
+    product = _onednn if job["by"] == "onednn" and onednn_multiplies(dtype) else torch.nn.functional.linear
     shapes = [(C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)]
     weights = [[torch.randn(out, into, device=turn.device, dtype=dtype) for into, out in shapes]
                for _ in range(job["n_layer"])]

@@ -882,7 +882,6 @@ def test_what_was_injected_on_the_meta_device_is_not_taken_out_when_the_base_has
         assert_unchanged(model, before)
 
 
-@pytest.mark.kind("5: an adapter without values is not put back into a base that has some")
 @pytest.mark.parametrize("config", [LoraConfig(r=2), VeraConfig(r=6), PREFIX, BitFitConfig(), HeadConfig()],
                          ids=lambda config: config.method)
 def test_what_was_out_when_the_model_left_the_meta_device_is_not_put_back(tiny_config, tmp_path, config):

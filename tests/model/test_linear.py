@@ -107,7 +107,7 @@ def test_autocasts_dtype_is_known_where_it_is_on_and_none_elsewhere():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_onednn_cannot_multiply_here_is_left_to_torch(monkeypatch, dtype):
     """As on processors without AVX-512, whose oneDNN refuses bfloat16."""
-    monkeypatch.setattr(module, "DTYPES", ())
+    monkeypatch.setattr(module, "onednn_multiplies", lambda dtype: False)
     monkeypatch.setattr(module, "_product", lambda *a: pytest.fail("oneDNN was asked"))
     layer, x = Linear(4, 3).to(dtype), torch.randn(5, 4, dtype=dtype, requires_grad=True)
     y = layer(x)
@@ -116,7 +116,8 @@ def test_what_onednn_cannot_multiply_here_is_left_to_torch(monkeypatch, dtype):
 
 
 def test_bfloat16_is_onednns_only_where_it_can_multiply_it():
-    assert (torch.bfloat16 in module.DTYPES) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert module.onednn_multiplies(torch.bfloat16) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert not module.onednn_multiplies(torch.float64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert Linear(4, 3)(torch.randn(5, 4)).dtype == torch.bfloat16
 

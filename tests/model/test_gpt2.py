@@ -159,9 +159,10 @@ def test_an_untrained_model_guesses_as_the_docstring_says():
     logits = model(ids)[0]
     assert logits.std().item() == pytest.approx(0.55, abs=0.01)
     loss = torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:]).item()
-    assert loss == pytest.approx(10.96, abs=0.2) and round(math.log(50257), 2) == 10.82
-    assert "= 0.55, and on random text with a loss of 10.96, near the ln 50,257 = 10.82" in " ".join(
+    assert loss == pytest.approx(math.log(50257) + 0.55 ** 2 / 2, abs=0.2)
+    assert "= 0.55 and a loss of about ln 50,257 + 0.55^2 / 2 = 10.98, near the 10.82 of" in " ".join(
         gpt2.__doc__.split())
+    assert round(math.log(50257) + 0.55 ** 2 / 2, 2) == 10.98 and round(math.log(50257), 2) == 10.82
 
 
 def test_a_position_beyond_the_table_is_an_index_error_on_a_cpu(make_model, make_ids):

@@ -172,7 +172,6 @@ class Track:
         """How many trials there are if the best rate is at no end."""
         return (RATES + max(0, len(SIZES.get(self.method, ())) - 1)) if self.tuned else 0
 
-
     @property
     def turns(self) -> int:
         """How often its costs are measured."""

@@ -244,16 +244,18 @@ def _trained(folder: Path, subjects: list[Subject]) -> list[Cell]:
     """The cells of the first seed, also those of methods that only an earlier request named."""
     cells = [cell_in(read_json_file(file)) for subject in subjects for file in _cells_in(folder, subject)
              if file.name.endswith("_seed0.json")]
-    return sorted((cell for cell in cells if cell.kind == "final"), key=lambda cell: ALL.index(cell.method))
+    return sorted(cells, key=lambda cell: ALL.index(cell.method))
 
 
 def _keep_one_machine(files: list[Path]) -> None:
     """Delete what was measured of costs on another machine, where something is missing: they are compared with each
     other, so all are measured on this one then."""
     there = [file for file in files if file.is_file()]
-    for file in there if len(there) < len(files) else ():
-        if read_json_file(file)["machine"] != machine():
-            file.unlink()
+    if len(there) < len(files):
+        this = machine()
+        for file in there:
+            if read_json_file(file)["machine"] != this:
+                file.unlink()
 
 
 def _cells_in(folder: Path, subject: Subject) -> list[Path]:

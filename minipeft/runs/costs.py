@@ -41,18 +41,18 @@ def forgotten(run: Run) -> dict[str, Any]:
     """What the base has forgotten of held-out texts, and of which: see `forgetting`."""
     name, texts = held_out(run.plan.options.data_dir)
     return {"texts": f"{name} validation", "fingerprint": texts.fingerprint(),
-            **forgetting(run, [row for row in encoded(run, texts) if len(row) > 1])}
+            **forgetting(run, [row for row in encoded(run, texts.texts) if len(row) > 1])}
 
 
 def inference_of(run: Run) -> dict[str, Any]:
     """What the adapter adds to the time of some held-out texts: see `inference`."""
-    return inference(run, encoded(run, held_out(run.plan.options.data_dir)[1])[:TIMED_TEXTS])
+    return inference(run, encoded(run, held_out(run.plan.options.data_dir)[1].texts[:TIMED_TEXTS]))
 
 
-def encoded(run: Run, texts: Examples) -> list[np.ndarray]:
+def encoded(run: Run, texts: Sequence[str]) -> list[np.ndarray]:
     """The first tokens of each text, (T,) each."""
     return [np.asarray(row[:min(TOKENS, run.model.config.n_positions // 2)], dtype=np.int32)
-            for row in run.plan.tokenizer.encode_batch(texts.texts)]
+            for row in run.plan.tokenizer.encode_batch(texts)]
 
 
 def held_out(data_dir: str | Path | None) -> tuple[str, Examples]:

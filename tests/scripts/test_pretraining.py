@@ -474,20 +474,27 @@ def test_the_script_run_again_keeps_what_it_has_and_ends_at_once(script):
         assert again[key] == first[key]
 
 
-def test_a_run_that_goes_on_is_noted_as_it_began_whatever_model_is_named_then(script, monkeypatch):
+def stopping_after(steps):
+    """recipe.py's function of a step, which is interrupted when so many are taken."""
     import recipe
 
-    assert script().code == 0
     take_step, taken = recipe.train_step, []
 
-    def until_step_7(*arguments):
-        if len(taken) == 7:
+    def step(*arguments):
+        if len(taken) == steps:
             raise KeyboardInterrupt
         taken.append(take_step(*arguments))
         return taken[-1]
 
+    return step
+
+
+def test_a_run_that_goes_on_is_noted_as_it_began_whatever_model_is_named_then(script, monkeypatch):
+    import recipe
+
+    assert script().code == 0
     with monkeypatch.context() as patched:
-        patched.setattr(recipe, "train_step", until_step_7)
+        patched.setattr(recipe, "train_step", stopping_after(7))
         assert script("--state", "more", "--init-from", "model", "--save-every", 5).code == 130
     beside = {name: read_json(f"more/{name}") for name in ("config.json", "start.json")}
     outcome = script("--state", "more", "--n-layer", 2)
@@ -516,16 +523,9 @@ def test_the_scripts_model_has_a_card(script, tmp_path):
 def test_a_snapshot_of_an_unfinished_run_is_a_model_of_its_last_saved_state(script, tmp_path, monkeypatch, capsys):
     import recipe
 
-    take_step, taken = recipe.train_step, []
-
-    def until_step_25(*arguments):
-        if len(taken) == 25:
-            raise KeyboardInterrupt
-        taken.append(take_step(*arguments))
-        return taken[-1]
-
-    monkeypatch.setattr(recipe, "train_step", until_step_25)
-    assert script("--save-every", 12).code == 130
+    with monkeypatch.context() as patched:
+        patched.setattr(recipe, "train_step", stopping_after(25))
+        assert script("--save-every", 12).code == 130
     assert not (tmp_path / "model").exists()
     outcome = ScriptRunner(monkeypatch, capsys)("pretraining/snapshot.py", "state", "snapshot")
     assert outcome.code == 0 and "step 24" in outcome.out, outcome.err
@@ -535,7 +535,6 @@ def test_a_snapshot_of_an_unfinished_run_is_a_model_of_its_last_saved_state(scri
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(parameter, file.get_tensor(f"model/{name}").half().float(), atol=0, rtol=0)
 
-    monkeypatch.setattr(recipe, "train_step", take_step)
     outcome = script("--init-from", "snapshot", "--state", "elsewhere")  # the state is lost: the run goes on from here
     assert outcome.code == 0, outcome.err
     results = read_json("results/pretraining.json")

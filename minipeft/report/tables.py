@@ -9,6 +9,7 @@ from typing import Any
 
 from minipeft.errors import OutputError
 from minipeft.files import read_json_file
+from minipeft.report.choices import choices
 from minipeft.report.findings import findings
 from minipeft.runs.comparison import (
     COMPARISON_FILE,
@@ -75,15 +76,17 @@ def replace_tables(text: str, folder: Path) -> str:
 
 
 def block(subject: str, comparison: Comparison) -> str | None:
-    """What a marker of a Markdown file asks for: "findings", "all datasets", or of a dataset "NAME compared", "NAME in
-    short", "NAME costs", "NAME by examples", "NAME without the budget" or "NAME compared by METHOD"; None for another
-    subject.
+    """What a marker of a Markdown file asks for: "findings", "choices", "all datasets", or of a dataset "NAME
+    compared", "NAME in short", "NAME costs", "NAME by examples", "NAME without the budget" or "NAME compared by
+    METHOD"; None for another subject.
 
     Raises:
         OutputError: there is no comparison, or it does not hold it.
     """
     if subject == "findings":
         return findings_block(*comparison.found)
+    if subject == "choices":
+        return advice(comparison.found[0])
     if subject == "all datasets":
         return overview(comparison.found[0])
     kinds: dict[str, Callable[[str, dict[str, Any]], str]] = {
@@ -117,6 +120,12 @@ def findings_block(comparison: dict[str, Any], tuning: dict[str, Any]) -> str:
     """A numbered list; each finding with the picture that shows it."""
     return "\n".join(f"{number}. {finding.text} ([picture]({PICTURES}/{finding.picture}.png))"
                      for number, finding in enumerate(findings(comparison, tuning), start=1))
+
+
+def advice(comparison: dict[str, Any]) -> str:
+    """What to take for what."""
+    return markdown_table(["you want", "take", "measured"], [
+        [choice.wish, ", ".join(choice.methods), choice.measured] for choice in choices(comparison)])
 
 
 def overview(comparison: dict[str, Any]) -> str:

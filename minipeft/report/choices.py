@@ -1,0 +1,124 @@
+"""Which method to take for what: from comparison.json, by rules that a reader can check against its tables.
+
+    the best result              methods that no other one is significantly better than
+    the fewest parameters        of these, the one that trains the fewest
+    any other wish               of the methods whose interval lies above every baseline (which train nothing), the one
+                                 with the least of what is to be saved, or with the highest mean
+
+Costs are those of the dataset that a comparison shows first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from minipeft.report.families import main_of
+from minipeft.report.findings import listed
+from minipeft.runs.comparison import metric_of, shown_share
+
+MOST_EXAMPLES_OF_FEW = 64
+
+
+class Choice(NamedTuple):
+    """What somebody wants, the method or methods that do it, and what was measured."""
+
+    wish: str
+    methods: tuple[str, ...]
+    measured: str
+
+
+def choices(comparison: dict[str, Any]) -> list[Choice]:
+    """All that a comparison can advise, in a fixed order."""
+    datasets = comparison["datasets"]
+    content = datasets[main_of(datasets)]
+    found = [choice for name, each in datasets.items() for choice in the_best(name, each)]
+    return found + [choice for advise in ADVICE for choice in advise(content)]
+
+
+def the_best(name: str, content: dict[str, Any]) -> Iterator[Choice]:
+    """Of one dataset; without tests, the highest mean."""
+    rows = content["methods"]
+    top = sorted((method for method, row in rows.items() if row.get("rank", [0])[0] == 1),
+                 key=lambda method: -rows[method]["mean"])
+    top = top or sorted(rows, key=lambda method: -rows[method]["mean"])[:1]
+    if top:
+        metric = metric_of(content)
+        shown = listed(f"{method} {metric.shown(rows[method]['mean'])}" for method in top)
+        yield Choice(f"the best result on {name}", tuple(top), f"{metric.heading}: {shown}")
+
+
+def fewest_parameters(content: dict[str, Any]) -> Iterator[Choice]:
+    """The smallest of the best."""
+    rows = {method: row for method, row in content["methods"].items() if row.get("rank", [0])[0] == 1}
+    if rows:
+        least = min(rows, key=lambda method: rows[method]["trained_parameters"])
+        yield Choice("as good a result with the fewest trained parameters", (least,),
+                     f"{rows[least]['trained_parameters']:,}")
+
+
+def no_extra_time(content: dict[str, Any]) -> Iterator[Choice]:
+    """What merges, best mean first."""
+    rows = {method: row for method, row in worth_it(content).items() if row["inference"]["mergeable"] == "yes"}
+    if rows:
+        best = max(rows, key=lambda method: rows[method]["mean"])
+        extra = rows[best]["inference"]
+        yield Choice("no extra time once it is trained", (best,),
+                     f"{metric_of(content).shown(rows[best]['mean'])}; extra time {shown_share(extra['extra'])}, "
+                     f"merged {shown_share(extra['extra_merged'])}")
+
+
+def small_files(content: dict[str, Any]) -> Iterator[Choice]:
+    """A file for each of many tasks or customers."""
+    yield from _least(content, "a small file for each of many tasks", lambda row: row["adapter_bytes"]["mean"],
+                      lambda value: f"{value / 1000:,.0f} kB")
+
+
+def no_forgetting(content: dict[str, Any]) -> Iterator[Choice]:
+    """Least nats forgotten."""
+    yield from _least(content, "a model that still writes as the base does, with the adapter in place",
+                      lambda row: row["forgetting"]["nats"], "{:+.3f} nats per token".format)
+
+
+def fast_training(content: dict[str, Any]) -> Iterator[Choice]:
+    """Least time."""
+    yield from _least(content, "the shortest training", lambda row: row["core_seconds_per_1000_examples"]["mean"],
+                      "{:.1f} core seconds per 1,000 examples".format)
+
+
+def little_memory(content: dict[str, Any]) -> Iterator[Choice]:
+    """Least memory."""
+    yield from _least(content, "the least memory in training", lambda row: row["training_memory_bytes"]["mean"],
+                      lambda value: f"{value / 2**20:,.0f} MiB")
+
+
+def few_examples(content: dict[str, Any]) -> Iterator[Choice]:
+    """The highest mean with the fewest examples, of those that were trained on them."""
+    metric = metric_of(content)
+    points = [(point["train_size"], point["mean"], method) for method, found in content["few_examples"].items()
+              for point in found]
+    for size in sorted({size for size, _, _ in points if size <= MOST_EXAMPLES_OF_FEW}):
+        mean, best = max((mean, method) for its, mean, method in points if its == size)
+        compared = listed(sorted({method for its, _, method in points if its == size}))
+        yield Choice(f"to learn from {size} examples", (best,), f"{metric.shown(mean)}, the highest mean of {compared}")
+
+
+ADVICE: tuple[Callable[[dict[str, Any]], Iterator[Choice]], ...] = (
+    fewest_parameters, no_extra_time, small_files, no_forgetting, fast_training, little_memory, few_examples)
+
+
+def worth_it(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The methods whose interval lies above all that needs no training; all, where there are no intervals."""
+    key = metric_of(content).key
+    bar = max((metrics[key] for metrics in content["baselines"].values()), default=float("-inf"))
+    return {method: row for method, row in content["methods"].items()
+            if row["interval_95"] is None or row["interval_95"][0] > bar}
+
+
+def _least(content: dict[str, Any], wish: str, of: Callable[[dict[str, Any]], float | None],
+           shown: Callable[[float], str]) -> Iterator[Choice]:
+    values = {method: value for method, row in worth_it(content).items() if (value := of(row)) is not None}
+    if values:
+        least = min(values, key=values.__getitem__)
+        yield Choice(wish, (least,), f"{shown(values[least])}; "
+                                     f"{metric_of(content).shown(content['methods'][least]['mean'])}")

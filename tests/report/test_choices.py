@@ -1,0 +1,78 @@
+"""choices.py: which method for what, by rules that the tables bear out."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from minipeft.report.choices import choices, worth_it
+from minipeft.report.tables import Comparison, block
+
+
+@pytest.fixture
+def found(comparison):
+    return {choice.wish: choice for choice in choices(comparison)}
+
+
+def test_every_wish_is_answered_if_a_comparison_has_everything(found):
+    assert list(found) == [
+        "the best result on films", "the best result on imdb", "as good a result with the fewest trained parameters",
+        "no extra time once it is trained", "a small file for each of many tasks",
+        "a model that still writes as the base does, with the adapter in place", "the shortest training",
+        "the least memory in training", *(f"to learn from {size} examples" for size in (16, 32, 64))]
+
+
+def test_the_best_are_those_that_nothing_is_significantly_better_than(comparison, found):
+    rows = comparison["datasets"]["imdb"]["methods"]
+    best = found["the best result on imdb"].methods
+    assert set(best) == {method for method, row in rows.items() if not row["worse_than"]} and best[0] == "full"
+    smallest, = found["as good a result with the fewest trained parameters"].methods
+    assert smallest in best and all(rows[smallest]["trained_parameters"] <= rows[other]["trained_parameters"]
+                                    for other in best)
+
+
+def test_what_is_worth_training_lies_above_every_baseline(comparison):
+    content = copy.deepcopy(comparison["datasets"]["imdb"])
+    content["baselines"] = {"guess": {"accuracy": 0.5}, "zero_shot": {"accuracy": 0.85}}
+    worth = worth_it(content)
+    assert "lora" in worth and "head" not in worth
+    assert all(row["interval_95"][0] > 0.85 for row in worth.values())
+    content["methods"]["head"]["interval_95"] = None
+    assert "head" in worth_it(content)
+
+
+def test_savings_are_those_of_the_least_that_is_worth_it(comparison, found):
+    rows = worth_it(comparison["datasets"]["imdb"])
+    for wish, of in (("the shortest training", lambda row: row["core_seconds_per_1000_examples"]["mean"]),
+                     ("the least memory in training", lambda row: row["training_memory_bytes"]["mean"]),
+                     ("a small file for each of many tasks", lambda row: row["adapter_bytes"]["mean"])):
+        method, = found[wish].methods
+        assert of(rows[method]) == min(map(of, rows.values()))
+    merged, = found["no extra time once it is trained"].methods
+    assert rows[merged]["inference"]["mergeable"] == "yes"
+
+
+def test_few_examples_name_who_was_compared(found):
+    assert found["to learn from 16 examples"].methods == ("head",)
+    assert found["to learn from 16 examples"].measured == "66.60 %, the highest mean of head and lora"
+
+
+def test_what_was_not_measured_is_no_advice(comparison):
+    less = copy.deepcopy(comparison)
+    for content in less["datasets"].values():
+        content["few_examples"] = {}
+        for row in content["methods"].values():
+            for key in ("rank", "better_than", "worse_than"):
+                del row[key]
+            row["core_seconds_per_1000_examples"]["mean"] = row["training_memory_bytes"]["mean"] = None
+            row["inference"]["mergeable"] = None
+    wishes = [choice.wish for choice in choices(less)]
+    assert wishes[:2] == ["the best result on films", "the best result on imdb"]
+    assert not [wish for wish in wishes if "time" in wish or "memory" in wish or "learn from" in wish]
+
+
+def test_a_marker_asks_for_them(results):
+    table = block("choices", Comparison(results))
+    assert table.startswith("| you want | take | measured |")
+    assert "| the shortest training |" in table

@@ -108,6 +108,8 @@ def job_of(cell: Cell, shared: Options, budget: Budget, terms: dict[str, Any], r
         options = dataclasses.replace(
             options, train_size=cell.size, validation_size=FEW_EXAMPLES.validation_size, subset_seed=cell.seed,
             test_size=FEW_EXAMPLES.test_size, training_values=training | FEW_EXAMPLES.training(cell.size, budget))
+    if cell.kind == "best":
+        options = dataclasses.replace(options, validation_size=None)
     if cell.kind == "costs":  # as many epochs as in training: what is done once for all of them counts as much
         options = dataclasses.replace(
             options, train_size=max(budget.batch_size, TIMED_EXAMPLES // budget.epochs),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -97,6 +98,14 @@ def test_forgetting_is_the_mean_loss_of_next_tokens_with_the_adapter_in_place(jo
         losses += [-logits.log_softmax(dim=-1)[t, row[t + 1]].item() for t in range(len(row) - 1)]
     found = language_loss(model, ids, torch.device("cpu"), torch.float32)
     assert found == pytest.approx(sum(losses) / 4, abs=1e-5)
+
+
+def test_the_best_is_trained_and_validated_on_all_examples():
+    limited = Budget(train_size=16, validation_size=8, test_size=9)
+    options = {kind: job_of(Cell("films", "lora", 0, kind), Options(), limited, TERMS, Path(), Path()).options
+               for kind in ("final", "best")}
+    assert (options["final"].train_size, options["final"].validation_size) == (16, 8)
+    assert (options["best"].train_size, options["best"].validation_size, options["best"].test_size) == (None, None, 9)
 
 
 def test_a_trial_never_reads_the_test_split_and_leaves_its_file_alone(job, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from minipeft.data.datasets import KNOWN, Dataset, is_one_file, load_dataset, lo
 from minipeft.data.examples import together
 from minipeft.errors import ConfigError, DataError
 from minipeft.runs import defaults
-from minipeft.runs.places import newest_trained
+from minipeft.runs.places import is_bundled, newest_trained
 from minipeft.runs.plan import DATA_OPTIONS, Options, Say, silent, where_data_are
 from minipeft.runs.trained import details_of, load_finetuned
 from minipeft.settings import SEED
@@ -37,7 +37,8 @@ class Trained:
 
 
 def chosen_adapter(named: str | Path | None, say: Say = silent) -> Path:
-    """The folder of the trained model to use: the one that is named or, said in a line, the one written last.
+    """The folder of the trained model to use: the one that is named or, said in a line, the one written last; before
+    anything was trained, the bundled one.
 
     Raises:
         AdapterError: none is named, and there is none.
@@ -45,7 +46,8 @@ def chosen_adapter(named: str | Path | None, say: Say = silent) -> Path:
     if named is not None:
         return Path(named)
     newest = newest_trained()
-    say(f"adapter    {newest} (the newest in {newest.parent})")
+    why = "bundled; nothing has been trained here yet" if is_bundled(newest) else f"the newest in {newest.parent}"
+    say(f"adapter    {newest} ({why})")
     return newest
 
 

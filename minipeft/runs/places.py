@@ -2,6 +2,8 @@
 
     results/fine_tuned_lora_results.json            checkpoints/lora_finetuned              on IMDb
     results/fine_tuned_lora_sample_results.json     checkpoints/lora_sample_finetuned       on the sample, and so on
+
+A clone brings a LoRA adapter for IMDb, so that it can predict before anything is trained. Its account says "bundled".
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from minipeft.errors import AdapterError
 from minipeft.methods.folder import DETAILS_FILE, read_details
 
 CHECKPOINTS, RESULTS = Path("checkpoints"), Path("results")
+BUNDLED = "bundled"  # in minipeft.json: true where the folder came with the library
 
 
 def results_path(folder: str | Path, method: str, dataset: str) -> Path:
@@ -35,13 +38,24 @@ def _with(dataset: str) -> str:
 
 
 def newest_trained() -> Path:
-    """The folder below `checkpoints` that a training wrote last; one that says no dataset is of no training.
+    """The folder below `checkpoints` that a training wrote last, or else the bundled one.
+
+    A folder whose account says no dataset is of no training.
 
     Raises:
         AdapterError: there is none.
     """
     accounts = sorted(CHECKPOINTS.glob(f"*/{DETAILS_FILE}"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for folder in (path.parent for path in accounts):
-        if "dataset" in read_details(folder):
-            return folder
-    raise AdapterError(f"{CHECKPOINTS} holds no trained model: train first, or name a folder with --adapter")
+    trained = [folder for folder in (path.parent for path in accounts) if "dataset" in read_details(folder)]
+    if not trained:
+        raise AdapterError(f"{CHECKPOINTS} holds no trained model: train first, or name a folder with --adapter")
+    return min(trained, key=is_bundled)
+
+
+def is_bundled(folder: Path) -> bool:
+    """Whether what is there came with the library: then no user loses anything if a training takes its place.
+
+    Raises:
+        AdapterError: a damaged account.
+    """
+    return read_details(folder).get(BUNDLED) is True

@@ -20,7 +20,7 @@ from minipeft.methods.folder import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from minipeft.methods.folder import DETAILS_FILE, TENSORS_FILE, read_details
 from minipeft.model.hub import find
 from minipeft.model.weights import CONFIG_FILE, WEIGHTS_FILE
-from minipeft.runs.places import RESULTS, own_results
+from minipeft.runs.places import RESULTS, is_bundled, own_results
 from minipeft.runs.plan import RunPlan, Say, dtype_name, silent, task_values
 from minipeft.tasks import task_name
 from minipeft.training.loop import TrainingConfig
@@ -137,6 +137,8 @@ def check_places(plan: RunPlan, request: dict[str, Any], say: Say = silent) -> R
     """
     if plan.folder is not None:
         check_is_ours(plan.folder, plan.model_name)
+        if is_bundled(plan.folder):
+            say(f"output     {plan.folder} (in place of the bundled adapter; git restore {plan.folder} undoes that)")
     taken = plan.results_file.is_file() and not has_results(plan, request)
     if taken and plan.options.results_dir is None and own_results() != RESULTS:
         say(f"results    {own_results()} ({RESULTS} holds the published ones)")
@@ -176,11 +178,12 @@ def check_is_ours(folder: Path, model_name: str) -> None:
 
 
 def noted_in(folder: Path) -> dict[str, Any] | None:
-    """The request that a folder's state or trained model is of; None where there is neither.
+    """The request that a folder's state or trained model is of; None where there is neither, or a bundled model.
 
     Raises:
         AdapterError: minipeft.json is damaged.
     """
-    of_state = saved_settings(folder / STATE_FOLDER)
-    noted = read_details(folder).get("request", {}) if (folder / DETAILS_FILE).is_file() else None
-    return of_state or noted
+    if of_state := saved_settings(folder / STATE_FOLDER):
+        return of_state
+    ours = (folder / DETAILS_FILE).is_file() and not is_bundled(folder)
+    return read_details(folder).get("request", {}) if ours else None

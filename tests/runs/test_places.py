@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
-from helpers import write_csv
+from helpers import read_json, write_csv
 
 from minipeft import GPT2ForSequenceClassification, LoraConfig, inject, save_adapter
-from minipeft.errors import AdapterError
+from minipeft.errors import AdapterError, OutputError
+from minipeft.files import write_json_file
 from minipeft.runs.finetune import finetune
-from minipeft.runs.places import default_folder, newest_trained, results_path
+from minipeft.runs.inference import chosen_adapter
+from minipeft.runs.places import default_folder, is_bundled, newest_trained, results_path
 
 
 @pytest.mark.kind("7: default folder names carry the dataset")
@@ -41,3 +44,37 @@ def test_the_newest_folder_is_the_one_that_a_training_wrote_last(options, tiny_m
     model = GPT2ForSequenceClassification.from_pretrained(tiny_model)
     save_adapter(inject(model, LoraConfig()), "checkpoints/by_hand")  # newer, and of no training
     assert newest_trained() == default_folder("lora", "films")
+
+
+def bundled(folder):
+    """The folder, as one that came with the library."""
+    account = folder / "minipeft.json"
+    write_json_file(account, read_json(account) | {"bundled": True})
+    return folder
+
+
+def test_what_came_with_the_library_is_taken_until_something_is_trained_however_new_it_is(options, tmp_path,
+                                                                                         monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    finetune(options(output="checkpoints/lora_finetuned", training_values={"epochs": 1}))
+    ours = bundled(Path("checkpoints/lora_finetuned"))
+    said = []
+    assert chosen_adapter(None, said.append) == ours
+    assert said == ["adapter    checkpoints/lora_finetuned (bundled; nothing has been trained here yet)"]
+    finetune(options("ia3", output=None, training_values={"epochs": 1}))
+    os.utime(ours / "minipeft.json")  # a checkout writes it anew
+    assert chosen_adapter(None, said.append) == default_folder("ia3", "films")
+    assert said[-1] == "adapter    checkpoints/ia3_films_finetuned (the newest in checkpoints)"
+
+
+def test_a_training_takes_the_place_of_what_came_with_the_library_and_says_so(options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    finetune(options(output="ours", training_values={"epochs": 1}))
+    said = []
+    finetune(options(output=str(bundled(Path("ours"))), training_values={"epochs": 2}, overwrite=False,
+                     results_dir="others"), said.append)
+    assert "output     ours (in place of the bundled adapter; git restore ours undoes that)" in said
+    assert not is_bundled(Path("ours")) and read_json(Path("ours/minipeft.json"))["request"]["training_config"][
+        "epochs"] == 2
+    with pytest.raises(OutputError, match="^ours holds another run"):
+        finetune(options(output="ours", training_values={"epochs": 1}, overwrite=False, results_dir="third"))

@@ -76,5 +76,5 @@ def test_a_training_takes_the_place_of_what_came_with_the_library_and_says_so(op
     assert "output     ours (in place of the bundled adapter; git restore ours undoes that)" in said
     assert not is_bundled(Path("ours")) and read_json(Path("ours/minipeft.json"))["request"]["training_config"][
         "epochs"] == 2
-    with pytest.raises(OutputError, match="^ours holds another run"):
+    with pytest.raises(OutputError, match=r"^ours holds another run"):
         finetune(options(output="ours", training_values={"epochs": 1}, overwrite=False, results_dir="third"))

@@ -42,15 +42,18 @@ PICTURES = "comparison"  # the folder, beside comparison.json
 
 
 def read_comparison(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What comparison.json and comparison_tuning.json of a results folder hold.
+    """What comparison.json and comparison_tuning.json of a results folder hold, of datasets with trained methods.
 
     Raises:
-        OutputError: there is no comparison.
+        OutputError: there is no comparison, or it holds nothing but baselines.
     """
     if not (folder / COMPARISON_FILE).is_file():
         raise OutputError(f"{folder} holds no {COMPARISON_FILE}: run scripts/compare.py, or name a --results-dir")
-    tuning = folder / TUNING_FILE
-    return read_json_file(folder / COMPARISON_FILE), read_json_file(tuning) if tuning.is_file() else {"datasets": {}}
+    tuning, found = folder / TUNING_FILE, read_json_file(folder / COMPARISON_FILE)["datasets"]
+    trained = {name: content for name, content in found.items() if content["methods"]}
+    if not trained:
+        raise OutputError(f"{folder / COMPARISON_FILE} holds baselines alone: compare some methods")
+    return {"datasets": trained}, read_json_file(tuning) if tuning.is_file() else {"datasets": {}}
 
 
 class Comparison:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 
 from minipeft.errors import OutputError
+from minipeft.files import write_json_file
 from minipeft.report import tables
-from minipeft.report.tables import ELSEWHERE, Comparison, block, replace_tables
+from minipeft.report.tables import ELSEWHERE, Comparison, block, read_comparison, replace_tables
 from minipeft.runs.results import BLOCK_END, BLOCK_START, WRITER
 
 
@@ -20,6 +23,17 @@ def test_a_datasets_table_has_outside_figures_then_baselines_then_methods_from_w
                             "prefix", "bitfit", "ia3", "vera", "adapter", "dora", "lora", "full"]
     assert "91.88 %" in table and all("reported elsewhere" in name for name, _ in ELSEWHERE["imdb"])
     assert names(block("films compared", Comparison(results)))[0] == "zero shot"
+
+
+def test_a_dataset_with_baselines_alone_is_not_shown_yet(comparison, tmp_path):
+    less = copy.deepcopy(comparison)
+    less["datasets"]["imdb"]["methods"] = {}
+    write_json_file(tmp_path / "comparison.json", less)
+    assert list(read_comparison(tmp_path)[0]["datasets"]) == ["films"]
+    less["datasets"]["films"]["methods"] = {}
+    write_json_file(tmp_path / "comparison.json", less)
+    with pytest.raises(OutputError, match=r"comparison\.json holds baselines alone: compare some methods"):
+        read_comparison(tmp_path)
 
 
 def test_what_had_no_common_budget_is_in_a_table_of_its_own(results):

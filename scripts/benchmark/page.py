@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+from aims import aims_table
 from labels import BOTH_TIMES, EQUAL_SIDES, FORMATS, RATES, Cells, equal_label, inference_label, rows_of, training_label
 from tables import by_number
 
@@ -19,7 +20,8 @@ def benchmark_tables(results: Cells) -> str:
     """benchmark.json as Markdown, a section for each device that was measured, and where the notes are."""
     sections = [f"### {title}\n\n{_column(results[device])}" for device, title in (("cpu", "CPU"), ("cuda", "GPU"))
                 if device in results]
-    return "\n\n".join([*sections, f"What was tried and did not pay: [notes]({NOTES})."]) + "\n"
+    aims = [f"### Bars\n\n{table}"] if (table := aims_table(results)) else []
+    return "\n\n".join([*aims, *sections, f"What was tried and did not pay: [notes]({NOTES})."]) + "\n"
 
 
 def _column(column: Cells) -> str:

@@ -13,6 +13,7 @@ from collections import defaultdict
 
 import pytest
 import torch
+from aims import AIMS, aims_table
 from documents import results_changed
 from equal_terms import full_texts, rows_of_same_micro_batches
 from helpers import ROOT
@@ -333,3 +334,20 @@ def test_a_bad_request_is_one_line(tmp_path, options, message):
     done = run_benchmark(*options, "--dataset", "sample", "--results-dir", str(tmp_path))
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and message in done.stderr
+
+
+def test_a_bar_that_is_missed_says_by_how_much_and_why():
+    table = aims_table({"length_growth": 1.21, "lm_memory_vs_peft": 0.5,
+                        "mini_lora_speedup_vs_full": {"bf16": 1.1, "fp32": 1.25}})
+    lines = table.splitlines()
+    assert [line.split(" | ")[-1] for line in lines[2:6]] == ["no, by 0.20 |", "yes |", "yes |", "no, by 0.13 |"]
+    reasons = [line for line in lines[6:] if line]
+    assert len(reasons) == 2 and reasons[0].startswith("mini, bfloat16: LoRA's step, times as fast as full's: What")
+    assert aims_table({}) == ""
+
+
+def test_every_bar_is_of_a_figure_that_was_measured_and_what_is_missed_has_a_reason():
+    results = json.loads((ROOT / "results" / "benchmark.json").read_text())
+    table = aims_table(results)
+    assert len([line for line in table.splitlines() if line.startswith("| ")]) == len(AIMS) + 2
+    assert not [line for line in table.splitlines() if line.endswith(": ")]

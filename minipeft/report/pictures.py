@@ -127,6 +127,8 @@ def _finish(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
     handles = [Line2D([], [], marker=family.marker, color=family.color, linestyle="", label=family.name)
                for family in FAMILIES if any(name in family.methods for _, _, name in points)]
     handles += [line for line in axes.get_lines() if not line.get_label().startswith("_")]
+    if any(len(line.get_xdata()) == 2 and line.get_label().startswith("_") for line in axes.get_lines()):
+        handles.append(Line2D([], [], marker="|", markersize=12, color=SOFT, linestyle="", label="95 % interval"))
     axes.figure.legend(handles=handles, frameon=False, fontsize=9, loc="outside lower center", ncols=3)
     _name_points(axes, points)
 
@@ -150,7 +152,14 @@ def _name_points(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None
         box = min(boxes, key=lambda box: sum(_shared(box, other) for other in taken))
         taken.append(box)
         axes.annotate(name, (x, y), ((box[0] - x) * 72 / DPI, (box[1] - y + 2) * 72 / DPI), xycoords="figure pixels",
-                      textcoords="offset points", fontsize=10, color=family_of(name).color)
+                      textcoords="offset points", fontsize=10, color=family_of(name).color, zorder=4,
+                      path_effects=_halo())
+
+
+def _halo() -> list[Any]:
+    """A white edge, by which a name stays readable where a line passes behind it."""
+    from matplotlib.patheffects import withStroke
+    return [withStroke(linewidth=3, foreground="white")]
 
 
 def _shared(a: Sequence[float], b: Sequence[float]) -> float:
@@ -218,7 +227,8 @@ def _name_ends(axes: Axes, ends: dict[str, tuple[float, float]]) -> None:
         x, y = axes.transData.transform(ends[method])
         axes.annotate(method, ends[method], ((right - x + 24) * 72 / DPI, (height - y) * 72 / DPI), xycoords="data",
                       textcoords="offset points", va="center", fontsize=10, color=family_of(method).color,
-                      annotation_clip=False, arrowprops={"arrowstyle": "-", "color": "#c4c4cc", "linewidth": 0.7})
+                      annotation_clip=False, zorder=4, path_effects=_halo(),
+                      arrowprops={"arrowstyle": "-", "color": "#c4c4cc", "linewidth": 0.7})
 
 
 # --- costs and settings -----------------------------------------------------------------------------------------------

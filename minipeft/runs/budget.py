@@ -82,7 +82,7 @@ SIZES: dict[str, tuple[dict[str, Any], ...]] = {
 NO_SIZE = "no size to choose"
 
 # The best that these reach without the budget, on all examples: trials, as `minipeft tune` takes them.
-_LONGER = {"epochs": 3, "evaluations_per_epoch": 2, "max_length": 512}
+_LONGER = {"epochs": 2, "evaluations_per_epoch": 2, "max_length": 512}
 BEST: dict[str, dict[str, dict[str, Any]]] = {
     "imdb": {"lora": {"learning_rate": 1e-3, **_LONGER}, "full": {"learning_rate": 3e-4, **_LONGER}},
     "sample": {"lora": {"epochs": 5}, "full": {"epochs": 5}}}

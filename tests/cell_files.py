@@ -9,7 +9,7 @@ import numpy as np
 from minipeft.runs.cells import packed
 from minipeft.training.hardware import machine
 
-TERMS = {"dataset": {"name": "films", "sizes": {"train": 32, "validation": 4, "test": 200}}}
+TERMS = {"dataset": {"name": "films", "sizes": {"train": 32, "validation": 4, "test": 200}}, "budget": {"tuned": True}}
 HEADER = {"headline": "accuracy", "task": "classification"}
 
 

@@ -40,8 +40,8 @@ def main(words: Sequence[str], program: str) -> None:
     folder = arguments.results_dir
     if arguments.comparison:
         found = read_comparison(folder)
+        write_page(*found, folder / PAGE)  # which needs no matplotlib
         names = draw_comparison(*found, folder / PICTURES)
-        write_page(*found, folder / PAGE)
         print(f"wrote {folder / PAGE} and, in {folder / PICTURES}, {', '.join(names)}")
     for page in arguments.write or ():
         try:

@@ -53,7 +53,7 @@ def fewest_parameters(content: dict[str, Any]) -> Iterator[Choice]:
     rows = {method: row for method, row in content["methods"].items() if row.get("rank", [0])[0] == 1}
     if rows:
         least = min(rows, key=lambda method: rows[method]["trained_parameters"])
-        yield Choice("as good a result with the fewest trained parameters", (least,),
+        yield Choice("of these, the fewest trained parameters", (least,),
                      f"{rows[least]['trained_parameters']:,}")
 
 
@@ -77,7 +77,7 @@ def small_files(content: dict[str, Any]) -> Iterator[Choice]:
 def no_forgetting(content: dict[str, Any]) -> Iterator[Choice]:
     """Least nats forgotten."""
     yield from _least(content, "a model that still writes as the base does, with the adapter in place",
-                      lambda row: row["forgetting"]["nats"], "{:+.3f} nats per token".format)
+                      lambda row: abs(row["forgetting"]["nats"]), "{:.3f} nats per token more or less".format)
 
 
 def fast_training(content: dict[str, Any]) -> Iterator[Choice]:
@@ -100,7 +100,8 @@ def few_examples(content: dict[str, Any]) -> Iterator[Choice]:
     for size in sorted({size for size, _, _ in points if size <= MOST_EXAMPLES_OF_FEW}):
         mean, best = max((mean, method) for its, mean, method in points if its == size)
         compared = listed(sorted({method for its, _, method in points if its == size}))
-        yield Choice(f"to learn from {size} examples", (best,), f"{metric.shown(mean)}, the highest mean of {compared}")
+        yield Choice(f"to learn from {size} examples", (best,),
+                     f"{metric.shown(mean)}, the highest mean of {compared}; settings from more examples")
 
 
 ADVICE: tuple[Callable[[dict[str, Any]], Iterator[Choice]], ...] = (

@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from minipeft.report.families import main_of
+from minipeft.runs.budget import STEP
 from minipeft.runs.comparison import metric_of
 
 
@@ -62,16 +63,18 @@ def listed(names: Any) -> str:
 def the_top(found: Found) -> Iterator[Finding]:
     """Which methods nothing is significantly better than."""
     top = sorted(found.top, key=lambda method: -found.methods[method]["mean"])
-    if not top:
+    tested = [method for method, row in found.methods.items() if "rank" in row]
+    if not top or len(tested) < 2:
         return
-    worse = [method for method in found.methods if method not in top]
-    if len(top) == 1:
+    worse = [method for method in tested if method not in top]
+    if len(top) == 1 and len(found.methods[top[0]]["better_than"]) == len(worse):
         said = f"On {found.name} {top[0]} is significantly better than all others ({found.shown(top[0])})"
     else:
-        said = (f"On {found.name} of {listed(top)} none is significantly better than the others "
+        said = (f"On {found.name} no method is significantly better than any of {listed(top)} "
                 f"({found.shown(top[0])} to {found.shown(top[-1])})")
-    rest = f"; each other method ({', '.join(worse)}) is significantly worse than at least one of them" if worse else ""
-    yield Finding(f"{said}{rest if len(top) > 1 else ''}.", "parameters")
+        if worse:
+            said += f"; each other method ({', '.join(worse)}) is significantly worse than at least one"
+    yield Finding(f"{said}.", "parameters")
 
 
 def beside_full(found: Found) -> Iterator[Finding]:
@@ -82,7 +85,8 @@ def beside_full(found: Found) -> Iterator[Finding]:
         if "rank" not in full:
             continue
         better, worse = full["worse_than"], full["better_than"]
-        equal = [method for method in content["methods"] if method not in (*better, *worse, "full")]
+        equal = [method for method, row in content["methods"].items()
+                 if "rank" in row and method not in (*better, *worse, "full")]
         said.append(f"on {name} better: {listed(better)}, worse: {listed(worse)}, no difference shown: {listed(equal)}")
     if said:
         yield Finding(f"Significantly, against full fine-tuning: {'; '.join(said)}.", "parameters")
@@ -105,7 +109,10 @@ def against_no_training(found: Found) -> Iterator[Finding]:
     score = found.content["baselines"].get("zero_shot", {}).get(key)
     if score is None:
         return
-    below = [method for method, row in found.methods.items() if row["interval_95"] and row["interval_95"][0] <= score]
+    known = {method: row["interval_95"][0] for method, row in found.methods.items() if row["interval_95"]}
+    if not known:
+        return
+    below = [method for method, low in known.items() if low <= score]
     shown = metric_of(found.content).shown(score)
     yield Finding(f"Asked by a prompt, without any training, the base is right on {shown} of {found.name}. "
                   + (f"The intervals of {listed(below)} do not lie above that." if below else
@@ -115,7 +122,10 @@ def against_no_training(found: Found) -> Iterator[Finding]:
 def seeds_and_methods(found: Found) -> Iterator[Finding]:
     """How large seeds' differences are beside those of methods."""
     deviations = {method: row["deviation"] for method, row in found.methods.items() if row["deviation"] is not None}
-    if len(deviations) < 2:
+    if not deviations and found.content["tests"]:
+        yield Finding(f"On {found.name} each method was trained with one seed: the tests speak of these runs, and not "
+                      "of what another seed would give.", "parameters")
+    if len(deviations) < 2 or not found.content["tests"]:
         return
     most = max(deviations, key=deviations.__getitem__)
     tested, metric = found.content["tests"], metric_of(found.content)
@@ -150,8 +160,9 @@ def memory_of_training(found: Found) -> Iterator[Finding]:
 
 
 def _beside_full(found: Found, key: str, unit: str, form: str, one: int = 1) -> Iterator[Finding]:
-    values = {method: row[key]["mean"] / one for method, row in found.methods.items() if row[key]["mean"]}
-    if "full" not in values or len(values) < 2:
+    values = {method: row[key]["mean"] / one for method, row in found.methods.items()
+              if row[key]["mean"] is not None}
+    if not values.get("full") or len(values) < 2:
         return
     order = sorted((method for method in values if method != "full"), key=values.__getitem__)
     said = listed(f"{method} {values[method] / values['full']:.2f}" for method in order)
@@ -168,15 +179,15 @@ def inference(found: Found) -> Iterator[Finding]:
         return
     before, after = (100 * fmean(extra[method][key] for method in merging if extra[method][key] is not None)
                      for key in ("extra", "extra_merged"))
-    stay = listed(f"{method} {100 * extra[method]['extra']:.0f} %" for method in staying)
+    stay = listed(f"{method} {max(0.0, 100 * extra[method]['extra']):.0f} %" for method in staying)
     yield Finding(f"What can merge ({', '.join(merging)}) makes the base on average {before:.0f} % slower while it is "
-                  f"apart, and {after:.0f} % once merged. What cannot merge stays slower: {stay}.", "costs")
+                  f"apart, and {after:.0f} % once merged. What cannot merge stays as it is: {stay}.", "costs")
 
 
 # --- settings and data ------------------------------------------------------------------------------------------------
 
 def learning_rates(found: Found) -> Iterator[Finding]:
-    """What missing the best rate by half a decade costs."""
+    """What missing the best rate by half a decade costs, where both sides were tried."""
     lost = {method: value for method, row in found.tuning.items() if (value := _lost_beside_the_best(row)) is not None}
     if len(lost) < 2:
         return
@@ -187,13 +198,12 @@ def learning_rates(found: Found) -> Iterator[Finding]:
 
 
 def _lost_beside_the_best(row: dict[str, Any]) -> float | None:
-    trials = [trial for trial in row["trials"] if trial["size"] is None and trial["score"] is not None]
-    trials.sort(key=lambda trial: trial["learning_rate"])
-    if not trials:
-        return None
-    best = max(range(len(trials)), key=lambda number: trials[number]["score"])
-    beside = [trials[number]["score"] for number in (best - 1, best + 1) if 0 <= number < len(trials)]
-    return trials[best]["score"] - min(beside) if beside else None
+    scores = {trial["learning_rate"]: trial["score"] for trial in row["trials"]
+              if trial["size"] is None and trial["score"] is not None}
+    best = max(scores, key=scores.__getitem__, default=0.0)
+    beside = [score for rate, score in scores.items()
+              if rate != best and 0.9 * STEP < max(rate, best) / min(rate, best) < 1.1 * STEP]
+    return scores[best] - min(beside) if len(beside) == 2 else None
 
 
 def _score(found: Found, value: float) -> str:
@@ -212,7 +222,7 @@ def sizes(found: Found) -> Iterator[Finding]:
         known = [value for value in scores.values() if value is not None]
         if len(known) > 1:
             said.append((max(known) - min(known), method, row["size"]))
-    if not said:
+    if len(said) < 2:
         return
     (most, method, size), (least, other, its) = max(said), min(said)
     yield Finding(f"The size matters most for {method} ({size}: {_score(found, most)} between the best and the worst "
@@ -230,7 +240,8 @@ def few_examples(found: Found) -> Iterator[Finding]:
     metric = metric_of(found.content)
     said = [f"{count:,}: {method} ({metric.shown(rows[method][count])})" for count, method in zip(counts, best)]
     yield Finding(f"The highest mean by number of training examples of {found.name}, among {listed(rows)}: "
-                  f"{'; '.join(said)}.", "few_examples")
+                  f"{'; '.join(said)}. Settings were chosen on more examples, and the step to stop at on labelled "
+                  "validation examples.", "few_examples")
 
 
 def without_the_budget(found: Found) -> Iterator[Finding]:
@@ -241,7 +252,8 @@ def without_the_budget(found: Found) -> Iterator[Finding]:
         if method in found.methods:
             said.append(f"{method} {metric.shown(row['mean'])} in place of {found.shown(method)}")
     if said:
-        yield Finding(f"Trained without the common budget on {found.name} (one seed each): {listed(said)}.", "curves")
+        yield Finding(f"Trained without the common budget on {found.name} (one seed each): {listed(said)}.",
+                      "parameters")
 
 
 SENTENCES: tuple[Callable[[Found], Iterator[Finding]], ...] = (

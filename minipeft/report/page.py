@@ -20,7 +20,8 @@ from minipeft.runs.results import BASELINES
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 # A row's keys with what the table calls them; numbers are sorted as numbers, and an axis may show them.
-COLUMNS = {"name": "method", "quality": "", "rank": "rank", "parameters": "trained parameters",
+COLUMNS = {"name": "method", "quality": "", "interval": "95 % interval", "rank": "rank", "seeds": "seeds",
+           "parameters": "trained parameters",
            "seconds": "core seconds per 1,000 examples", "memory": "MiB that training adds", "bytes": "adapter, bytes",
            "forgotten": "forgotten, nats", "extra": "extra time at inference, %", "merges": "merges",
            "settings": "settings"}
@@ -42,12 +43,26 @@ def page(comparison: dict[str, Any], tuning: dict[str, Any]) -> str:
     names = sorted(comparison["datasets"], key=lambda name: (name != main, name))
     datasets = {name: dataset_of(name, comparison["datasets"][name]) for name in names}
     data = {"columns": COLUMNS, "axes": AXES, "families": [family.name for family in FAMILIES], "datasets": datasets}
-    first = comparison["datasets"][main]
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         data=json.dumps(data).replace("</", "<\\/"), tables="\n".join(map(_plain_table, datasets.values())),
-        machine=escape("{processor}, {instructions}, {cores} cores".format(**first["machine"])
-                       if first["machine"] else "not measured yet"),
+        tuned=_tuned(comparison["datasets"][main]["terms"]), machine=escape(_machines(comparison["datasets"])),
         findings="\n".join(f"<li>{escape(finding.text)}</li>" for finding in findings(comparison, tuning)))
+
+
+def _tuned(terms: dict[str, Any]) -> str:
+    """How settings came about, in a sentence."""
+    return ("A learning rate over two decades and, where a method has one, its size were chosen in the same way for "
+            "all, on validation examples." if terms["budget"]["tuned"] else "Settings are each method's defaults.")
+
+
+def _machines(datasets: dict[str, Any]) -> str:
+    """With which machine each dataset's costs were measured."""
+    found: dict[str, list[str]] = {}
+    for name, content in datasets.items():
+        machine = content["machine"]
+        found.setdefault("{processor}, {instructions}, {cores} cores".format(**machine) if machine else
+                         "not measured yet", []).append(name)
+    return "; ".join(f"{said} ({', '.join(names)})" for said, names in found.items())
 
 
 def dataset_of(name: str, content: dict[str, Any]) -> dict[str, Any]:
@@ -69,7 +84,8 @@ def _row(name: str, row: dict[str, Any], content: dict[str, Any], kind: str) -> 
     low, high = (in_figures(content, bound) for bound in row["interval_95"]) if row["interval_95"] else (None, None)
     return {
         "name": name, "kind": kind, "family": FAMILIES.index(family_of(name.split(",")[0])), **scaled, "low": low,
-        "high": high, "rank": shown_rank(row), "parameters": row["trained_parameters"],
+        "high": high, "interval": "" if low is None else f"{low:.2f} to {high:.2f}", "rank": shown_rank(row),
+        "parameters": row["trained_parameters"],
         "seconds": row["core_seconds_per_1000_examples"]["mean"],
         "memory": None if memory is None else round(memory / 2**20, 1), "bytes": row["adapter_bytes"]["mean"],
         "forgotten": row["forgetting"]["nats"], "extra": None if extra is None else round(100 * extra, 1),

@@ -28,7 +28,8 @@ Rows = dict[str, dict[str, Any]]
 
 
 def draw_comparison(comparison: dict[str, Any], tuning: dict[str, Any], folder: Path) -> list[str]:
-    """Draw what there is into `folder`, which is replaced: of the main dataset all, of the others "parameters".
+    """Draw what there is into `folder`: of the main dataset all, of the others "parameters". Pictures that an earlier
+    comparison left there, and this one has not, are deleted.
 
     Returns:
         The pictures' names, without endings.
@@ -50,6 +51,8 @@ def draw_comparison(comparison: dict[str, Any], tuning: dict[str, Any], folder: 
         for name, figure in figures.items():
             figure.savefig(temporary / f"{name}.png", dpi=DPI, facecolor="white")
             figure.savefig(temporary / f"{name}.svg", facecolor="white", metadata={"Date": None})
+    for path in (path for kind in ("png", "svg") for path in folder.glob(f"*.{kind}") if path.stem not in figures):
+        path.unlink()
     return list(figures)
 
 
@@ -65,6 +68,9 @@ def parameters(name: str, content: dict[str, Any]) -> Figure:
         if y > best:
             front.append((x, y))
             best = y
+    for method, row in content["best"].items():
+        axes.plot([row["trained_parameters"]], [in_figures(content, row["mean"])], family_of(method).marker,
+                  color=family_of(method).color, markersize=9, fillstyle="none", zorder=3)
     axes.plot(*zip(*front), color=SOFT, linewidth=1, linestyle="--", zorder=1, label="best for its parameters")
     _baseline(axes, content)
     _finish(axes, points)
@@ -129,6 +135,9 @@ def _finish(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
     handles += [line for line in axes.get_lines() if not line.get_label().startswith("_")]
     if any(len(line.get_xdata()) == 2 and line.get_label().startswith("_") for line in axes.get_lines()):
         handles.append(Line2D([], [], marker="|", markersize=12, color=SOFT, linestyle="", label="95 % interval"))
+    if any(line.get_fillstyle() == "none" for line in axes.get_lines()):
+        handles.append(Line2D([], [], marker="o", markersize=9, color=SOFT, linestyle="", fillstyle="none",
+                              label="without the budget"))
     axes.figure.legend(handles=handles, frameon=False, fontsize=9, loc="outside lower center", ncols=3)
     _name_points(axes, points)
 
@@ -201,8 +210,9 @@ def curves(name: str, content: dict[str, Any]) -> Figure:
     ends = {}
     for method, row in content["methods"].items():
         steps = sorted({point["step"] for curve in row["curves"] for point in curve})
-        means = [fmean(point["validation_loss"] for curve in row["curves"] for point in curve if point["step"] == step)
-                 for step in steps]
+        means = [fmean(found) if (found := [point["validation_loss"] for curve in row["curves"] for point in curve
+                                            if point["step"] == step and point["validation_loss"] is not None])
+                 else math.nan for step in steps]
         family = family_of(method)
         axes.plot(steps, means, color=family.color, marker=family.marker, markersize=4, linewidth=1.3)
         ends[method] = (steps[-1], means[-1])
@@ -236,8 +246,8 @@ def _name_ends(axes: Axes, ends: dict[str, tuple[float, float]]) -> None:
 def costs(name: str, content: dict[str, Any]) -> Figure | None:
     """Bars: time and memory of training, extra time at inference; None where they were not measured."""
     columns = (("core seconds per 1,000 examples", lambda row: row["core_seconds_per_1000_examples"]["mean"]),
-               ("MiB that training adds", lambda row: (row["training_memory_bytes"]["mean"] or 0) / 2**20),
-               ("% slower at inference, not merged", lambda row: 100 * (row["inference"]["extra"] or 0)))
+               ("MiB that training adds", lambda row: _or_nan(row["training_memory_bytes"]["mean"]) / 2**20),
+               ("% slower at inference, not merged", lambda row: 100 * _or_nan(row["inference"]["extra"])))
     rows = {method: row for method, row in content["methods"].items() if row["core_seconds_per_1000_examples"]["mean"]}
     if not rows:
         return None
@@ -245,14 +255,20 @@ def costs(name: str, content: dict[str, Any]) -> Figure | None:
     figure = blank_figure(WIDTH, 1.2 + 0.34 * len(order), layout="constrained")
     figure.suptitle(f"{name}: what a method costs", x=0.01, ha="left", fontsize=12, color=INK)
     for axes, (title, value) in zip(figure.subplots(1, len(columns), sharey=True), columns):
-        bars = axes.barh(order, [value(rows[method]) for method in order],
-                         color=[family_of(method).color for method in order], height=0.7)
-        axes.bar_label(bars, fmt="%.0f", fontsize=9, padding=2)
+        values = [value(rows[method]) for method in order]
+        bars = axes.barh(order, values, color=[family_of(method).color for method in order], height=0.7)
+        axes.bar_label(bars, ["not known" if math.isnan(value) else f"{value:.0f}" for value in values], fontsize=9,
+                       padding=2)
         axes.set_title(title, fontsize=9, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.18)
         axes.tick_params(axis="x", labelsize=8)
     return figure
+
+
+def _or_nan(value: float | None) -> float:
+    """Not a number where a value is not known: then there is no bar."""
+    return math.nan if value is None else value
 
 
 def sensitivity(name: str, content: dict[str, Any], tuned: Rows) -> Figure | None:

@@ -1,7 +1,7 @@
 """One cell of a comparison, run and written: a trial, a training with its test, a baseline, or what training costs.
 
     RESULTS/cells/DATASET/METHOD_seed0.json              what `results_of` says, "costs" and "each" (see comparison.py)
-    RESULTS/cells/DATASET/METHOD_seed0.error             instead: the last line of a run that failed
+    RESULTS/cells/DATASET/METHOD_seed0-DIGEST.error      instead: the last line of a run that failed
     RESULTS/cells/DATASET/size/METHOD_16_seed0.json      the same, of a training with 16 examples
     RESULTS/cells/DATASET/tuning/METHOD_RATE_SIZE.json   what `described_trial` says
     RESULTS/cells/DATASET/costs/METHOD_turn0.json        time and memory of a short training, time at inference
@@ -24,11 +24,11 @@ from typing import Any
 
 import numpy as np
 
-from minipeft.files import digest, locked, write_json_file
+from minipeft.files import digest, locked, read_json_file, write_json_file
 from minipeft.runs.baseline import base_of, tested
 from minipeft.runs.budget import FEW_EXAMPLES, TIMED_EXAMPLES, Budget, Cell
 from minipeft.runs.costs import adapter_bytes, forgotten, inference_of
-from minipeft.runs.finetune import Run, prepare, results_of, train
+from minipeft.runs.finetune import Run, check_result, prepare, results_of, train
 from minipeft.runs.plan import Options, Say, choose, silent
 from minipeft.runs.request import STATE_FOLDER
 from minipeft.runs.sweep import described_trial, with_trial
@@ -67,10 +67,15 @@ class Job:
         read = json.loads(text)
         return cls(cell_in(read), Options(**read["options"]), Path(read["file"]), read["terms"])
 
+    def found(self) -> dict[str, Any] | None:
+        """What its file holds; None where there is none, or one of the same name and other settings."""
+        content = read_json_file(self.file) if self.file.is_file() else None
+        return content if content and cell_in(content) == self.cell else None
+
     @property
     def error_file(self) -> Path:
-        """Where the last line of a run that failed is kept."""
-        return self.file.with_suffix(".error")
+        """Where the last line of a run that failed is kept: of this very request, by its digest."""
+        return self.file.with_name(f"{self.folder.name}.error")
 
     @property
     def folder(self) -> Path:
@@ -133,7 +138,7 @@ def run_cell(job: Job, say: Say = silent) -> None:
         MinipeftError: whatever is wrong.
     """
     with locked(job.folder):
-        if job.file.is_file():  # another process has ended it since this one was started
+        if job.found() is not None:  # another process has ended it since this one was started
             return
         make = {"tuning": _trial, "costs": _costs, "baseline": _baseline}.get(
             "baseline" if job.cell.method == "baseline" else job.cell.kind, _training)
@@ -160,6 +165,7 @@ def _training(job: Job, say: Say) -> dict[str, Any]:
     """Train, test once, and see what the base has forgotten."""
     run = prepare(choose(job.options, say), say)
     history = _trained(run)
+    check_result(history, run.plan)
     plan, tested_from = run.plan, Stopwatch()
     with matmul_precision(plan.options.matmul_precision):
         metrics, each = run.task.test_each(run.model, plan.data.test, plan.device, plan.precision, progress="testing")
@@ -170,14 +176,22 @@ def _training(job: Job, say: Say) -> dict[str, Any]:
 
 
 def _costs(job: Job, say: Say) -> dict[str, Any]:
-    """A short training, and what it and its model take of the machine; not gone on with, if it was stopped."""
-    shutil.rmtree(job.folder / STATE_FOLDER, ignore_errors=True)
-    run = prepare(choose(job.options, say), say)
-    validating, started_with = _timed(run), memory_bytes()
-    reset_peak_memory(run.plan.device)
+    """A short training, and what it and its model take of the machine. Nothing is saved: the time is training's alone.
+
+    Memory is what the run needs beside Python and the texts, so base model and activations. On a GPU seconds stand for
+    core seconds.
+    """
+    plan = dataclasses.replace(choose(job.options, say), folder=None)
+    started_with = memory_bytes(plan.device)
+    reset_peak_memory(plan.device)
+    run = prepare(plan, say)
+    validating = _timed(run)
     history = _trained(run)
-    memory = peak_memory_bytes(run.plan.device)
-    trained_for = history.core_seconds - sum(validating) + run.material.core_seconds
+    memory = peak_memory_bytes(plan.device)
+    on_cpu, texts = plan.device.type == "cpu", plan.sizes
+    features = run.material.core_seconds if on_cpu else run.material.seconds  # of training's and validation's texts
+    trained_for = ((history.core_seconds if on_cpu else history.seconds) - sum(validating)
+                   + features * texts["train"] / (texts["train"] + texts["validation"]))
     return {"method": job.cell.method, "machine": machine(), "versions": versions(), "costs": {
         "core_seconds_per_1000_examples": round(1000 * trained_for / history.samples, 4),
         "training_memory_bytes": None if started_with is None else max(0, memory - started_with),
@@ -197,13 +211,13 @@ def _trained(run: Run) -> History:
 
 
 def _timed(run: Run) -> list[float]:
-    """A list that will hold what each validation of the run took, in core seconds."""
+    """A list that will hold what each validation of the run took, in core seconds, on a GPU in seconds."""
     validate, seconds = run.material.validate, []
 
     def timed() -> dict[str, Any]:
         clock = Stopwatch()
         found = validate()
-        seconds.append(clock.core_seconds)
+        seconds.append(clock.core_seconds if run.plan.device.type == "cpu" else clock.seconds)
         return found
 
     run.material.validate = timed
@@ -238,7 +252,7 @@ def without_nan(content: Any) -> Any:
 
 
 def score_of(results: dict[str, Any]) -> float | None:
-    """How good a trial's file says it was, higher is better; None where it came to no number."""
+    """How good a trial's file says it was, higher is better; None where it or its loss came to no number."""
     by, best = results["best_by"], results["validation"]
     found = best.get(by)
-    return None if found is None else -found if by == "loss" else found
+    return None if None in (found, best.get("loss", 0.0)) else -found if by == "loss" else found

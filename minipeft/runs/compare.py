@@ -12,24 +12,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minipeft.data.datasets import SPLITS, name_of
+from minipeft.data.datasets import name_of
 from minipeft.errors import ConfigError, OutputError
-from minipeft.files import check_writable, read_json_file
+from minipeft.files import LOCK_FILE, check_writable, is_locked, locked, read_json_file
 from minipeft.methods.injection import fingerprint, trainable_parameters
 from minipeft.runs.budget import (
     ALL,
     BUDGETS,
     FEW_EXAMPLES,
     OWN_FILE,
-    SHARE_OF_TIME,
-    TIMED_EXAMPLES,
     VIRTUAL_TOKENS,
-    Budget,
     Cell,
     Track,
     timed,
@@ -40,11 +39,12 @@ from minipeft.runs.cells import Job, cell_in, job_of, score_of
 from minipeft.runs.comparison import COMPARISON_FILE, table_of, write_comparison
 from minipeft.runs.places import CHECKPOINTS, RESULTS, own_results
 from minipeft.runs.plan import Options, Say, check_method, choose, dtype_name, silent
-from minipeft.runs.workers import Queue
+from minipeft.runs.subject import Estimate, Subject
+from minipeft.runs.workers import PAUSE, Queue
 from minipeft.training.hardware import machine
+from minipeft.training.stopping import Stopped, stop_between_steps
 
-MINI_PARAMETERS = 7e6        # whose times the budgets' estimates are
-STARTING, MEASURING = 5, 15  # core seconds: a process and its data; forgetting, or time at inference
+MINI_PARAMETERS = 7e6  # whose times the budgets' estimates are
 ESTIMATED = ("core_seconds", "test_core_seconds", "seeds")  # what decides nothing that a cell finds
 
 
@@ -81,24 +81,6 @@ class Request:
     workers: int | None = None
     results_dir: Path | None = None
     output: Path = CHECKPOINTS
-
-
-@dataclass(frozen=True)
-class Subject:
-    """One dataset of a comparison.
-
-    Attributes:
-        options: that all its cells share.
-        terms: what its cells' files note, so that they are known again.
-        weight: of the base model's parameters, over mini's.
-    """
-
-    name: str
-    options: Options
-    budget: Budget
-    terms: dict[str, Any]
-    tracks: list[Track]
-    weight: float
 
 
 def compare(request: Request, command: Callable[[Job], list[str]], say: Say = silent) -> int:
@@ -140,12 +122,37 @@ def compare(request: Request, command: Callable[[Job], list[str]], say: Say = si
         tracks, cells(), queue.results), command, workers, threads, say, request.retry)
     say(_plan_in_words(queue, cells(), tracks, folder, workers, estimate))
     queue.run()
-    last = timed(_trained(folder, subjects))
-    _keep_one_machine([job(cell).file for cell in last])
-    timing = Queue(job, lambda: last, estimate.beforehand, lambda: sum(map(estimate.beforehand, last)), command,
-                   workers=1, threads=threads, say=say, retry=request.retry)
-    timing.run()
+    write_comparison(folder)  # should the costs be interrupted
+    with alone(folder, request.output, say):
+        last = timed(_trained(folder, subjects))
+        _keep_one_machine([job(cell).file for cell in last])
+        timing = Queue(job, lambda: last, estimate.beforehand, lambda: sum(map(estimate.beforehand, last)), command,
+                       workers=1, threads=1, say=say, retry=request.retry)
+        timing.run()
     return _conclude(folder, subjects, queue.failed | timing.failed, say)
+
+
+@contextmanager
+def alone(folder: Path, output: Path, say: Say) -> Iterator[None]:
+    """Wait until no other start is at work here, and keep others waiting for the length of the block: of two that
+    measure at once, each slows the other down.
+
+    Raises:
+        Stopped: a signal.
+    """
+    def others() -> bool:
+        locks = (output / "cells").rglob(LOCK_FILE)
+        return is_locked(folder / "cells") or any(is_locked(lock.parent) for lock in locks)
+
+    with stop_between_steps() as signal_that_came:
+        if others():
+            say("waiting for another start to end, as the costs are measured with nothing else running")
+        while others() and not signal_that_came():
+            time.sleep(PAUSE)
+        if signal_that_came():
+            raise Stopped(signal_that_came())
+    with locked(folder / "cells"):
+        yield
 
 
 def _conclude(folder: Path, subjects: list[Subject], failed: dict[Cell, str], say: Say) -> int:
@@ -209,6 +216,8 @@ def _subject(request: Request, dataset: str) -> Subject:
              "budget": {**rules, "max_length": length, "tuned": request.tuned}, "device": plan.device.type,
              "precision": dtype_name(plan.precision), "truncation": options.truncation,
              "max_new_tokens": options.max_new_tokens, "dropout": options.dropout}
+    if options.matmul_precision not in (None, "highest"):  # torch's own
+        terms["matmul_precision"] = options.matmul_precision
     seeded = dataclasses.replace(budget, seeds=None) if request.every_seed else budget
     tracks = tracks_of(plan.data.name, task, request.methods, request.seeds, request.tuned, request.best, seeded,
                        tuple(size for size in FEW_EXAMPLES.sizes if size < plan.sizes["train"]) * request.few_examples)
@@ -223,14 +232,13 @@ def _folder(request: Request, subjects: list[Subject]) -> Path:
         OutputError: it holds cells of other terms, or cannot be written.
     """
     folder = request.results_dir or own_results()
-    if request.results_dir is None and all(_cells_in(RESULTS, subject) and not _of_other_terms(RESULTS, subject)
-                                           for subject in subjects):
-        folder = RESULTS
+    if request.results_dir is None and all(_holds_all(RESULTS, subject) for subject in subjects):
+        folder = RESULTS  # nothing is to be trained, so nothing published is changed
     for subject in subjects:
         others = _of_other_terms(folder, subject)
         if others and not request.replace:
             noted = read_json_file(others[0])["terms"]
-            found = [name for name in subject.terms if noted.get(name) != subject.terms[name]]
+            found = [name for name in noted | subject.terms if noted.get(name) != subject.terms.get(name)]
             raise OutputError(f"{folder / 'cells' / subject.name} holds cells of another comparison "
                               f"({', '.join(found)} differ): give this one another --results-dir, or replace "
                               "them with --overwrite")
@@ -258,81 +266,19 @@ def _keep_one_machine(files: list[Path]) -> None:
                 file.unlink()
 
 
+def _holds_all(folder: Path, subject: Subject) -> bool:
+    """Whether all of a dataset's trainings on all examples are there, of the same terms."""
+    named = [f"{track.method}_seed{seed}.json" for track in subject.tracks for seed in range(track.seeds)]
+    return (all((folder / "cells" / subject.name / name).is_file() for name in named)
+            and not _of_other_terms(folder, subject))
+
+
 def _cells_in(folder: Path, subject: Subject) -> list[Path]:
     return sorted((folder / "cells" / subject.name).rglob("*.json"))
 
 
 def _of_other_terms(folder: Path, subject: Subject) -> list[Path]:
     return [file for file in _cells_in(folder, subject) if read_json_file(file).get("terms") != subject.terms]
-
-
-# --- the estimate -----------------------------------------------------------------------------------------------------
-
-class Estimate:
-    """What cells take, in core seconds: by the budgets' figures, corrected by what has been measured."""
-
-    def __init__(self, subjects: dict[str, Subject]) -> None:
-        self.subjects = subjects
-        self._factors: dict[Any, float] = {}
-        self._known = -1
-
-    def cost(self, cell: Cell, results: dict[Cell, dict[str, Any]]) -> float:
-        """Of one cell; of one that has ended, what it took."""
-        if cell in results:
-            return results[cell].get("process_core_seconds", 0.0)
-        if self._known != len(results):
-            self._known, self._factors = len(results), self._measured(results)
-        for key in ((cell.dataset, cell.method, cell.kind), (cell.dataset, cell.method), cell.dataset, None):
-            if key in self._factors:
-                return self._factors[key] * self.beforehand(cell)
-        return self.beforehand(cell)
-
-    def total(self, tracks: list[Track], known: list[Cell], results: dict[Cell, dict[str, Any]]) -> float:
-        """Of all cells, also of those whose settings are not known yet."""
-        counts, costs = {}, 0.0
-        for cell in known:
-            costs += self.cost(cell, results)
-            key = cell.dataset, cell.method, cell.kind, cell.size
-            counts[key] = counts.get(key, 0) + 1
-        for track in tracks:
-            for kind, size, number in (("tuning", None, track.trials), ("final", None, track.seeds),
-                                       ("costs", None, track.turns),
-                                       *(("size", size, track.seeds) for size in track.sizes)):
-                missing = number - counts.get((track.dataset, track.method, kind, size), 0)
-                costs += max(0, missing) * self.cost(Cell(track.dataset, track.method, 0, kind, size=size), results)
-        return costs
-
-    def beforehand(self, cell: Cell) -> float:
-        """Of one cell, by the budget's figures."""
-        subject = self.subjects[cell.dataset]
-        budget, sizes = subject.budget, subject.terms["dataset"]["sizes"]
-        train, validation, test = (sizes[split] / 1000 for split in SPLITS)
-        epochs = dict(cell.values).get("epochs", budget.epochs)
-        reading = budget.core_seconds / 3  # of 1,000 examples, without a backward pass
-        share = SHARE_OF_TIME.get(cell.method, 1.0)
-        if cell.kind == "tuning":
-            examples = min(train, (budget.tuning_size or sizes["train"]) / 1000)
-            work = budget.tuning_epochs * (examples * budget.core_seconds * share + validation * reading)
-            return STARTING + subject.weight * work
-        if cell.kind == "costs":
-            return STARTING + MEASURING + subject.weight * TIMED_EXAMPLES / 1000 * budget.core_seconds * share
-        if cell.size is not None:
-            epochs = FEW_EXAMPLES.training(cell.size, budget)["epochs"]
-            train, test = cell.size / 1000, min(test, FEW_EXAMPLES.test_size / 1000)
-            validation = min(validation, FEW_EXAMPLES.validation_size / 1000) / budget.evaluations_per_epoch
-        work = epochs * (train * budget.core_seconds * share
-                         + budget.evaluations_per_epoch * validation * reading) * (cell.method != "baseline")
-        return STARTING + MEASURING + subject.weight * (work + test * budget.test_core_seconds)
-
-    def _measured(self, results: dict[Cell, dict[str, Any]]) -> dict[Any, float]:
-        """Measured over estimated, of each dataset, method and kind, and of all together."""
-        sums: dict[Any, list[float]] = {}
-        for cell, found in results.items():
-            took = found.get("process_core_seconds", 0.0)
-            for key in ((cell.dataset, cell.method, cell.kind), (cell.dataset, cell.method), cell.dataset, None):
-                pair = sums.setdefault(key, [0.0, 0.0])
-                pair[0], pair[1] = pair[0] + took, pair[1] + self.beforehand(cell)
-        return {key: took / guessed for key, (took, guessed) in sums.items() if took and guessed}
 
 
 def _plan_in_words(queue: Queue, known: list[Cell], tracks: list[Track], folder: Path, workers: int,

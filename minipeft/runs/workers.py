@@ -19,7 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from minipeft.files import is_locked, read_json_file, write_text_file
+from minipeft.files import is_locked, write_text_file
 from minipeft.runs.budget import Cell
 from minipeft.runs.cells import Job
 from minipeft.runs.plan import Say
@@ -86,8 +86,8 @@ class Queue:
         job = self._jobs[cell]
         if cell in self.results or cell in self.failed:
             return True
-        if job.file.is_file():
-            self.results[cell] = read_json_file(job.file)
+        if (found := job.found()) is not None:
+            self.results[cell] = found
         elif job.error_file.is_file():
             if self._retried is not None and cell not in self._retried:
                 self._retried.add(cell)
@@ -107,7 +107,8 @@ class Queue:
             Stopped: a signal asked to; the processes have saved their states.
         """
         with stop_between_steps() as signal_that_came, self._no_process_left():
-            self._begun = sum(map(self.cost, filter(self.ended, self.wanted())))
+            list(map(self.ended, self.wanted()))
+            self._begun = self._done()
             with progress_bar(1, "core s", "comparing") as bar:
                 bar.bar_format = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {postfix}"
                 while not signal_that_came() and self._go_on(bar):
@@ -142,17 +143,18 @@ class Queue:
         """Say how a process ended, and note if it failed."""
         job, code = running.job, running.process.returncode
         running.process.stdin.close()
-        if job.file.is_file():
+        if (found := job.found()) is not None:
             seconds = time.monotonic() - running.started
             self.ended(job.cell)
-            bar.write(f"{job.cell}: {headline_of(read_json_file(job.file))} ({seconds:.0f} s; {self._time_left()})",
-                      file=sys.stdout)
+            bar.write(f"{job.cell}: {headline_of(found)} ({seconds:.0f} s; {self._time_left()})", file=sys.stdout)
             job.log_file.unlink(missing_ok=True)
             with suppress(OSError):
                 job.folder.rmdir()
         elif code != IN_USE:
             lines = [line for line in _tail(job.log_file) if line.strip()]
             reason = lines[-1] if lines else f"ended with exit code {code}"
+            if code < 0:  # its last line is of something else
+                reason = f"killed by signal {-code}"
             write_text_file(job.error_file, f"{reason}\n")
             bar.write(f"{job.cell} failed: {reason}", file=sys.stdout)
 

@@ -181,8 +181,10 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def memory_bytes() -> int | None:
-    """What this process has in memory now; None where the system does not say."""
+def memory_bytes(device: torch.device) -> int | None:
+    """What this process has in memory now: allocated on the GPU, or resident on a CPU; None where no system says it."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     except (OSError, ValueError, IndexError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 
 from minipeft.report.findings import SENTENCES, findings, listed
 from minipeft.report.tables import Comparison, block
@@ -18,7 +19,7 @@ def test_every_sentence_is_there_if_a_comparison_has_everything(comparison, tuni
 
 
 def test_the_top_is_what_nothing_is_significantly_better_than(comparison, tuning):
-    text, = said(comparison, tuning, "On imdb of ")
+    text, = said(comparison, tuning, "On imdb no method is significantly better than any of ")
     top = [method for method, row in comparison["datasets"]["imdb"]["methods"].items() if row["rank"][0] == 1]
     assert "full" in top and "head" not in top
     assert all(method in text.partition(";")[0] for method in top) and "head" in text.partition(";")[2]
@@ -28,6 +29,9 @@ def test_a_method_alone_at_the_top_is_better_than_all(comparison, tuning):
     alone = copy.deepcopy(comparison)
     for method, row in alone["datasets"]["imdb"]["methods"].items():
         row["rank"] = [1, 1] if method == "full" else [2, 11]
+    assert not said(alone, tuning, "full is significantly better than all others"), "which no test has shown"
+    rows = alone["datasets"]["imdb"]["methods"]
+    rows["full"]["better_than"] = [method for method in rows if method != "full"]
     assert said(alone, tuning, "full is significantly better than all others (94.50 %).")
 
 
@@ -67,3 +71,34 @@ def test_in_markdown_each_points_at_its_picture(results):
 
 def test_names_are_listed_with_an_and():
     assert [listed(names) for names in (["a"], ["a", "b"], "abc", [])] == ["a", "a and b", "a, b and c", "none"]
+
+
+def test_one_seed_each_is_said_and_no_deviation_is_spoken_of(comparison, tuning):
+    single = copy.deepcopy(comparison)
+    for content in single["datasets"].values():
+        for row in content["methods"].values():
+            row["deviation"] = None
+    assert said(single, tuning, "the tests speak of these runs, and not of what another seed would give")
+    assert not said(single, tuning, "standard deviation")
+
+
+def test_what_was_not_tested_is_neither_better_nor_worse(comparison, tuning):
+    partly = copy.deepcopy(comparison)
+    for key in ("rank", "better_than", "worse_than"):
+        del partly["datasets"]["imdb"]["methods"]["head"][key]
+    assert not [text for text in said(partly, tuning, "significantly") if re.search(r"\bhead\b", text.partition(
+        "on imdb")[2] or text)]
+
+
+def test_a_rate_at_the_end_of_the_grid_has_one_side_and_says_nothing(comparison, tuning):
+    ends = copy.deepcopy(tuning)
+    for row in ends["datasets"]["imdb"]["methods"].values():
+        row["trials"] = [trial for trial in row["trials"] if trial["learning_rate"] <= 1e-3]
+    assert not said(comparison, ends, "half a decade")
+
+
+def test_one_size_alone_is_neither_most_nor_least(comparison, tuning):
+    one = copy.deepcopy(tuning)
+    methods = one["datasets"]["imdb"]["methods"]
+    methods["adapter"]["trials"] = [trial for trial in methods["adapter"]["trials"] if trial["size"] is None]
+    assert said(comparison, tuning, "size matters most for adapter") and not said(comparison, one, "size matters")

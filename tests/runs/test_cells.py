@@ -151,7 +151,7 @@ def test_what_is_there_is_not_run_again_and_what_another_process_is_at_is_left_t
     with locked(work.folder), pytest.raises(InUseError):
         run_cell(work)
     work.file.parent.mkdir(parents=True)
-    work.file.write_text("{}")
+    work.file.write_text(json.dumps({"cell": dataclasses.asdict(work.cell)}))
     monkeypatch.setattr(cells, "choose", lambda *a, **k: pytest.fail("it was run again"))
     run_cell(work)
 

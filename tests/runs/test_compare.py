@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ from cell_files import baseline_content, costs_content, final_content, trial_con
 from helpers import read_json, rows, write_csv, write_tiny_model
 
 from minipeft.errors import ConfigError, DataError, OutputError
-from minipeft.runs.compare import Request, compare
+from minipeft.files import is_locked, locked
+from minipeft.runs.compare import Request, alone, compare
 from minipeft.runs.plan import Options
 
 
@@ -54,6 +57,7 @@ def comparing(tiny, tmp_path, monkeypatch):
             "shared": Options(model=str(tiny), precision="fp32"), "results_dir": Path("results"), **changes})
         return compare(request, command, said.append), ran, "\n".join(said)
 
+    run.model = str(tiny)
     return run
 
 
@@ -104,6 +108,36 @@ def test_costs_are_measured_at_the_end_in_turns_and_all_on_one_machine(comparing
         ("costs", method) for method in ("head", "bitfit", "ia3")], "also those that are not asked for now"
 
 
+@pytest.mark.parametrize("busy", ["results/cells", "checkpoints/cells/films/lora_seed0"])
+def test_costs_wait_until_no_other_start_is_at_work(tmp_path, monkeypatch, busy):
+    """Neither one that measures costs, too, nor one that still trains."""
+    monkeypatch.chdir(tmp_path)
+    Path(busy).mkdir(parents=True)
+    said, order = [], []
+
+    def work():
+        with locked(busy):
+            begun.set()
+            time.sleep(0.6)
+            order.append("the other")
+
+    begun, other = threading.Event(), threading.Thread(target=work)
+    other.start()
+    begun.wait()
+    with alone(Path("results"), Path("checkpoints"), said.append):
+        order.append("this one")
+        assert is_locked("results/cells"), "and keeps others waiting"
+    other.join()
+    assert order == ["the other", "this one"] and said[0].startswith("waiting for another start to end")
+
+
+def test_cells_know_how_float32_was_rounded_unless_it_was_not(comparing):
+    comparing("ia3", tuned=False)
+    rounded = Options(model=comparing.model, precision="fp32", matmul_precision="medium")
+    with pytest.raises(OutputError, match=r"holds cells of another comparison \(matmul_precision differ\)"):
+        comparing("ia3", tuned=False, shared=rounded)
+
+
 def test_a_method_whose_runs_fail_is_reported_and_the_others_are_compared(comparing):
     failed, ran, said = comparing("prompt", "ia3", "bitfit", tuned=False)
     assert failed == 1 and len(ran) == 3 + 6
@@ -149,6 +183,8 @@ def test_beside_published_results_those_of_ones_own_go_to_results_mine(comparing
     assert (failed, len(ran)) == (0, 1 + 3) and "results    results/mine" in said
     assert Path("results/comparison.json").stat().st_mtime_ns == before
     assert "results    results\n" in comparing("ia3", tuned=False, results_dir=None)[2] + "\n", "the published request"
+    _, ran, said = comparing("ia3", "bitfit", tuned=False, results_dir=None, replace=True)
+    assert "results    results/mine" in said and {cell.method for cell in ran} == {"ia3", "bitfit"}, "one more method"
 
 
 @pytest.mark.kind("7: compare refuses a file that is not there")

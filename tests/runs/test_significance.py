@@ -25,9 +25,33 @@ def test_the_interval_of_an_accuracy_is_that_of_the_binomial():
 
 def test_seeds_that_differ_widen_the_interval():
     same, apart = [hits(0.8, 0)] * 3, [hits(0.7, 1), hits(0.8, 2), hits(0.9, 3)]
-    samples = resampled({"same": same, "apart": apart}, accuracy, samples=1000)
-    assert samples["apart"].std() > 3 * samples["same"].std()
-    assert samples["apart"].mean() == pytest.approx(0.8, abs=0.02)
+    alone = resampled({"same": same}, accuracy, samples=1000)["same"].std()
+    apart_alone = resampled({"apart": apart}, accuracy, samples=1000)["apart"]
+    assert apart_alone.std() > 3 * alone and apart_alone.mean() == pytest.approx(0.8, abs=0.02)
+
+
+def test_seeds_that_agree_by_chance_and_one_seed_alone_are_taken_to_differ_as_those_of_other_methods_do():
+    apart = [hits(0.7, 1), hits(0.8, 2), hits(0.9, 3)]
+    alone = resampled({"one": [hits(0.8, 0)]}, accuracy, samples=1000)["one"].std()
+    beside = resampled({"one": [hits(0.8, 0)], "same": [hits(0.8, 0)] * 3, "a": apart, "b": apart}, accuracy,
+                       samples=1000)
+    assert alone == pytest.approx(np.sqrt(0.8 * 0.2 / 2000), rel=0.1)
+    assert beside["same"].std() > 3 * alone and beside["one"].std() > 1.5 * beside["same"].std()
+
+
+@pytest.mark.parametrize(("deviations", "at_most"), [([0.02] * 11, 0.2), ([0.01] * 8 + [0.02, 0.04, 0.06], 0.3)],
+                         ids=["alike", "unlike"])
+def test_methods_that_are_equal_are_rarely_told_apart_however_their_seeds_fall(deviations, at_most):
+    """Three seeds lie all above another method's three once in ten pairs: that must not count as a difference. Here
+    seeds are all that differs, as if there were endless test examples; fewer make it rarer."""
+    rng, families = np.random.default_rng(0), 60
+    told_apart = 0
+    for _ in range(families):
+        each = {str(number): [np.full((5, 1), 0.8 + deviation * rng.standard_normal()) for _ in range(3)]
+                for number, deviation in enumerate(deviations)}
+        means = {method: float(np.mean(runs)) for method, runs in each.items()}
+        told_apart += any(test["significant"] for test in compared(means, resampled(each, accuracy, samples=4000)))
+    assert told_apart <= at_most * families
 
 
 def test_pairs_are_compared_on_the_same_examples():

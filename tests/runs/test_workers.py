@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import re
 import signal
@@ -21,14 +23,15 @@ from minipeft.training.stopping import Stopped
 
 # What a job's process does, by its method; FILE and LOG are put in.
 WRITE = ("import json, pathlib, os\nfile = pathlib.Path('FILE')\nfile.parent.mkdir(parents=True, exist_ok=True)\n"
-         "assert not file.exists()\n"
-         "json.dump({'best_by': 'loss', 'validation': {'loss': 1}, 'threads': os.environ['OMP_NUM_THREADS']},"
-         " file.open('w'))\n")
+         "assert not file.exists() or 'stale' in file.read_text()\n"
+         "json.dump({'cell': CELL, 'best_by': 'loss', 'validation': {'loss': 1},"
+         " 'threads': os.environ['OMP_NUM_THREADS']}, file.open('w'))\n")
 PROGRAMS = {
     "well": WRITE,
     "slowly": f"import time\nprint('step 3/12: train loss', flush=True)\ntime.sleep(0.7)\n{WRITE}",
     "badly": "print('all went well until')\nraise ValueError('this')",
     "silently": "import sys; sys.exit(3)",
+    "killed": "import os\nprint('step 3/12: all well', flush=True)\nos.kill(os.getpid(), 9)",
     "elsewhere": f"import sys; sys.exit({IN_USE})",
     "for_ever": "import pathlib, signal, sys, time\n"
                 "def end(*_): pathlib.Path('FILE.saved').touch(); sys.exit(143)\n"
@@ -45,7 +48,8 @@ def queue(tmp_path):
 
         def command(job):
             made.started.append(job.cell.method)
-            return [sys.executable, "-c", PROGRAMS[job.cell.method].replace("FILE", str(job.file))]
+            return [sys.executable, "-c", PROGRAMS[job.cell.method].replace("FILE", str(job.file)).replace(
+                "CELL", repr(dataclasses.asdict(job.cell)))]
 
         made = Queue(lambda cell: Job(cell, Options(output=str(tmp_path / cell.method)),
                                       tmp_path / "cells" / f"{cell.method}.json", {}),
@@ -85,7 +89,7 @@ def test_a_failed_job_is_reported_once_and_stops_nothing_else(queue, tmp_path, c
     work.run()
     reasons = {cell.method: reason for cell, reason in work.failed.items()}
     assert reasons == {"badly": "ValueError: this", "silently": "ended with exit code 3"}
-    assert (tmp_path / "cells" / "badly.error").read_text() == "ValueError: this\n"
+    assert (tmp_path / "cells" / "badly.error").read_text() == "ValueError: this\n", "by the folder's name"
     assert "films/badly_seed0 failed: ValueError: this" in capsys.readouterr().out
     assert [cell.method for cell in work.results] == ["well"]
     again = queue("badly", "well")
@@ -94,6 +98,20 @@ def test_a_failed_job_is_reported_once_and_stops_nothing_else(queue, tmp_path, c
     retried = queue("badly", "well", retry=True)
     retried.run()
     assert retried.started == ["badly"] and list(retried.failed.values()) == ["ValueError: this"]
+
+
+def test_a_file_of_the_same_name_and_other_settings_is_not_taken_for_the_cells(queue, tmp_path):
+    stale = dataclasses.replace(Cell("films", "well", 0, "final"), values=(("learning_rate", 0.5),))
+    (tmp_path / "cells" / "well.json").write_text(json.dumps({"cell": dataclasses.asdict(stale), "stale": True}))
+    work = queue("well")
+    work.run()
+    assert work.started == ["well"] and "stale" not in work.results[Cell("films", "well", 0, "final")]
+
+
+def test_what_a_signal_killed_says_so(queue):
+    work = queue("killed")
+    work.run()
+    assert list(work.failed.values()) == ["killed by signal 9"]
 
 
 def test_what_is_wanted_may_depend_on_what_has_ended(queue):
@@ -127,7 +145,9 @@ def test_a_process_that_finds_another_one_at_its_job_has_not_failed(queue, tmp_p
 
     def until_it_is_there(bar):
         if len(work.started) == 2:
-            (tmp_path / "cells" / "elsewhere.json").write_text('{"best_by": "loss", "validation": {"loss": 1}}')
+            cell = dataclasses.asdict(Cell("films", "elsewhere", 0, "final"))
+            (tmp_path / "cells" / "elsewhere.json").write_text(json.dumps(
+                {"cell": cell, "best_by": "loss", "validation": {"loss": 1}}))
         return go_on(bar)
 
     work._go_on = until_it_is_there

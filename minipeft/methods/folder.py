@@ -177,7 +177,7 @@ def check_one_save(folder: Path, others: list[str]) -> None:
     if others:
         raise AdapterError(f"{folder} holds files of different saves: {', '.join(others)} is not what {DETAILS_FILE} "
                            "names. A save was stopped, or the file was changed by hand: save again, or delete "
-                           f"{DETAILS_FILE}")
+                           f"the entry \"files\" in {DETAILS_FILE}")
 
 
 def written_before(folder: Path) -> set[Path]:

@@ -35,7 +35,7 @@ comparison.json
 
 comparison_tuning.json
 
-    {"datasets": {NAME: {"terms", "methods": {METHOD: {
+    {"datasets": {NAME: {"terms", "failed": trials without a result, by the names of their files, "methods": {METHOD: {
         "best_by":     the metric on the validation split; "loss" is the lower the better
         "size":        the name of the size that was tried, or `NO_SIZE`; "default_size": its value with the rates
         "trials":      [{"learning_rate", "size": its value, None for the default, "validation": {metrics}, "score":
@@ -45,6 +45,7 @@ comparison_tuning.json
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -127,7 +128,10 @@ def _row(folder: Path, cells: Sequence[tuple[Path, dict[str, Any]]], headline: s
     runs = sorted((results for _, results in cells), key=lambda results: results["seed"])
     tested, costs = [run["metrics"]["test"] for run in runs], [run["costs"] for run in runs]
     scores, first = [metrics[headline] for metrics in tested], runs[0]
-    numbers = [key for key, value in tested[0].items() if isinstance(value, (int, float))]
+    numbers = [key for key in tested[0] if all(isinstance(metrics.get(key), (int, float)) for metrics in tested)]
+    if len({json.dumps(run["cell"]["values"]) for run in runs}) > 1:
+        raise OutputError(f"the seeds of {first['method']} below {cells[0][0].parent} were trained with different "
+                          "settings: run scripts/compare.py again, which trains those anew that are not the best's")
     lost = [run["forgetting"]["after"] - run["forgetting"]["before"] for run in costs]
     chosen = dict(first["cell"]["values"])
     return {
@@ -198,8 +202,9 @@ def tuning(folder: Path) -> dict[str, Any]:
             methods: dict[str, list[dict[str, Any]]] = {}
             for _, results in cells:
                 methods.setdefault(results["cell"]["method"], []).append(results)
-            datasets[place.name] = {"terms": _terms(cells), "methods": {
-                method: _tuned(method, trials) for method, trials in methods.items()}}
+            datasets[place.name] = {
+                "terms": _terms(cells), "failed": sorted(path.stem for path in (place / "tuning").glob("*.error")),
+                "methods": {method: _tuned(method, trials) for method, trials in methods.items()}}
     return without_nan({"datasets": datasets})
 
 

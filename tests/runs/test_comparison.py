@@ -107,6 +107,20 @@ def test_cells_of_different_terms_are_never_in_one_table(folder):
         comparison(folder)
 
 
+def test_seeds_with_different_settings_are_never_in_one_mean(folder):
+    path = folder / "cells" / "films" / "lora_seed1.json"
+    content = read_json_file(path)
+    content["cell"]["values"][0][1] = 5e-3
+    write_json_file(path, content)
+    with pytest.raises(OutputError, match=r"the seeds of lora below .*films were trained with different settings"):
+        comparison(folder)
+
+
+def test_trials_that_failed_are_named(folder):
+    (folder / "cells/films/tuning/lora_0.0001-abc.error").write_text("killed by signal 9")
+    assert tuning(folder)["datasets"]["films"]["failed"] == ["lora_0.0001-abc"]
+
+
 def test_the_table_for_people_goes_from_worse_to_better(folder):
     lines = table_of(comparison(folder)["datasets"]["films"]).splitlines()
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == [

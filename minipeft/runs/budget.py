@@ -61,7 +61,7 @@ BUDGETS = {
     # of the time would otherwise go into looking, not learning.
     "imdb": Budget(epochs=2, train_size=10_000, tuning_epochs=1, tuning_size=3000, validation_size=1250,
                    evaluations_per_epoch=1, core_seconds=47.0, test_core_seconds=15.0),
-    "sst2": Budget(epochs=3, tuning_epochs=2, tuning_size=3000, core_seconds=4.4, test_core_seconds=2.0),
+    "sst2": Budget(epochs=3, tuning_epochs=2, tuning_size=3000, batch_size=32, core_seconds=5.0, test_core_seconds=2.0),
     "wnut_17": Budget(epochs=3, tuning_epochs=3, tuning_size=1700, core_seconds=6.2, test_core_seconds=3.0),
     "scitldr": Budget(epochs=3, tuning_epochs=2, tuning_size=1000, seeds=1, core_seconds=56.0, test_core_seconds=110.0),
     "multi30k": Budget(epochs=1, tuning_epochs=1, tuning_size=6000, seeds=1, core_seconds=12.0,

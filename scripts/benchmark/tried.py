@@ -101,7 +101,7 @@ def dropouts() -> Iterator[Comparison]:
 
 def attentions() -> Iterator[Comparison]:
     """Attention's forward and backward pass: four texts of 256 tokens, 12 heads."""
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in filter(onednn_multiplies, (torch.float32, torch.bfloat16)):
         inputs = [torch.randn(4, 12, 256, 64, dtype=dtype, requires_grad=True) for _ in range(3)]
 
         def both(function: Callable[..., Tensor], inputs: list[Tensor] = inputs) -> object:
@@ -127,7 +127,7 @@ def attentions() -> Iterator[Comparison]:
 
 def lora_layers() -> Iterator[Comparison]:
     """A LoRA layer's forward and backward pass: c_fc of mini, 8 texts of 384 tokens."""
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in filter(onednn_multiplies, (torch.float32, torch.bfloat16)):
         layer = LoRALinear(Linear(256, 1024).requires_grad_(False).to(dtype), 8, 16, LoraConfig())
         plain = LoRALinear(Linear(256, 1024).requires_grad_(False).to(dtype), 8, 16, LoraConfig())
         plain.base_layer.register_forward_hook(lambda *arguments: None)  # where somebody looks, the formula computes

@@ -23,7 +23,7 @@ from minipeft.files import check_writable, write_text_file
 from minipeft.methods.lora import LoraConfig, LoRALinear
 from minipeft.model.attention import _InBlocks
 from minipeft.model.dropout import dropout
-from minipeft.model.linear import Linear, linear
+from minipeft.model.linear import Linear, linear, onednn_multiplies
 from minipeft.runs.results import markdown_table
 from minipeft.training.hardware import machine
 

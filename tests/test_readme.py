@@ -1,25 +1,28 @@
 """README says what is true: its example trains, its tables are the code's and the results', and it is short."""
 
-import json
 import re
 
 import pytest
 import torch
 from documents import README, ROOT, code_blocks, results_changed, tables
-from helpers import write_csv, write_tiny_model
+from helpers import read_json, write_csv, write_tiny_model
 
 from minipeft import GPT2Config, GPT2ForSequenceClassification, LoraConfig, inject, merge, trainable_parameters
 from minipeft.data.batches import BucketedBatches
 from minipeft.errors import InjectionError
 from minipeft.methods import METHODS
-from minipeft.methods.injection import active_injections
+from minipeft.methods.injection import active_injections, fingerprint
 from minipeft.methods.layers import ReplacementLayer
 from minipeft.model.hub import MINI_FOLDER
 from minipeft.runs.defaults import DEFAULTS
+from minipeft.runs.inference import load, predict
+from minipeft.runs.places import default_folder
+from minipeft.runs.plan import Options
 from minipeft.runs.results import results_table
 
 TEXT = README.read_text(encoding="utf-8")
 METHOD_ROWS, RESULT_ROWS = tables(TEXT)
+BUNDLED_ADAPTER = ROOT / default_folder("lora", "imdb")
 
 
 def test_it_is_short_and_the_picture_comes_first():
@@ -147,11 +150,24 @@ def test_the_results_are_rows_of_the_table_of_all():
     assert len(RESULT_ROWS) == 5 and all(row in kept for row in RESULT_ROWS), kept
 
 
-def test_what_imdb_makes_of_the_two_commands_is_what_was_measured():
-    if results_changed():
-        pytest.skip("results were measured anew here")
-    found = json.loads((ROOT / "results/fine_tuned_lora_results.json").read_text(encoding="utf-8"))
-    assert f"IMDb makes that {100 * found['metrics']['test']['accuracy']:.1f} %" in " ".join(TEXT.split())
+def test_the_bundled_adapter_is_small_gets_what_it_says_and_is_of_the_bundled_model():
+    account = read_json(BUNDLED_ADAPTER / "minipeft.json")
+    if "bundled" not in account:
+        pytest.skip("a training here took its place")
+    found = read_json(ROOT / account["results"])
+    test, how = found["metrics"]["test"], f"([how]({account['results']}))"
+    said = f"LoRA on IMDb gets {100 * test['accuracy']:.1f} % of the {test['examples']:,} test reviews right {how}"
+    assert said in " ".join(TEXT.split())
+    assert account["request"]["training_config"] == found["training_config"]
+    assert account["base_fingerprint"] == found["base_model"]["fingerprint"] == fingerprint(
+        GPT2ForSequenceClassification.from_pretrained("mini"))
+    assert sum(path.stat().st_size for path in BUNDLED_ADAPTER.iterdir()) < 1_000_000
+
+
+def test_the_bundled_adapter_knows_praise_from_blame():
+    texts = re.search(r'predict\.py "(.+)" "(.+)"', TEXT).groups()
+    trained = load(BUNDLED_ADAPTER, Options(device="cpu"))
+    assert [line.split("\t")[0] for line in predict(trained, texts)] == ["positive", "negative"]
 
 
 def test_the_bundled_model_is_small_and_complete():

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from minipeft.report.families import main_of
+from minipeft.report.families import main_of, top_of
 from minipeft.report.findings import listed
 from minipeft.runs.comparison import metric_of, shown_share
 
@@ -39,9 +39,7 @@ def choices(comparison: dict[str, Any]) -> list[Choice]:
 def the_best(name: str, content: dict[str, Any]) -> Iterator[Choice]:
     """Of one dataset; without tests, the highest mean."""
     rows = content["methods"]
-    top = sorted((method for method, row in rows.items() if row.get("rank", [0])[0] == 1),
-                 key=lambda method: -rows[method]["mean"])
-    top = top or sorted(rows, key=lambda method: -rows[method]["mean"])[:1]
+    top = top_of(content) or sorted(rows, key=lambda method: -rows[method]["mean"])[:1]
     if top:
         metric = metric_of(content)
         shown = listed(f"{method} {metric.shown(rows[method]['mean'])}" for method in top)
@@ -50,9 +48,9 @@ def the_best(name: str, content: dict[str, Any]) -> Iterator[Choice]:
 
 def fewest_parameters(content: dict[str, Any]) -> Iterator[Choice]:
     """The smallest of the best."""
-    rows = {method: row for method, row in content["methods"].items() if row.get("rank", [0])[0] == 1}
-    if rows:
-        least = min(rows, key=lambda method: rows[method]["trained_parameters"])
+    rows = content["methods"]
+    if top := top_of(content):
+        least = min(top, key=lambda method: rows[method]["trained_parameters"])
         yield Choice("of these, the fewest trained parameters", (least,),
                      f"{rows[least]['trained_parameters']:,}")
 

@@ -38,6 +38,13 @@ def main_of(datasets: dict[str, Any]) -> str:
     return MAIN if MAIN in datasets else next(iter(datasets))
 
 
+def top_of(content: dict[str, Any]) -> list[str]:
+    """The methods of a dataset that none is significantly better than, the highest mean first; none without tests."""
+    rows = content["methods"]
+    return sorted((method for method, row in rows.items() if row.get("rank", [0])[0] == 1),
+                  key=lambda method: -rows[method]["mean"])
+
+
 def in_figures(content: dict[str, Any], value: float) -> float:
     """A headline as tables and axes show it: a share in percent."""
     return round(100 * value, 6) if metric_of(content).share else value

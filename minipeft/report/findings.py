@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from minipeft.report.families import main_of
+from minipeft.report.families import main_of, top_of
 from minipeft.runs.budget import STEP
 from minipeft.runs.comparison import metric_of
 
@@ -36,8 +36,8 @@ class Found(NamedTuple):
 
     @property
     def top(self) -> list[str]:
-        """The methods that none is significantly better than; none without tests."""
-        return [method for method, row in self.methods.items() if row.get("rank", [0])[0] == 1]
+        """See `top_of`."""
+        return top_of(self.content)
 
     def shown(self, method: str) -> str:
         """A method's mean as the tables show it."""
@@ -62,7 +62,7 @@ def listed(names: Any) -> str:
 
 def the_top(found: Found) -> Iterator[Finding]:
     """Which methods nothing is significantly better than."""
-    top = sorted(found.top, key=lambda method: -found.methods[method]["mean"])
+    top = found.top
     tested = [method for method, row in found.methods.items() if "rank" in row]
     if not top or len(tested) < 2:
         return

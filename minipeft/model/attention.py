@@ -10,6 +10,7 @@ m the mask of a dropout with probability p, and y the block's output:
 
 Of all this only m is kept for the backward pass, one byte per element; P is computed again there, as the fused kernels
 do. On a CPU they know no dropout: with it, torch computes the formula on whole matrices of scores and keeps them.
+Without it their y comes faster than in blocks, in bfloat16, and their gradients slower: each does what it is better at.
 """
 
 from __future__ import annotations
@@ -45,9 +46,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     in_blocks_is_faster = dropout > 0 if exact else query.dtype == torch.bfloat16
     if training and torch.is_grad_enabled() and in_blocks_is_faster and carried_out_here(query):
         return _InBlocks.apply(query, key, value, mask, dropout)
-    causal = mask is None
-    if query.shape[2] == 1:  # one token after cached ones may look at all of them
-        causal = False
+    return fused(query, key, value, mask, dropout)
+
+
+def fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
+    """The same by torch's kernels. Arguments are as in `attend`; dropout acts whenever it is given."""
+    causal = mask is None and query.shape[2] > 1  # one token after cached ones may look at all of them
     return F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=causal)
 
 
@@ -96,10 +100,14 @@ def thinned(shares: Tensor, kept: Tensor | None) -> Tensor:
 
 
 class _InBlocks(torch.autograd.Function):
-    """The formula in blocks, with the gradients written out above."""
+    """The formula, with the gradients written out above."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+        ctx.dropout = dropout
+        if not dropout:
+            ctx.save_for_backward(query, key, value, mask)
+            return fused(query, key, value, mask)
         B, H, T, D = query.shape
         q, k, v = (query * D**-0.5).contiguous(), key.contiguous(), (value * scale(dropout)).contiguous()
         y = query.new_empty(B, T, H, D).transpose(1, 2)  # heads side by side in memory, as c_proj wants them
@@ -108,8 +116,7 @@ class _InBlocks(torch.autograd.Function):
             for block, shares, kept in in_blocks(q, k, mask, dropout):
                 y[:, :, block] = thinned(shares, kept) @ v[:, :, :shares.shape[3]]      # (B, H, block, D)
                 kept_of_blocks.append(kept)
-        ctx.dropout = dropout
-        ctx.save_for_backward(query, key, value, mask, *(kept_of_blocks if dropout else []))
+        ctx.save_for_backward(query, key, value, mask, *kept_of_blocks)
         return y
 
     @staticmethod

@@ -102,8 +102,8 @@ class FewExamples:
 
     sizes: tuple[int, ...] = (16, 64, 256, 1024, 4096)
     methods: tuple[str, ...] = ("lora", "full", "head", "prompt")
-    validation_size: int = 500
-    test_size: int = 5000
+    validation_size: int = 200
+    test_size: int = 2500
 
     def training(self, size: int, budget: Budget) -> dict[str, int]:
         """Epochs and batch size for so many examples: at least the budget's epochs, at most 20, about 320 steps."""

@@ -17,7 +17,7 @@ from minipeft.methods import METHODS
 FOLDER = ROOT / "docs/methods"
 TEXTS = {path.stem: path.read_text(encoding="utf-8") for path in FOLDER.glob("*.md")}
 INDEX = TEXTS.pop("README")
-HEADINGS = ["The equation and the code", "On IMDb", "When to use it, and when not", "Your turn"]
+HEADINGS = ["The equation and the code", "What came out", "When to use it, and when not", "Your turn"]
 QUICK = ("--epochs", 1, "--train-size", 32, "--validation-size", 16, "--test-size", 16, "--max-length", 24)
 
 each_chapter = pytest.mark.parametrize("method", METHODS)

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from documents import README, ROOT, code_blocks, results_changed, tables
+from documents import README, ROOT, code_blocks, tables
 from helpers import read_json, write_csv, write_tiny_model
 
 from minipeft import GPT2Config, GPT2ForSequenceClassification, LoraConfig, inject, merge, trainable_parameters
@@ -14,11 +14,11 @@ from minipeft.methods import METHODS
 from minipeft.methods.injection import active_injections, fingerprint
 from minipeft.methods.layers import ReplacementLayer
 from minipeft.model.hub import MINI_FOLDER
+from minipeft.report.tables import IN_SHORT
 from minipeft.runs.defaults import DEFAULTS
 from minipeft.runs.inference import load, predict
 from minipeft.runs.places import default_folder
 from minipeft.runs.plan import Options
-from minipeft.runs.results import results_table
 
 TEXT = README.read_text(encoding="utf-8")
 METHOD_ROWS, RESULT_ROWS = tables(TEXT)
@@ -142,12 +142,13 @@ def test_loras_two_sets_of_defaults_are_as_it_says():
 
 # --- results ----------------------------------------------------------------------------------------------------------
 
-def test_the_results_are_rows_of_the_table_of_all():
-    if results_changed():
-        pytest.skip("results were measured anew here; the rows are those of results/README.md")
-    whole = [[cell.strip() for cell in line.split("|")[1:-1]] for line in results_table(ROOT / "results").splitlines()]
-    kept = [[row[column] for column in (0, 2, 4, 5, 6)] for row in whole[2:]]
-    assert len(RESULT_ROWS) == 5 and all(row in kept for row in RESULT_ROWS), kept
+def test_the_results_have_the_budget_that_is_said_and_a_row_for_each_method_in_short():
+    found, words = read_json(ROOT / "results/comparison.json")["datasets"]["sst2"], " ".join(TEXT.split())
+    assert f"On the {found['sizes']['test']:,} test sentences of SST-2" in words
+    assert f"{found['sizes']['train']:,} sentences to learn from, three epochs and three seeds for each method" in words
+    assert found["terms"]["budget"]["epochs"] == 3 and {row[2] for row in RESULT_ROWS[1:]} == {"3"}
+    assert [row[0] for row in RESULT_ROWS[1:]] == sorted(set(IN_SHORT) & found["methods"].keys(),
+                                                         key=lambda method: found["methods"][method]["mean"])
 
 
 def test_the_bundled_adapter_is_small_gets_what_it_says_and_is_of_the_bundled_model():

@@ -2,6 +2,8 @@
 
     the best result              methods that no other one is significantly better than
     the fewest parameters        of these, the one that trains the fewest
+    no extra time afterwards     of the best, all that merge or add nothing; if there are none, of the others that are
+                                 worth it (see the next line) the one with the highest mean
     any other wish               of the methods whose interval lies above every baseline (which train nothing), the one
                                  with the least of what is to be saved, or with the highest mean
 
@@ -56,14 +58,17 @@ def fewest_parameters(content: dict[str, Any]) -> Iterator[Choice]:
 
 
 def no_extra_time(content: dict[str, Any]) -> Iterator[Choice]:
-    """What merges, best mean first."""
-    rows = {method: row for method, row in worth_it(content).items() if row["inference"]["mergeable"] == "yes"}
-    if rows:
-        best = max(rows, key=lambda method: rows[method]["mean"])
-        extra = rows[best]["inference"]
-        yield Choice("no extra time once it is trained", (best,),
-                     f"{metric_of(content).shown(rows[best]['mean'])}; extra time {shown_share(extra['extra'])}, "
-                     f"merged {shown_share(extra['extra_merged'])}")
+    """What merges, or has nothing to merge, the highest mean first."""
+    rows = {method: row for method, row in content["methods"].items()
+            if row["inference"]["mergeable"] in ("yes", "nothing to merge")}
+    found = [method for method in top_of(content) if method in rows] or sorted(
+        rows.keys() & worth_it(content).keys(), key=lambda method: -rows[method]["mean"])[:1]
+    if found:
+        means = listed(f"{method} {metric_of(content).shown(rows[method]['mean'])}" for method in found)
+        merging = listed(f"{method} {shown_share(rows[method]['inference']['extra'])}" for method in found
+                         if rows[method]["inference"]["mergeable"] == "yes")
+        yield Choice("no extra time once it is trained", tuple(found),
+                     means + (f"; to be merged, else slower: {merging}" if merging else ""))
 
 
 def small_files(content: dict[str, Any]) -> Iterator[Choice]:

@@ -299,7 +299,9 @@ def _draw_trials(axes: Axes, content: dict[str, Any], method: str, tuned: dict[s
               color=color, markersize=4)
     for x, y, size in (point for point in points if point[2] is not None):
         axes.plot([x], [y], "x", color=INK, markersize=6)
-        axes.annotate(f"{size:g}", (x, y), (5, -3), textcoords="offset points", fontsize=8, color=INK)
+        left = tuned["default_size"] is not None and size < tuned["default_size"]  # so that two names do not meet
+        axes.annotate(f"{size:g}", (x, y), (-5 if left else 5, -3), textcoords="offset points", fontsize=8, color=INK,
+                      ha="right" if left else "left", path_effects=_halo())
     size = SHORT.get(tuned["size"], tuned["size"])
     default = "" if tuned["default_size"] is None else f" ({size} {tuned['default_size']:g})"
     axes.set_xscale("log")

@@ -83,8 +83,8 @@ def replace_tables(text: str, folder: Path) -> str:
 
 def block(subject: str, comparison: Comparison) -> str | None:
     """What a marker of a Markdown file asks for: "findings", "choices", "all datasets", or of a dataset "NAME
-    compared", "NAME in short", "NAME costs", "NAME by examples", "NAME without the budget" or "NAME compared by
-    METHOD"; None for another subject.
+    compared", "NAME in short", "NAME costs", "NAME by examples" or "NAME without the budget", of a method "all
+    datasets by NAME"; None for another subject.
 
     Raises:
         OutputError: there is no comparison, or it does not hold it.
@@ -99,9 +99,9 @@ def block(subject: str, comparison: Comparison) -> str | None:
         " compared": lambda name, content: table_of(content, ("methods",), ELSEWHERE.get(name, ())),
         " in short": in_short, " costs": costs, " by examples": by_examples,
         " without the budget": lambda name, content: table_of(content, ("best",))}
-    dataset, by, method = subject.partition(" compared by ")
-    if by:
-        return one_method(_content_on(dataset, comparison), method)
+    all_datasets, by, method = subject.partition("all datasets by ")
+    if by and not all_datasets:
+        return one_method(comparison.found[0], method)
     for ending, table in kinds.items():
         if subject.endswith(ending):
             dataset = subject.removesuffix(ending)
@@ -138,45 +138,60 @@ def overview(comparison: dict[str, Any]) -> str:
     """Every method's headline on every dataset, with deviations and ranks, those that train most at the top."""
     datasets = comparison["datasets"]
     methods = {method: row for content in datasets.values() for method, row in content["methods"].items()}
-    header = ["method", *(f"{name}: {metric_of(content).heading.removeprefix('test ')}; rank"
-                          for name, content in datasets.items())]
-    rows = []
-    for method in sorted(methods, key=lambda method: -methods[method]["trained_parameters"]):
-        cells = []
-        for content in datasets.values():
-            row = content["methods"].get(method)
-            cells.append("-" if row is None else
-                         f"{shown_with_deviation(metric_of(content), row)}; {shown_rank(row)}")
-        rows.append([method, *cells])
-    return markdown_table(header, rows, figures=True)
+    header = ["method", *(f"{_headline(name, content)}; rank" for name, content in datasets.items())]
+    return markdown_table(header, [
+        [method, *(_mean_and_rank(content, method) for content in datasets.values())]
+        for method in sorted(methods, key=lambda method: -methods[method]["trained_parameters"])], figures=True)
 
 
-def in_short(name: str, content: dict[str, Any]) -> str:
-    """A few rows with a few columns: the best baseline, and `IN_SHORT` from worse to better."""
-    return _short(content, IN_SHORT)
-
-
-def one_method(content: dict[str, Any], method: str) -> str:
-    """A method's row beside the best baseline's and full fine-tuning's, and how to read it.
+def one_method(comparison: dict[str, Any], method: str) -> str:
+    """A method on every dataset, beside the best baseline and full fine-tuning, and how to read it.
 
     Raises:
         OutputError: the method was not compared.
     """
-    if method not in content["methods"]:
-        raise OutputError(f"the comparison has no {method}: its methods are {', '.join(content['methods'])}")
-    sizes = content["sizes"]
-    return (f"{_short(content, ('full', method))}\n\nMeans over seeds, each trained on {sizes['train']:,} examples and "
-            f"tested once on {sizes['test']:,}, with settings chosen in the same way for every method. A rank such as "
-            '"2 to 4" names the places that tests leave open.')
+    datasets = comparison["datasets"]
+    known = list(dict.fromkeys(name for content in datasets.values() for name in content["methods"]))
+    if method not in known:
+        raise OutputError(f"the comparison has no {method}: its methods are {', '.join(known)}")
+    methods = dict.fromkeys(("full", method))
+    rows = []
+    for name, content in datasets.items():
+        baseline, shown = _best_baseline(content)
+        rows.append([_headline(name, content), f"{baseline}: {shown}" if baseline else "-",
+                     *(_mean_and_rank(content, method) for method in methods)])
+    table = markdown_table(["dataset", "best without training", *(f"{method}; rank" for method in methods)], rows)
+    return (f"{table}\n\nMeans over seeds, their standard deviation, and the places among all methods that tests leave "
+            "open. On a dataset each method had the same examples, and settings chosen in the same way.")
 
 
-def _short(content: dict[str, Any], methods: tuple[str, ...]) -> str:
+def _headline(name: str, content: dict[str, Any]) -> str:
+    """A dataset and what is measured on it."""
+    return f"{name}: {metric_of(content).heading.removeprefix('test ')}"
+
+
+def _mean_and_rank(content: dict[str, Any], method: str) -> str:
+    row = content["methods"].get(method)
+    return "-" if row is None else f"{shown_with_deviation(metric_of(content), row)}; {shown_rank(row)}"
+
+
+def _best_baseline(content: dict[str, Any]) -> tuple[str, str]:
+    """Its name and its value; two empty texts where none was tested."""
+    metric, found = metric_of(content), content["baselines"]
+    if not found:
+        return "", ""
+    best = max(found, key=lambda name: found[name][metric.key])
+    return BASELINES.get(best, best), metric.shown(found[best][metric.key])
+
+
+def in_short(name: str, content: dict[str, Any]) -> str:
+    """A few rows with a few columns: the best baseline, and `IN_SHORT` from worse to better."""
     metric, rows = metric_of(content), []
-    if content["baselines"]:
-        best, found = max(content["baselines"].items(), key=lambda item: item[1][metric.key])
-        rows.append([f"baseline: {BASELINES.get(best, best)}", "0", "-", metric.shown(found[metric.key]), "-", "-"])
+    baseline, shown = _best_baseline(content)
+    if baseline:
+        rows.append([f"baseline: {baseline}", "0", "-", shown, "-", "-"])
     for method, row in sorted(content["methods"].items(), key=lambda item: item[1]["mean"]):
-        if method in methods:
+        if method in IN_SHORT:
             rows.append([method, shown_parameters(row["trained_parameters"], row["trained_share"]),
                          str(len(row["seeds"])), shown_with_deviation(metric, row), shown_interval(metric, row),
                          shown_rank(row)])

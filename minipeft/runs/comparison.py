@@ -25,7 +25,8 @@ comparison.json
         "trained_parameters", "trained_share" (of all parameters)
         "core_seconds_per_1000_examples", "training_memory_bytes" (what training adds to the process), "adapter_bytes":
                        {"mean", "deviation"} each
-        "inference":   {"extra": share of the base's time that the adapter adds, unmerged; "extra_merged";
+        "inference":   {"extra": share of the base's time that the adapter adds, unmerged, the median of the turns;
+                        "extra_merged";
                         "mergeable": "yes", "no" or "nothing to merge"}; 0 where nothing is added, None where not known
                         or, as all times and memory, not measured: of "best", and until all runs have ended
         "forgetting":  {"before", "after", "nats" (after - before; above 0 is forgotten), "deviation" of it, "tokens",
@@ -48,7 +49,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import Any
 
 from minipeft.errors import OutputError
@@ -170,10 +171,11 @@ def _scores(scores: Sequence[float]) -> dict[str, Any]:
 
 
 def _inference(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Extra time at inference: over turns the mean of each one's share."""
+    """Extra time at inference: over turns the median of each one's share. A machine that is busy with other things in
+    one of them does not count then."""
     def extra(key: str) -> float | None:
         shares = [run[key] / run["base_seconds"] - 1 for run in runs if run[key] and run["base_seconds"]]
-        return round(fmean(shares), 4) if shares else None
+        return round(median(shares), 4) if shares else None
 
     mergeable = runs[0]["mergeable"] if runs else None
     nothing = mergeable == "nothing to merge"  # the base's own modules, with other values

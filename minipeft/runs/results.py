@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # What a script writes into a Markdown file stands between these: the first names its subject (a dataset, several of
-# them, a method on one, speed) and the script.
+# them, a method on all, speed) and the script.
 BLOCK_START, BLOCK_END = "<!-- results on {}: written by {} -->", "<!-- end of results -->"
 WRITER = "scripts/report.py"
 
@@ -143,23 +143,6 @@ def overview_table(folder: Path, datasets: Sequence[str]) -> str:
                            for name in dict.fromkeys(test.name for test in tests)], figures=True)
 
 
-def method_table(folder: Path, dataset: str, method: str) -> str:
-    """A Markdown table of a method on `dataset`, below the zero-shot baseline and full fine-tuning; how to read it.
-
-    Raises:
-        OutputError: there are no results on the dataset.
-    """
-    tests = {test.name: test for results in _results(folder, dataset) for test in _tests_in(results)}
-    some = next(iter(tests.values())).results
-    metric, columns = _metrics_of(some)[0], (0, 2, 4, 5, 6)  # of a dataset's table
-    cells = [_cells(tests[name], metric, ()) if name in tests else [name, *["-"] * max(columns)]
-             for name in dict.fromkeys((f"baseline: {BASELINES['zero_shot']}", "full", method))]
-    table = markdown_table(["method", "trained parameters", "epochs", metric.heading, "95 % interval"],
-                           [[row[column] for column in columns] for row in cells])
-    return (f"{table}\n\nOne run each, tested once on {some['dataset']['sizes']['test']:,} examples: where intervals "
-            "overlap, do not read a rank.")
-
-
 def _results(folder: Path, dataset: str) -> list[dict[str, Any]]:
     """What the results files on a dataset hold.
 
@@ -195,14 +178,12 @@ def _metrics_of(results: dict[str, Any]) -> tuple[Metric, ...]:
 # --- tables in Markdown files -----------------------------------------------------------------------------------------
 
 def results_block(subject: str, folder: Path) -> str:
-    """The table of a dataset, of several with ", " between, or of "DATASET by METHOD", from the results in `folder`.
+    """The table of a dataset, or of several with ", " between, from the results in `folder`.
 
     Raises:
         OutputError: there are no results on one.
     """
-    datasets, (dataset, _, method) = subject.split(", "), subject.partition(" by ")
-    if method:
-        return method_table(folder, dataset, method)
+    datasets = subject.split(", ")
     return overview_table(folder, datasets) if len(datasets) > 1 else results_table(folder, subject)
 
 

@@ -49,8 +49,23 @@ def test_savings_are_those_of_the_least_that_is_worth_it(comparison, found):
                      ("a small file for each of many tasks", lambda row: row["adapter_bytes"]["mean"])):
         method, = found[wish].methods
         assert of(rows[method]) == min(map(of, rows.values()))
-    merged, = found["no extra time once it is trained"].methods
-    assert rows[merged]["inference"]["mergeable"] == "yes"
+
+
+def test_no_extra_time_have_those_of_the_best_that_merge_or_add_nothing(comparison, found):
+    content = comparison["datasets"]["imdb"]
+    rows, best = content["methods"], found["the best result on imdb"].methods
+    without = found["no extra time once it is trained"]
+    assert set(without.methods) == {method for method in best if rows[method]["inference"]["mergeable"] != "no"}
+    assert "adapter" in best and "adapter" not in without.methods, "it computes what no matrix can"
+    assert "; to be merged, else slower: full +25 %" in without.measured
+
+
+def test_where_none_of_the_best_merges_the_best_of_the_others_has_no_extra_time(comparison):
+    less = copy.deepcopy(comparison)
+    for method, row in less["datasets"]["imdb"]["methods"].items():
+        row["rank"] = [1, 1] if method == "adapter" else [2, 11]
+    found = {choice.wish: choice for choice in choices(less)}["no extra time once it is trained"]
+    assert found.methods == ("full",) and found.measured.startswith("full 94.50 %; ")
 
 
 def test_few_examples_name_who_was_compared(found):

@@ -63,12 +63,26 @@ def test_a_column_for_each_number_of_examples_and_none_where_there_were_no_such_
         block("films by examples", Comparison(results))
 
 
-def test_a_methods_chapter_has_its_row_beside_zero_shot_and_full(results):
-    table, reading = block("imdb compared by lora", Comparison(results)).split("\n\n")
-    assert names(table) == ["baseline: zero-shot by prompt", "lora", "full"]
-    assert reading.startswith("Means over seeds, each trained on 32 examples and tested once on 200,")
+def test_a_methods_chapter_has_it_beside_the_best_baseline_and_full_on_every_dataset(results):
+    table, reading = block("all datasets by lora", Comparison(results)).split("\n\n")
+    head, _, films, imdb = table.splitlines()
+    assert head == "| dataset | best without training | full; rank | lora; rank |"
+    assert films.startswith("| films: accuracy | zero-shot by prompt: 60.00 % | 94.50 % ± 0.50 %; 1 to ")
+    assert imdb.startswith("| imdb: accuracy |") and " | 93.50 % ± 0.50 %; 1 to " in imdb
+    assert reading.startswith("Means over seeds, their standard deviation, and the places among all methods")
+    assert block("all datasets by full", Comparison(results)).startswith(
+        "| dataset | best without training | full; rank |\n")
     with pytest.raises(OutputError, match="the comparison has no lara: its methods are adapter, "):
-        block("imdb compared by lara", Comparison(results))
+        block("all datasets by lara", Comparison(results))
+
+
+def test_where_a_method_was_not_compared_or_no_baseline_tested_the_chapter_has_a_dash(comparison, tmp_path):
+    less = copy.deepcopy(comparison)
+    del less["datasets"]["imdb"]["methods"]["lora"]
+    less["datasets"]["imdb"]["baselines"] = {}
+    write_json_file(tmp_path / "comparison.json", less)
+    imdb = block("all datasets by lora", Comparison(tmp_path)).splitlines()[3]
+    assert imdb.startswith("| imdb: accuracy | - | 94.50 %") and imdb.endswith(" | - |")
 
 
 def test_the_overview_has_a_column_for_each_dataset_with_means_deviations_and_ranks(results):

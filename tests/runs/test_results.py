@@ -9,7 +9,6 @@ from minipeft.report.tables import replace_tables
 from minipeft.runs.results import (
     BLOCK_END,
     BLOCK_START,
-    method_table,
     overview_table,
     replace_blocks,
     results_table,
@@ -67,20 +66,6 @@ def test_an_overview_has_a_column_for_each_dataset_and_its_first_figure(tmp_path
         overview_table(tmp_path, ["imdb", "sst2"])
 
 
-def test_a_method_s_table_has_it_below_zero_shot_and_full_fine_tuning_measured_or_not(tmp_path):
-    write(tmp_path, "fine_tuned_lora", "lora", "imdb", {"test": found(0.7)}, 500, {"train": 90})
-    write(tmp_path, "fine_tuned_full", "full", "imdb", {"test": found(0.8)}, 2000, {"train": 600})
-    write(tmp_path, "baseline", "baseline", "imdb", {"untrained_head": found(0.5), "zero_shot": found(0.6)}, 0, {})
-    zero_shot, full = ("| baseline: zero-shot by prompt | 0 | - | 60.00 % | 59.00 to 61.00 % |",
-                       "| full | 2,000 (100.00 %) | 3 | 80.00 % | 79.00 to 81.00 % |")
-    header, _, *rows, _, note = method_table(tmp_path, "imdb", "lora").splitlines()
-    assert header == "| method | trained parameters | epochs | test accuracy | 95 % interval |"
-    assert rows == [zero_shot, full, "| lora | 500 (25.00 %) | 3 | 70.00 % | 69.00 to 71.00 % |"]
-    assert note.startswith("One run each, tested once on 25,000 examples: ")
-    assert method_table(tmp_path, "imdb", "full").splitlines()[2:-2] == [zero_shot, full]
-    assert method_table(tmp_path, "imdb", "vera").splitlines()[4] == "| vera | - | - | - | - |"
-
-
 @pytest.mark.parametrize(("task", "figures", "cells"), [
     ("tagging", {"f1": 0.5, "f1_95_interval": [0.4, 0.6], "precision": 0.25, "recall": 1.0},
      "50.00 % | 40.00 to 60.00 % | 25.00 % | 100.00 %"),
@@ -123,12 +108,11 @@ def test_results_on_different_contents_of_one_name_are_in_no_table(tmp_path):
 def test_tables_replace_what_is_between_their_markers_and_nothing_else(tmp_path):
     write(tmp_path, "fine_tuned_lora", "lora", "imdb", {"test": found(0.9)}, 500, {"train": 90})
     write(tmp_path, "fine_tuned_lora_x", "lora", "x", {"test": found(0.8)}, 500, {"train": 90})
-    one, both, lora = (BLOCK_START.format(on, "scripts/report.py") for on in ("imdb", "x, imdb", "imdb by lora"))
-    text = f"before\n{one}\nold\n{BLOCK_END}\nbetween\n{both}\n{BLOCK_END}\nafter\n{lora}\n{BLOCK_END}\n"
+    one, both = (BLOCK_START.format(on, "scripts/report.py") for on in ("imdb", "x, imdb"))
+    text = f"before\n{one}\nold\n{BLOCK_END}\nbetween\n{both}\n{BLOCK_END}\nafter\n"
     assert replace_tables(text, tmp_path) == (
         f"before\n{one}\n{results_table(tmp_path)}\n{BLOCK_END}\nbetween\n{both}\n"
-        f"{overview_table(tmp_path, ['x', 'imdb'])}\n{BLOCK_END}\nafter\n"
-        f"{lora}\n{method_table(tmp_path, 'imdb', 'lora')}\n{BLOCK_END}\n")
+        f"{overview_table(tmp_path, ['x', 'imdb'])}\n{BLOCK_END}\nafter\n")
     with pytest.raises(OutputError, match="there is no"):
         replace_tables("no markers", tmp_path)
     with pytest.raises(OutputError, match="is not followed by"):

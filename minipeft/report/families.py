@@ -34,8 +34,8 @@ def family_of(method: str) -> Family:
 
 
 def main_of(datasets: dict[str, Any]) -> str:
-    """The dataset that is shown first and most: `MAIN`, or the first one there is."""
-    return MAIN if MAIN in datasets else next(iter(datasets))
+    """The dataset that is shown first and most: the one with the most methods; of several `MAIN`, or the first."""
+    return max(datasets, key=lambda name: (len(datasets[name]["methods"]), name == MAIN))
 
 
 def top_of(content: dict[str, Any]) -> list[str]:

@@ -39,21 +39,16 @@ def choices(comparison: dict[str, Any]) -> list[Choice]:
 
 
 def the_best(name: str, content: dict[str, Any]) -> Iterator[Choice]:
-    """Of one dataset; without tests, the highest mean."""
-    rows = content["methods"]
+    """Of one dataset, and the smallest of these; nothing of one method alone. Without tests, the highest mean."""
+    rows, metric = content["methods"], metric_of(content)
+    if len(rows) < 2:
+        return
     top = top_of(content) or sorted(rows, key=lambda method: -rows[method]["mean"])[:1]
-    if top:
-        metric = metric_of(content)
-        shown = listed(f"{method} {metric.shown(rows[method]['mean'])}" for method in top)
-        yield Choice(f"the best result on {name}", tuple(top), f"{metric.heading}: {shown}")
-
-
-def fewest_parameters(content: dict[str, Any]) -> Iterator[Choice]:
-    """The smallest of the best."""
-    rows = content["methods"]
-    if top := top_of(content):
+    shown = listed(f"{method} {metric.shown(rows[method]['mean'])}" for method in top)
+    yield Choice(f"the best result on {name}", tuple(top), f"{metric.heading}: {shown}")
+    if len(top) > 1:
         least = min(top, key=lambda method: rows[method]["trained_parameters"])
-        yield Choice("of these, the fewest trained parameters", (least,),
+        yield Choice(f"the fewest trained parameters among the best on {name}", (least,),
                      f"{rows[least]['trained_parameters']:,}")
 
 
@@ -108,7 +103,7 @@ def few_examples(content: dict[str, Any]) -> Iterator[Choice]:
 
 
 ADVICE: tuple[Callable[[dict[str, Any]], Iterator[Choice]], ...] = (
-    fewest_parameters, no_extra_time, small_files, no_forgetting, fast_training, little_memory, few_examples)
+    no_extra_time, small_files, no_forgetting, fast_training, little_memory, few_examples)
 
 
 def worth_it(content: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -61,11 +61,11 @@ def test_dropout_thins_the_shares_and_gradients_follow(kind, monkeypatch):
     q, k, v = inputs(T, S)
     mask = mask_of(kind, T, S)
     kept = torch.rand(2, 3, T, S) < 0.6                                                     # (2, 3, T, S)
-    starts = iter(range(0, T, 8))
+    starts = iter(range(0, T, 8)[::-1])
 
     def draw(shape, p):
         start = next(starts)
-        return kept[:, :, start:start + shape[2], :shape[3]].to(torch.int8)
+        return kept.flatten(0, 1)[:, start:start + shape[1], :shape[2]].to(torch.int8)
 
     monkeypatch.setattr(attention, "draw_kept", draw)
     ours = results_of(q, k, v, mask, 0.4, True)
@@ -88,10 +88,10 @@ def test_second_derivatives_are_those_of_the_formula(dropout, monkeypatch):
     q, k, v = inputs(21, 21)
     monkeypatch.setattr(attention, "draw_kept", lambda shape, p: (torch.arange(shape.numel()) % 3 > 0).view(shape))
     y = attention._InBlocks.apply(q, k, v, None, dropout)
-    parts = attention.in_blocks(q * 8**-0.5, k, None, dropout)
-    formula = [attention.thinned(P, kept) @ v[:, :, :P.shape[3]] * scale(dropout) for _, P, kept in parts]
+    parts = [block.thinned(block.shares) @ v.flatten(0, 1)[:, :block.shares.shape[2]] * scale(dropout)
+             for block in attention.in_blocks(q, k, v, None, dropout)]
     second = []
-    for value in (y, torch.cat(formula, dim=2)):
+    for value in (y, torch.cat(parts[::-1], dim=1).view(y.shape)):
         first = torch.autograd.grad(value.square().sum(), (q, k, v), create_graph=True)
         second.append(torch.autograd.grad(sum(g.square().sum() for g in first), (q, k, v)))
     for ours, theirs in zip(*second):

@@ -4,6 +4,7 @@
     the fewest parameters        of these, the one that trains the fewest
     no extra time afterwards     of the best, all that merge or add nothing; if there are none, of the others that are
                                  worth it (see the next line) the one with the highest mean
+    to learn from few examples   the highest mean of a method, or what needs no training, if that is better
     any other wish               of the methods whose interval lies above every baseline (which train nothing), the one
                                  with the least of what is to be saved, or with the highest mean
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from minipeft.report.families import main_of, top_of
+from minipeft.report.families import best_baseline, main_of, top_of
 from minipeft.report.findings import listed
 from minipeft.runs.comparison import metric_of, shown_share
 
@@ -91,15 +92,17 @@ def little_memory(content: dict[str, Any]) -> Iterator[Choice]:
 
 
 def few_examples(content: dict[str, Any]) -> Iterator[Choice]:
-    """The highest mean with the fewest examples, of those that were trained on them."""
-    metric = metric_of(content)
+    """The highest mean with the fewest examples, of those that were trained on them, or what needs no training."""
+    metric, baseline = metric_of(content), best_baseline(content)
     points = [(point["train_size"], point["mean"], method) for method, found in content["few_examples"].items()
               for point in found]
     for size in sorted({size for size, _, _ in points if size <= MOST_EXAMPLES_OF_FEW}):
         mean, best = max((mean, method) for its, mean, method in points if its == size)
         compared = listed(sorted({method for its, _, method in points if its == size}))
-        yield Choice(f"to learn from {size} examples", (best,),
-                     f"{metric.shown(mean)}, the highest mean of {compared}; settings from more examples")
+        said = f"{metric.shown(mean)}, the highest mean of {compared}; settings from more examples"
+        if baseline and baseline[1] >= mean:
+            best, said = baseline[0], f"{metric.shown(baseline[1])}; with {best} {said}"
+        yield Choice(f"to learn from {size} examples", (best,), said)
 
 
 ADVICE: tuple[Callable[[dict[str, Any]], Iterator[Choice]], ...] = (
@@ -108,8 +111,8 @@ ADVICE: tuple[Callable[[dict[str, Any]], Iterator[Choice]], ...] = (
 
 def worth_it(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The methods whose interval lies above all that needs no training; all, where there are no intervals."""
-    key = metric_of(content).key
-    bar = max((metrics[key] for metrics in content["baselines"].values()), default=float("-inf"))
+    best = best_baseline(content)
+    bar = best[1] if best else float("-inf")
     return {method: row for method, row in content["methods"].items()
             if row["interval_95"] is None or row["interval_95"][0] > bar}
 

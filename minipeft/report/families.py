@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from minipeft.runs.comparison import metric_of
+from minipeft.runs.results import BASELINES
 
 
 class Family(NamedTuple):
@@ -43,6 +44,15 @@ def top_of(content: dict[str, Any]) -> list[str]:
     rows = content["methods"]
     return sorted((method for method, row in rows.items() if row.get("rank", [0])[0] == 1),
                   key=lambda method: -rows[method]["mean"])
+
+
+def best_baseline(content: dict[str, Any]) -> tuple[str, float] | None:
+    """The best of what needs no training on a dataset, as tables call it, and its headline; None without any."""
+    key, found = metric_of(content).key, content["baselines"]
+    if not found:
+        return None
+    best = max(found, key=lambda name: found[name][key])
+    return BASELINES.get(best, best), found[best][key]
 
 
 def in_figures(content: dict[str, Any], value: float) -> float:

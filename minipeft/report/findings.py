@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from minipeft.report.families import main_of, top_of
+from minipeft.report.families import best_baseline, main_of, top_of
 from minipeft.runs.budget import STEP
 from minipeft.runs.comparison import metric_of
 
@@ -240,8 +240,14 @@ def few_examples(found: Found) -> Iterator[Finding]:
     metric = metric_of(found.content)
     said = [f"{count:,}: {method} ({metric.shown(rows[method][count])})" for count, method in zip(counts, best)]
     yield Finding(f"The highest mean by number of training examples of {found.name}, among {listed(rows)}: "
-                  f"{'; '.join(said)}. Settings were chosen on more examples, and the step to stop at on labelled "
-                  "validation examples.", "few_examples")
+                  f"{'; '.join(said)}.{_untrained(found)} Settings were chosen on more examples, and the step to stop "
+                  "at on labelled validation examples.", "few_examples")
+
+
+def _untrained(found: Found) -> str:
+    """What is reached without training, to stand beside."""
+    best = best_baseline(found.content)
+    return f" Without training: {best[0]} ({metric_of(found.content).shown(best[1])})." if best else ""
 
 
 def without_the_budget(found: Found) -> Iterator[Finding]:

@@ -10,6 +10,7 @@ from typing import Any
 from minipeft.errors import OutputError
 from minipeft.files import read_json_file
 from minipeft.report.choices import choices
+from minipeft.report.families import best_baseline
 from minipeft.report.findings import findings
 from minipeft.runs.comparison import (
     COMPARISON_FILE,
@@ -23,7 +24,6 @@ from minipeft.runs.comparison import (
     table_of,
 )
 from minipeft.runs.results import (
-    BASELINES,
     WRITER,
     markdown_table,
     replace_blocks,
@@ -157,8 +157,8 @@ def one_method(comparison: dict[str, Any], method: str) -> str:
     methods = dict.fromkeys(("full", method))
     rows = []
     for name, content in datasets.items():
-        baseline, shown = _best_baseline(content)
-        rows.append([_headline(name, content), f"{baseline}: {shown}" if baseline else "-",
+        best = best_baseline(content)
+        rows.append([_headline(name, content), f"{best[0]}: {metric_of(content).shown(best[1])}" if best else "-",
                      *(_mean_and_rank(content, method) for method in methods)])
     table = markdown_table(["dataset", "best without training", *(f"{method}; rank" for method in methods)], rows)
     return (f"{table}\n\nMeans over seeds, their standard deviation, and the places among all methods that tests leave "
@@ -175,21 +175,11 @@ def _mean_and_rank(content: dict[str, Any], method: str) -> str:
     return "-" if row is None else f"{shown_with_deviation(metric_of(content), row)}; {shown_rank(row)}"
 
 
-def _best_baseline(content: dict[str, Any]) -> tuple[str, str]:
-    """Its name and its value; two empty texts where none was tested."""
-    metric, found = metric_of(content), content["baselines"]
-    if not found:
-        return "", ""
-    best = max(found, key=lambda name: found[name][metric.key])
-    return BASELINES.get(best, best), metric.shown(found[best][metric.key])
-
-
 def in_short(name: str, content: dict[str, Any]) -> str:
     """A few rows with a few columns: the best baseline, and `IN_SHORT` from worse to better."""
     metric, rows = metric_of(content), []
-    baseline, shown = _best_baseline(content)
-    if baseline:
-        rows.append([f"baseline: {baseline}", "0", "-", shown, "-", "-"])
+    if best := best_baseline(content):
+        rows.append([f"baseline: {best[0]}", "0", "-", metric.shown(best[1]), "-", "-"])
     for method, row in sorted(content["methods"].items(), key=lambda item: item[1]["mean"]):
         if method in IN_SHORT:
             rows.append([method, shown_parameters(row["trained_parameters"], row["trained_share"]),

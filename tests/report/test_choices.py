@@ -81,6 +81,15 @@ def test_few_examples_name_who_was_compared(found):
     assert found["to learn from 16 examples"].measured.startswith("66.60 %, the highest mean of head and lora; ")
 
 
+def test_where_no_training_is_better_than_few_examples_that_is_the_advice(comparison):
+    less = copy.deepcopy(comparison)
+    less["datasets"]["imdb"]["baselines"] = {"zero_shot": {"accuracy": 0.68}}
+    found = {choice.wish: choice for choice in choices(less)}
+    assert found["to learn from 16 examples"].methods == ("zero-shot by prompt",)
+    assert found["to learn from 16 examples"].measured.startswith("68.00 %; with head 66.60 %, the highest mean of ")
+    assert found["to learn from 32 examples"].methods == ("lora",)
+
+
 def test_what_was_not_measured_is_no_advice(comparison):
     less = copy.deepcopy(comparison)
     for content in less["datasets"].values():

@@ -16,9 +16,14 @@ from minipeft.methods.injection import fingerprint
 from minipeft.model.hub import MINI_FOLDER
 from minipeft.runs import defaults
 from minipeft.runs.baseline import baseline
+from minipeft.runs.budget import BEST
 from minipeft.runs.finetune import finetune
 from minipeft.runs.plan import Options, choose
 from minipeft.runs.request import differences, request_in, request_of
+
+# Results files on IMDb that the repository holds.
+PUBLISHED = {method: ROOT / "results/cells/imdb" / f"{name}_seed0.json"
+             for method, name in (("lora", "best_lora"), ("baseline", "baseline"))}
 
 
 @pytest.fixture
@@ -85,18 +90,20 @@ def test_no_dropout_is_noted_as_0_and_is_the_same_where_an_earlier_version_noted
 
 
 @pytest.mark.skipif(not (MINI_FOLDER / "model.safetensors").is_file(), reason="no bundled model")
-@pytest.mark.parametrize("method", ["lora", "prefix", "full", "baseline"])
+@pytest.mark.parametrize("method", PUBLISHED)
 def test_the_committed_results_are_of_the_request_that_their_command_makes(tmp_path, method, monkeypatch):
-    """As far as they say: the tests have no IMDb, so that its sizes, and the epochs that follow, are another's."""
+    """But for the data: the tests have no IMDb, so that its content and its sizes are another's."""
     write_imdb(tmp_path)
     monkeypatch.setattr(defaults, "FEW_EXAMPLES", 0)  # IMDb's are not
-    name = "baseline" if method == "baseline" else f"fine_tuned_{method}"
-    results = read_json(ROOT / "results" / f"{name}_results.json")
+    results = read_json(PUBLISHED[method])
+    values = {} if method == "baseline" else dict(BEST["imdb"][method])
     options = Options(method=method, model="mini", dataset="imdb", data_dir=tmp_path, precision="bf16", device="cpu",
-                      full=True)
+                      full=True, max_length=values.pop("max_length", None), training_values=values)
     plan = choose(options, baseline=method == "baseline")
     found = differences(request_in(results), request_of(plan, results["base_model"]["fingerprint"]))
-    assert {line.split()[0] for line in found} <= {"train_size", "validation_size", "test_size", "epochs"}
+    assert "another content of imdb" in found
+    others = {line.split()[0] for line in found if "content" not in line}
+    assert others <= {"train_size", "validation_size", "test_size"}
 
 
 @pytest.mark.parametrize("stored", [{}, {"method": "lora"}, {"method": 5, "base_fingerprint": [], "dataset": "x"}, [1]])
@@ -175,28 +182,28 @@ def refused_in(function, options):
 
 
 @pytest.mark.kind("7: committed results are not overwritten by a trial")
-@pytest.mark.parametrize("method", ["lora", "baseline"])
+@pytest.mark.parametrize("method", PUBLISHED)
 def test_committed_results_are_not_overwritten_by_a_trial_of_eight_rows(tiny_model, tmp_path, refused, method):
     write_imdb(tmp_path)
     name = "baseline" if method == "baseline" else f"fine_tuned_{method}"
     (tmp_path / "results").mkdir()
-    shutil.copy(ROOT / "results" / f"{name}_results.json", tmp_path / "results")
+    shutil.copy(PUBLISHED[method], tmp_path / "results" / f"{name}_results.json")
     asked = Options(method=method, model=str(tiny_model), dataset="imdb", data_dir=str(tmp_path), train_size=8,
                     output=str(tmp_path / "output"), results_dir=str(tmp_path / "results"))
     line = refused(baseline if method == "baseline" else finetune, asked)
-    assert f"{name}_results.json holds another run (another base model): give this one another --results-dir" in line
+    assert f"{name}_results.json holds another run (another base model; another content of imdb): give" in line
 
 
 @pytest.mark.kind("7: the first command of a fresh clone is not refused by the published results")
-@pytest.mark.parametrize("method", ["lora", "baseline"])
+@pytest.mark.parametrize("method", PUBLISHED)
 def test_where_no_folder_is_named_a_trial_beside_published_results_has_its_own_in_results_mine(
         tiny_model, tmp_path, monkeypatch, contents, method):
     write_imdb(tmp_path)
     monkeypatch.chdir(tmp_path)
     Path("results").mkdir()
     name = f"{'baseline' if method == 'baseline' else f'fine_tuned_{method}'}_results.json"
-    for published in (name, "README.md"):
-        shutil.copy(ROOT / "results" / published, "results")
+    shutil.copy(PUBLISHED[method], Path("results") / name)
+    shutil.copy(ROOT / "results" / "README.md", "results")
     published, said = contents("results"), []
     asked = Options(method=method, model=str(tiny_model), dataset="imdb", data_dir=str(tmp_path), train_size=8,
                     validation_size=4, test_size=4, max_length=32, training_values={"epochs": 1})

@@ -98,6 +98,10 @@ class Block(NamedTuple):
         """What dropout leaves of P, or of its gradient."""
         return shares if self.kept is None else shares * self.kept.to(shares.dtype)
 
+    def y(self) -> Tensor:
+        """(N, block, D), what these queries find."""
+        return self.thinned(self.shares) @ self.v
+
 
 def in_blocks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float,
               kept: Sequence[Tensor] = ()) -> Iterator[Block]:
@@ -133,7 +137,7 @@ class _InBlocks(torch.autograd.Function):
         kept_of_blocks = []
         with torch.autocast("cpu", enabled=False):
             for block in in_blocks(query, key, value, mask, dropout):
-                y[:, :, block.queries] = (block.thinned(block.shares) @ block.v).view(B, H, -1, D)
+                y[:, :, block.queries] = block.y().view(B, H, -1, D)
                 kept_of_blocks.append(block.kept)
         ctx.save_for_backward(query, key, value, mask, *kept_of_blocks)
         return y
@@ -144,7 +148,7 @@ class _InBlocks(torch.autograd.Function):
         B, H, T, D = query.shape
         blocks = in_blocks(query, key, value, mask, ctx.dropout, kept_of_blocks)
         if torch.is_grad_enabled():  # these gradients are to be differentiated, too: let torch write them down
-            parts = [(block.thinned(block.shares) @ block.v).view(B, H, -1, D) for block in blocks]
+            parts = [block.y().view(B, H, -1, D) for block in blocks]
             y = torch.cat(parts[::-1], dim=2)                                               # (B, H, T, D)
             return *torch.autograd.grad(y, (query, key, value), dy, create_graph=True), None, None
         dq, dk, dv = query.new_empty(B, T, H, D).transpose(1, 2), None, None

@@ -6,7 +6,7 @@
                                  worth it (see the next line) the one with the highest mean
     to learn from few examples   the highest mean of a method, or what needs no training, if that is better
     any other wish               of the methods whose interval lies above every baseline (which train nothing), the one
-                                 with the least of what is to be saved, or with the highest mean
+                                 with the least of what is to be saved
 
 Costs are those of the dataset that a comparison shows first.
 """

@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from minipeft.files import replacing_folder
-from minipeft.report.families import FAMILIES, family_of, in_figures, main_of
+from minipeft.report.families import FAMILIES, best_baseline, family_of, in_figures, main_of
 from minipeft.runs.comparison import metric_of
 from minipeft.runs.results import blank_figure
 
@@ -120,10 +120,9 @@ def _scatter(axes: Axes, content: dict[str, Any], x_of: Callable[[dict[str, Any]
 
 def _baseline(axes: Axes, content: dict[str, Any]) -> None:
     """A line at the best score without training, if it is in reach of the methods'."""
-    key = metric_of(content).key
-    if content["baselines"]:
-        axes.axhline(in_figures(content, max(found[key] for found in content["baselines"].values())), color=SOFT,
-                     linewidth=1, linestyle=":", zorder=1, label="best without training")
+    if best := best_baseline(content):
+        axes.axhline(in_figures(content, best[1]), color=SOFT, linewidth=1, linestyle=":", zorder=1,
+                     label="best without training")
 
 
 def _finish(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:

@@ -41,6 +41,7 @@ ELSEWHERE = {"imdb": (
     ("reported elsewhere: GPT-2 124M, full fine-tuning", 0.9188),
     ("reported elsewhere: GPT-2 124M, its last two blocks", 0.9236))}
 IN_SHORT = ("prompt", "adapter", "full", "lora")  # README's rows, beside zero-shot
+BY = "all datasets by "  # a method's name follows
 PICTURES = "comparison"  # the folder, beside comparison.json
 
 
@@ -99,9 +100,8 @@ def block(subject: str, comparison: Comparison) -> str | None:
         " compared": lambda name, content: table_of(content, ("methods",), ELSEWHERE.get(name, ())),
         " in short": in_short, " costs": costs, " by examples": by_examples,
         " without the budget": lambda name, content: table_of(content, ("best",))}
-    all_datasets, by, method = subject.partition("all datasets by ")
-    if by and not all_datasets:
-        return one_method(comparison.found[0], method)
+    if subject.startswith(BY):
+        return one_method(comparison.found[0], subject.removeprefix(BY))
     for ending, table in kinds.items():
         if subject.endswith(ending):
             dataset = subject.removesuffix(ending)

@@ -12,7 +12,7 @@ from typing import Any
 from minipeft.data.datasets import KNOWN
 from minipeft.data.tables import FILE_TYPES
 from minipeft.methods import METHODS
-from minipeft.runs.defaults import DEFAULTS
+from minipeft.runs.defaults import table
 from minipeft.runs.plan import Options, check_method
 from minipeft.settings import Settings, in_words, parsed
 from minipeft.tasks import TASKS
@@ -52,7 +52,7 @@ def add_method_options(parser: argparse.ArgumentParser, arguments: Sequence[str]
     check_method(method, also)
     if method in METHODS and any(field.metadata["option"] for field in fields(METHODS[method].config_class)):
         add_dataclass_options(parser.add_argument_group(f"method {method}"), METHODS[method].config_class,
-                              DEFAULTS[method]["method"])
+                              table(method)["method"])
     return method
 
 

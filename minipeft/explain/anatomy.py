@@ -18,7 +18,7 @@ from minipeft.model.gpt2 import GPT2ForSequenceClassification
 from minipeft.model.hub import HUB_NAMES, find
 from minipeft.model.pretrained import on_paper
 from minipeft.model.weights import read_config
-from minipeft.runs.defaults import DEFAULTS
+from minipeft.runs.defaults import table
 from minipeft.runs.results import markdown_table
 
 GRAY, ORANGE, PLAIN = "\033[90m", "\033[1;33m", "\033[0m"
@@ -64,7 +64,7 @@ def injected(config: GPT2Config, method: str, **values: Any) -> GPT2ForSequenceC
         ConfigError: a field the method does not know, or a bad value.
     """
     model = shapes_only(config)
-    chosen = {**DEFAULTS[method]["method"], **values}
+    chosen = {**table(method)["method"], **values}
     if chosen.get("prompt_tuning_init") == "TEXT":  # reading words needs weights; the shapes do not depend on them
         chosen["prompt_tuning_init"] = "RANDOM"
     return inject(model, METHODS[method].config(**chosen))

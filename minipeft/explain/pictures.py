@@ -116,7 +116,7 @@ def draw(model: nn.Module, method: str, path: str | Path, subtitle: str = "") ->
         for name, layer in injection.layers.items():
             place = name.removeprefix("transformer.")
             if place.startswith("h.0.") or not place.startswith("h."):
-                PARTS[type(layer)](canvas, place, layer)
+                _part(layer)(canvas, place, layer)
     count = trainable_parameters(model)
     canvas.text(0.7, 14.75, TITLES[method], 21, left=True, weight="bold")
     canvas.text(0.7, 14.3, subtitle or METHODS[method].summary, 12.5, left=True)
@@ -206,7 +206,7 @@ def _dora(canvas: Canvas, place: str, layer: DoRALinear) -> None:
     y = _height(place)
     _low_rank(canvas, place, layer)
     canvas.box(SIDE + 1.75, y + 0.02, "m", TRAINED, 0.5, 0.72)
-    canvas.text(SIDE + 2.1, y + 0.02, "stretches each row\nof W + BA", 10.5, left=True)
+    canvas.text(SIDE + 2.1, y + 0.02, "the length of each\nrow of W + s B A", 10.5, left=True)
 
 
 def _vera(canvas: Canvas, place: str, layer: VeRALinear) -> None:
@@ -259,6 +259,12 @@ def _prefix(canvas: Canvas, place: str, layer: Prefix) -> None:
     canvas.line((SIDE - 0.95, y), (CENTER + WIDTH / 2, y))
     canvas.text(SIDE + 0.6, y, f"{layer.num_virtual_tokens} learned keys and values\nbefore the text's own,\n"
                 "in every block", 11.5, left=True)
+
+
+def _part(layer: AdapterLayer) -> Callable[[Canvas, str, Any], None]:
+    if type(layer) not in PARTS:
+        raise ConfigError(f"PARTS in minipeft/explain/pictures.py does not say how to draw a {type(layer).__name__}")
+    return PARTS[type(layer)]
 
 
 PARTS: dict[type[AdapterLayer], Callable[[Canvas, str, Any], None]] = {

@@ -30,7 +30,7 @@ from minipeft.methods.symbols import Seen, Step, Symbols
 from minipeft.model.gpt2 import GPT2ForSequenceClassification
 from minipeft.model.hub import find
 from minipeft.model.tokenizer import Tokenizer, get_tokenizer
-from minipeft.runs.defaults import DEFAULTS, table
+from minipeft.runs.defaults import table
 from minipeft.runs.trained import load_finetuned
 from minipeft.training.loop import TrainingConfig
 from minipeft.training.optimizer import adamw
@@ -141,7 +141,7 @@ def fresh(model_name: str, method: str, values: dict[str, Any]) -> tuple[nn.Modu
     torch.manual_seed(0)
     model = GPT2ForSequenceClassification.from_pretrained(model_name)
     tokenizer = get_tokenizer(find(model_name))
-    inject(model, METHODS[method].config(**{**DEFAULTS[method]["method"], **values}))
+    inject(model, METHODS[method].config(**{**table(method)["method"], **values}))
     return model, tokenizer, moved(model, torch.tensor([tokenizer.encode(TEXT)]))
 
 

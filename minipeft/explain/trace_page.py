@@ -70,7 +70,7 @@ def _equation(trace: Trace, place: Place, line: Computed, part: str) -> Iterator
         name = f"{line.line.left}, by hand" if whole else term.text
         body = remark + (f'<p class="equal">{escape(verdict(line))}</p>' if whole else "") + _card(trace, name, term)
         if whole:
-            body += _card(trace, f"{line.line.left}, in the model", Term("", 0, 0, line.model, False))
+            body += _card(trace, f"{line.line.left}, in the model", Term("", 0, 0, line.model, True))
         yield _step(part, place.name, marked, body)
 
 

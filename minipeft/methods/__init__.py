@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn as nn
 
 from minipeft.errors import ConfigError, InjectionError
@@ -15,7 +14,7 @@ from minipeft.methods import adapter, bitfit, dora, full, head, ia3, lora, prefi
 from minipeft.methods.config import MethodConfig
 from minipeft.methods.injection import Plan, active_injections, all_injections, carry_out
 from minipeft.methods.symbols import Seen, Symbols
-from minipeft.methods.turn import check_is_free
+from minipeft.methods.turn import check_is_free, making_plain_tensors
 
 
 @dataclass(frozen=True)
@@ -69,13 +68,13 @@ METHODS: dict[str, Method] = {
     "prompt": Method(prompt.PromptTuningConfig, prompt.plan, prompt.symbols,
                      "vectors before the text (Lester et al. 2021)", virtual=True),
     "ptuning": Method(ptuning.PromptEncoderConfig, ptuning.plan, ptuning.symbols,
-                      "such vectors, made by a network (Liu et al. 2021)", virtual=True),
+                      "vectors before the text, made by a network (Liu et al. 2021)", virtual=True),
     "prefix": Method(prefix.PrefixTuningConfig, prefix.plan, prefix.symbols,
                      "keys and values before the text (Li and Liang 2021)", virtual=True),
 }
 
 
-@torch.inference_mode(False)
+@making_plain_tensors
 def inject(model: nn.Module, config: Any, name: str = "default") -> nn.Module:
     """Put a method into a model, in place: its layers are attached, everything else is frozen.
 

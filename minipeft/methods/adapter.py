@@ -46,16 +46,17 @@ Trained
     W_down, b_down, W_up and b_up of every adapter, in float32 whatever the base's dtype; with layer_norm=True LN's
     weight and bias, too; a new classification head, n C numbers for n labels, in tagging n C + n.
 Frozen
-    Everything else, the base's own LayerNorms and biases among it: `inject`, which puts the method into a model, sets
-    requires_grad to False, so no gradient is computed for it and the optimizer never sees it.
+    Everything else, 124,439,808 numbers, the base's own LayerNorms and biases among it: `inject`, which puts the method
+    into a model, sets requires_grad to False, so no gradient is computed for it and the optimizer never sees it.
 At step 0
     BottleneckConfig()                                            is the base model, bit for bit: W_up and b_up are 0
     BottleneckConfig(layer_norm=True)                             is the base model, bit for bit: for the same reason
     BottleneckConfig(architecture="parallel", scaling=4.0)        is the base model, bit for bit: for the same reason
-    No setting changes that. But in training adapter_dropout draws random numbers, so that the base's own dropout drops
-    other elements than without it. W_down starts uniform between -1 / sqrt(C) and 1 / sqrt(C), b_down at 0, and a
-    LayerNorm with weight 1 and bias 0. In the first step an adapter's gradient is 0 but for W_up and b_up: on its way
-    further down it is multiplied by W_up, which is still zero. The new head has its gradient from the first step on.
+    No setting changes that. On a half-precision base the new head is float32, and its logits equal the base's up to
+    rounding. In training adapter_dropout draws random numbers, so that the base's own dropout drops other elements than
+    without it. W_down starts uniform between -1 / sqrt(C) and 1 / sqrt(C), b_down at 0, and a LayerNorm with weight 1
+    and bias 0. In the first step an adapter's gradient is 0 but for W_up and b_up: on its way further down it is
+    multiplied by W_up, which is still zero. The new head has its gradient from the first step on.
     Both models, this one and the base, have the same new head here; it is random.
 Positions and mask
     Untouched. An adapter changes each token's vector without a look at the others. It changes pads, too, but no real
@@ -80,8 +81,9 @@ Saved
     In a GPT2Model, the base alone, the names lack `transformer.` and there is no head. score is the new head; tagging
     has base_model.model.classifier.weight and .bias there, a language model nothing. Only this library reads the
     folder: peft, Hugging Face's library, has no such method.
-    All tensors are float32. A third file, minipeft.json, holds the base model's fingerprint, the digests of the other
-    two files, and what a run adds, such as the labels' names. Without it the folder loads, too.
+    All tensors are float32, but for a model that was cast after `inject`. A third file, minipeft.json, holds the base
+    model's fingerprint, the digests of the other two files, and what a run adds, such as the labels' names. Without it
+    the folder loads, too.
 Merging
     Not possible: act stands between the two matrices, so no weight of the base can take in what is added. The adapters
     stay and are computed at each prediction. `merge` is refused with non_linearity none, too. There the adapter amounts
@@ -91,8 +93,9 @@ Merging
     from before training.
     Several adapters. A second `inject` of the same method is an InjectionError. `load_adapter(model, folder, name)`
     adds a saved adapter, of this method or another, under another name and makes it the active one, the one that
-    computes; the others stay, switched off. `set_adapter(model, name)` makes another one active. Under one name other
-    methods may work along, such as a prompt, but no second BottleneckConfig.
+    computes; the others stay, switched off, and the model is in eval mode. `set_adapter(model, name)` makes another one
+    active. Under one name other methods may work along, such as a prompt, but neither full nor head, nor a second
+    BottleneckConfig.
 Cost
     2 C m + C + m parameters per adapter, 2 * 768 * 48 + 768 + 48 = 74,544; a LayerNorm has 2 C more. With A adapters
     that is A (2 C m + C + m), with LayerNorms A (2 C m + 3 C + m). Two adapters per block for houlsby,
@@ -110,22 +113,24 @@ Cost
     (gelu and swish m more, LN C more), in each block above that of the lowest adapter the inputs of both LayerNorms, q,
     k, v, attention's output and gelu's input, (2 + 3 + 1 + 4) C; with houlsby also, in the lowest adapter's own block,
     ln_2's input and gelu's, (1 + 4) C. The softmax's shares themselves are not kept: attention computes them again. In
-    training the base's dropout adds one byte per number, 2 C in a block. For dropout on attention's shares (attn_pdrop)
-    a CPU keeps its mask, a byte per share, in place of attention's output; a GPU's fused attention keeps no mask.
-    Adapter dropout adds C bytes per token and adapter. An adapter's own backward takes up to 8 C m operations per
-    token, half of them for the gradients of its matrices.
+    training the base's dropout adds 2 C bytes per block and token. For dropout on attention's shares (attn_pdrop) a CPU
+    keeps its mask, a byte per share, in place of attention's output; a GPU's fused attention keeps no mask. Adapter
+    dropout adds C bytes per token and adapter. An adapter's own backward takes up to 8 C m operations per token, half
+    of them for the gradients of its matrices.
     Optimizer: 8 bytes per trained parameter for AdamW's two means, 14,324,736 bytes; gradients take half of that. The
-    optimizer's time, too, grows with the trained parameters alone.
+    optimizer's time, too, grows with the trained parameters alone. Weight decay acts on W_down, W_up and the head's
+    matrix.
 Errors
     In this list the class of each error stands before its message. Most wrong values are found when the configuration
     is made, the others by `inject`, before it changes anything. `load_adapter` raises an AdapterError, and leaves the
-    model as it was, where a file is missing, damaged or of another save than minipeft.json names, where a tensor is
-    missing, unexpected or of another shape (it is named), where minipeft.json has the fingerprint of another base
-    model, or where peft_type is unknown. A setting in adapter_config.json that would change the numbers, and that
-    minipeft does not implement, is a ConfigError. An adapter's name that is taken (`load_adapter`) or unknown
-    (`set_adapter`, `remove`) is an InjectionError. A folder for another task is an AdapterError, too. A text with more
-    tokens than positions is a ConfigError when the model reads it. reduction_factor is compared with the width only
-    where bottleneck_size is not given.
+    model as it was, where a file is missing, damaged or not the one whose digest minipeft.json holds, where a tensor is
+    missing, unexpected, of another shape, of integers or not finite (it is named), where minipeft.json has another base
+    model's fingerprint (a base of another dtype is not compared), where the folder is for another task, or where
+    peft_type is unknown. A setting in adapter_config.json that would change the numbers, and that minipeft does not
+    implement, is a ConfigError. An adapter's name that is taken (`load_adapter`) or unknown (`set_adapter`, `remove`)
+    is an InjectionError. A text with more tokens than positions is a ConfigError when the model reads it; values of a
+    caller's own position_ids are not checked. reduction_factor is compared with the width only where bottleneck_size is
+    not given.
     BottleneckConfig(non_linearity="silu")
         ConfigError: non_linearity must be one of relu, gelu, swish, tanh, none, got 'silu'
     inject(model, BottleneckConfig(layers_to_transform=[12]))

@@ -1,8 +1,8 @@
 r"""DoRA: weight-decomposed low-rank adaptation.
 
 LoRA, with the length of each row of the weight matrix trained apart from its direction: the low-rank update turns the
-rows, and a magnitude vector says how long each of them is. Full fine-tuning changes the two independently of each
-other; LoRA alone tends to change them together.
+rows, and a magnitude vector says how long each of them is. Full fine-tuning tends to change one much where it changes
+the other little; LoRA alone tends to change them together.
 
     y = c * (x W^T + s * x A^T B^T) + bias
     c = m / ||W + s B A||
@@ -55,7 +55,8 @@ At step 0
     gradients stay 0. With PiSSA, lora_dropout drops a part of s B A: then training does not start as the base model. On
     a half-precision base the new head is float32, and its logits equal the base's up to rounding.
 Positions and mask
-    Untouched. Each token is updated by itself; a text has as many positions as before.
+    Untouched. Each token is updated by itself; a text may have all 1,024 positions, as before; one with more is a
+    ConfigError.
     KV cache. As large as the base's. It holds adapted keys and values: when the adapter changes, begin a new one.
 Saved
     In adapter_model.safetensors:
@@ -63,9 +64,10 @@ Saved
     base_model.model.transformer.h.0.attn.c_attn.lora_B.weight (2304, 8)
     base_model.model.transformer.h.0.attn.c_attn.lora_magnitude_vector (2304,)
     base_model.model.score.weight (2, 768)
-    and so A, B and m for every target. score.weight is (labels, 768); all totals here are for 2 labels.
-    adapter_config.json must say peft_type LORA, use_dora true, r, lora_alpha and target_modules, and use_rslora,
-    rank_pattern and alpha_pattern where they are not the default. `save_adapter` writes every setting, patterns and
+    and so A, B and m for every target. score.weight is (labels, 768); all totals here are for 2 labels. Tagging has
+    classifier.weight (labels, 768) and classifier.bias (labels,) in its place, a language model nothing.
+    adapter_config.json must say peft_type LORA, use_dora true and, where they are not the default, r, lora_alpha,
+    target_modules, use_rslora, rank_pattern and alpha_pattern. `save_adapter` writes every setting, patterns and
     "all-linear" as full names of modules, and for peft, Hugging Face's library, lora_bias false and fan_in_fan_out
     true: transformers stores GPT-2's matrices as (in, out). LoraConfig(use_dora=True) is the same method.
     With `bias` "lora_only" also the bias of every target, with "all" every bias of the base. In block 0, and last:
@@ -80,20 +82,23 @@ Saved
     With PiSSA it must say init_lora_weights pissa. The tensors are the trained A, B and m, not the frozen W - s B A of
     the start. Loading computes that again from the base's own W, then puts the saved A, B and m in. On another machine
     it agrees up to rounding.
-    All tensors are float32. A third file, minipeft.json, holds the base model's fingerprint, the digests of the other
-    two files, and what a run adds, such as the labels' names. Without it the folder loads, too.
+    All tensors are float32, but for a model that was cast after `inject`. A third file, minipeft.json, holds the base
+    model's fingerprint, the digests of the other two files, and what a run adds, such as the labels' names. Without it
+    the folder loads, too.
 Merging
     W <- c * (W + s B A), row by row; the bias stays. Every target can be merged; dropout is not part of W. `merge`
     keeps the W it found, and `unmerge` puts it back, bit for bit. With PiSSA this is W - s B A of the start; `remove`
     and `disable_adapter` bring back the base's own W. Merged and unmerged outputs agree up to rounding. On a
     half-precision base A, B and m are float32; the product is rounded once, to W's type. Unmerged, x W^T + bias is
     rounded, and y again at the end.
-    Order. `merge` folds in the active adapter. InjectionError: `merge` when it is merged already, `unmerge` when
-    nothing is, and, until `unmerge`, `inject`, `load_adapter`, `set_adapter` and `disable_adapter`. `save_adapter` is
-    an AdapterError until then. `remove` unmerges first.
+    Order. `merge` folds in the active adapter. While it is merged, a second `merge`, `inject`, `load_adapter`,
+    `set_adapter` and `disable_adapter` are an InjectionError, and `save_adapter` is an AdapterError; `remove` unmerges
+    first. When nothing is merged, `unmerge` is an InjectionError.
     Several adapters. A second `inject` of the same method is an InjectionError. `load_adapter(model, folder, name)`
     adds a saved adapter, of this method or another, under another name and makes it the active one, the one that
-    computes; the others stay, switched off. `set_adapter(model, name)` makes another one active.
+    computes; the others stay, switched off, and the model is in eval mode. `set_adapter(model, name)` makes another one
+    active. Under one name other methods may work along that have other targets or none, such as BitFit or a prompt, but
+    neither full nor head; together with what cannot merge, nothing is merged.
 Cost
     r (in + out) + out parameters per target: 8 * (768 + 2304) + 2304 = 26,880 for a c_attn of GPT-2.
     In all 12 * 26,880 + 1,536 = 324,096 trained, with a new head's 2 * 768 = 1,536; a language model has no new head.
@@ -108,20 +113,22 @@ Cost
     more per c_attn in float32. With lora_dropout, training multiplies by W twice: x W^T and z W^T.
     Backward: full fine-tuning computes the gradients of x and of W, 2 in out operations each; here the second is never
     computed. A and B take 4 r (in + out) per token and target: half for the gradient of x, half for their own. With
-    lora_dropout the gradient of x passes through W twice. Kept, z being equal to x where nothing is dropped:
-    z (batch, seq, in) and s z A^T (batch, seq, r); for m's gradient z W^T and s z A^T B^T, both (batch, seq, out); with
-    dropout its mask, a byte per number of x. On a half-precision base z is a float32 copy, and with lora_dropout one of
-    W is kept, too, for z's gradient. Optimizer: 8 bytes per trained parameter for AdamW's two means, 2,592,768 bytes;
-    gradients take half of that. The optimizer's time, too, grows with the trained parameters alone.
+    lora_dropout the gradient of x passes through W twice. Kept, where without dropout z = x: z (batch, seq, in) and s z
+    A^T (batch, seq, r); for m's gradient z W^T and s z A^T B^T, both (batch, seq, out); with dropout its mask, a byte
+    per number of x. On a half-precision base z is a float32 copy, and with lora_dropout one of W is kept, too, for z's
+    gradient. In all a block above the lowest keeps 17 C + r numbers per token (C = 768 channels), more than full
+    fine-tuning's 16 C: DoRA saves gradients and AdamW's means. Optimizer: 8 bytes per trained parameter for AdamW's two
+    means, 2,592,768 bytes; gradients take half of that. The optimizer's time, too, grows with the trained parameters
+    alone. Weight decay acts on A, B and the head's matrix, not on m and biases.
 Errors
     In this list the class of each error stands before its message. Most wrong values are found when the configuration
     is made, the others by `inject`, before it changes anything. `load_adapter` raises an AdapterError, and leaves the
-    model as it was, where a file is missing, damaged or of another save than minipeft.json names, where a tensor is
-    missing, unexpected or of another shape (it is named), where minipeft.json has the fingerprint of another base
-    model, or where peft_type is unknown. A setting in adapter_config.json that would change the numbers, and that
-    minipeft does not implement, is a ConfigError. An adapter's name that is taken (`load_adapter`) or unknown
-    (`set_adapter`, `remove`) is an InjectionError. A bad regular expression in a setting is a ConfigError when `inject`
-    uses it.
+    model as it was, where a file is missing, damaged or not the one whose digest minipeft.json holds, where a tensor is
+    missing, unexpected, of another shape, of integers or not finite (it is named), where minipeft.json has another base
+    model's fingerprint (a base of another dtype is not compared), where the folder is for another task, or where
+    peft_type is unknown. A setting in adapter_config.json that would change the numbers, and that minipeft does not
+    implement, is a ConfigError. An adapter's name that is taken (`load_adapter`) or unknown (`set_adapter`, `remove`)
+    is an InjectionError. A bad regular expression in a setting is a ConfigError when `inject` uses it.
     DoraConfig(r=0)
         ConfigError: r must be a positive integer, got 0
     DoraConfig(lora_dropout=1.0)
@@ -156,6 +163,7 @@ from minipeft.methods.injection import Plan
 from minipeft.methods.layers import ReplacementLayer, to_dtype_of
 from minipeft.methods.lora import LoraConfig, low_rank_pair
 from minipeft.methods.symbols import Seen, Symbols
+from minipeft.methods.turn import without_autocast
 from minipeft.model.dropout import Dropout
 from minipeft.settings import setting
 
@@ -185,8 +193,9 @@ class DoRALinear(ReplacementLayer):
         self.lora_magnitude_vector = nn.Parameter(self.row_norms())           # (out,)
 
     @torch.no_grad()
+    @without_autocast
     def row_norms(self) -> Tensor:
-        """||W + s B A||, the length of each row, (out,): a constant to the backward pass."""
+        """||W + s B A||, the length of each row, (out,): a constant to the backward pass, in float32 under autocast."""
         update = self.scaling * self.lora_B.weight @ self.lora_A.weight       # (out, r) (r, in) -> (out, in)
         return (self.base_layer.weight.to(update.dtype) + update).norm(dim=1)
 
@@ -202,7 +211,7 @@ class DoRALinear(ReplacementLayer):
         dropped = self.lora_dropout(to_dtype_of(self.lora_A.weight, x))       # z: float32 beside a half-precision W
         update = self.lora_B(self.lora_A(dropped) * self.scaling)             # -> (batch, seq, r) -> (batch, seq, out)
         # The stretch concerns x W^T without the bias; dropout, where it acts, leaves the base's own y alone.
-        if self.training and self.lora_dropout.p > 0:
+        if self.lora_dropout.training and self.lora_dropout.p > 0:
             product = nn.functional.linear(dropped, self.base_layer.weight.to(dropped.dtype))     # (batch, seq, out)
         else:
             product = y if self.base_layer.bias is None else y - self.base_layer.bias

@@ -60,9 +60,10 @@ Saved
     transformer.h.0.mlp.c_proj.weight (3072, 768)
     transformer.ln_f.weight (768,)
     score.weight (2, 768)
-    and so for every block. Each of them but wte, wpe and score has a bias, too. The 2 is the number of labels. Tagging
-    has classifier.weight and classifier.bias in score's place, a language model nothing. The blocks' matrices are
-    stored as (in, out), as GPT-2's always were, and the head as (out, in). peft has no such method.
+    and so for every block. Every matrix and LayerNorm of this list but wte, wpe and score also has a bias. The 2 is the
+    number of labels. Tagging has classifier.weight and classifier.bias in score's place, a language model nothing. The
+    blocks' matrices are stored as (in, out), as GPT-2's always were, and the head as (out, in). peft has no such
+    method.
 Merging
     Not possible, and not needed: the trained weights are the model's own. No copy of the base is kept, so `remove`,
     `disable_adapter` and `load_adapter` raise the InjectionError that stands last under "Errors". A model that is
@@ -79,14 +80,16 @@ Cost
     Kept are, per block and token, the inputs of both LayerNorms (2 C) and of the four matrices (7 C), one of which is
     attention's output, q, k, v (3 C) and gelu's input (4 C): 2 + 7 + 3 + 4 = 16 C numbers. Frozen matrices leave 10 C:
     of their inputs only attention's output is kept. The softmax's shares are not kept: attention computes them again.
-    In training the base's dropout adds one byte per number, 2 C in a block. In attention (attn_pdrop) a CPU keeps a
-    byte per share, and a GPU's fused attention nothing.
+    In training the base's dropout adds 2 C bytes per block and token. In attention (attn_pdrop) a CPU keeps a byte per
+    share, and a GPU's fused attention nothing.
     Optimizer: 8 bytes per parameter for AdamW's two means, 995,530,752 bytes. With the gradient that is 12 bytes per
-    parameter, beside 4 of its own: 16 * 124,441,344 = 1,991,061,504 bytes before any activation. The optimizer's time,
-    too, grows with the trained parameters, here all of them.
+    parameter, beside 4 of its own: 16 * 124,441,344 = 1,991,061,504 bytes before any activation. A run that keeps its
+    best values has 4 more per parameter. The optimizer's time, too, grows with the trained parameters, here all of
+    them.
 Errors
     In this list the class of each error stands before its message. There are no settings to be wrong; `inject` raises
-    before it changes anything. A text with more tokens than positions is a ConfigError when the model reads it.
+    before it changes anything. A text with more tokens than positions is a ConfigError when the model reads it; values
+    of a caller's own position_ids are not checked.
     inject(inject(model, LoraConfig()), FullConfig())
         InjectionError: this model already carries lora, which does not combine with full: remove it, or start from a
         fresh model

@@ -50,15 +50,16 @@ Saved
     In tagging base_model.model.classifier.weight (2, 768) and base_model.model.classifier.bias (2,) take its place.
     adapter_config.json must say peft_type MINIPEFT_HEAD; there are no settings. It need not say task_type: the head's
     name shows it. Only this library reads the folder: peft, Hugging Face's library, has no such method.
-    All tensors are float32. A third file, minipeft.json, holds the base model's fingerprint, the digests of the other
-    two files, and what a run adds, such as the labels' names. Without it the folder loads, too.
+    All tensors are float32, but for a model that was cast after `inject`. A third file, minipeft.json, holds the base
+    model's fingerprint, the digests of the other two files, and what a run adds, such as the labels' names. Without it
+    the folder loads, too.
 Merging
     Not possible, and not needed: no layer is added. Switching exchanges heads: each adapter has one of its own, and
     `disable_adapter` and `remove` put back the one that the model had before, which is kept for that.
     Several adapters. A second `inject` of the same method is an InjectionError. `load_adapter(model, folder, name)`
     adds a saved adapter, of this method or another, under another name and makes it the active one, the one that
-    computes; the others stay, switched off. `set_adapter(model, name)` makes another one active. Head-only training
-    combines with no other method.
+    computes; the others stay, switched off, and the model is in eval mode. `set_adapter(model, name)` makes another one
+    active. Head-only training combines with no other method.
 Cost
     labels * width parameters: 2 * 768 = 1,536 trained and 124,441,344 - 1,536 = 124,439,808 frozen. Tagging has a bias
     besides: 2 * 768 + 2 = 1,538.
@@ -71,17 +72,18 @@ Cost
     operations as the head's forward. No gradient passes through the base, and of its activations only the head's input
     is kept.
     Optimizer: 8 bytes per trained parameter for AdamW's two means, 12,288 bytes, in tagging 12,304. The optimizer's
-    time, too, grows with the trained parameters alone. The earlier head, kept aside: 4 * 1,536 = 6,144 bytes in
-    float32, in tagging 6,152.
+    time, too, grows with the trained parameters alone. Weight decay acts on W. The earlier head, kept aside: 4 * 1,536
+    = 6,144 bytes in float32, in tagging 6,152.
 Errors
     In this list the class of each error stands before its message. There are no settings to be wrong; `inject` raises
     before it changes anything. `load_adapter` raises an AdapterError, and leaves the model as it was, where a file is
-    missing, damaged or of another save than minipeft.json names, where a tensor is missing, unexpected or of another
-    shape (it is named), where minipeft.json has the fingerprint of another base model, or where peft_type is unknown. A
-    setting in adapter_config.json that would change the numbers, and that minipeft does not implement, is a
-    ConfigError. An adapter's name that is taken (`load_adapter`) or unknown (`set_adapter`, `remove`) is an
-    InjectionError. A folder for another task is an AdapterError, too. A text with more tokens than positions is a
-    ConfigError when the model reads it.
+    missing, damaged or not the one whose digest minipeft.json holds, where a tensor is missing, unexpected, of another
+    shape, of integers or not finite (it is named), where minipeft.json has another base model's fingerprint (a base of
+    another dtype is not compared), where the folder is for another task, or where peft_type is unknown. A setting in
+    adapter_config.json that would change the numbers, and that minipeft does not implement, is a ConfigError. An
+    adapter's name that is taken (`load_adapter`) or unknown (`set_adapter`, `remove`) is an InjectionError. A text with
+    more tokens than positions is a ConfigError when the model reads it; values of a caller's own position_ids are not
+    checked.
     inject(GPT2LMHeadModel(model.config), HeadConfig())
         InjectionError: GPT2LMHeadModel has no classification head to train
     inject(inject(model, HeadConfig()), LoraConfig())

@@ -43,33 +43,38 @@ At step 0
     Both models, this one and the base, have the same new head here; it is random. On a half-precision base it is
     float32, and its logits equal the base's up to rounding.
 Positions and mask
-    Untouched. Every token is rescaled by the same l; a text has as many positions as before.
+    Untouched. Every token is rescaled by the same l; a text may have all 1,024 positions, as before; one with more is a
+    ConfigError.
     KV cache. As large as the base's. It holds rescaled keys and values: when the adapter changes, begin a new one.
 Saved
     In adapter_model.safetensors:
     base_model.model.transformer.h.0.attn.c_attn.ia3_l (2304, 1)
     base_model.model.transformer.h.0.mlp.c_proj.ia3_l (1, 3072)
     base_model.model.score.weight (2, 768)
-    and so for every block. score.weight is (labels, 768); all totals here are for 2 labels.
+    and so for every block. score.weight is (labels, 768); all totals here are for 2 labels. Tagging has
+    classifier.weight (labels, 768) and classifier.bias (labels,) in its place, a language model nothing.
     adapter_config.json must say peft_type IA3 and, where they are not the defaults, target_modules and
     feedforward_modules. `save_adapter` always writes both, as full names, such as transformer.h.0.mlp.c_proj, and all
     of the second list are in the first, since peft compares them word for word. It writes the other settings, too, and
     for peft fan_in_fan_out true: transformers stores GPT-2's matrices as (in, out). Without feedforward_modules,
     loading takes the default, mlp.c_proj alone; an l of the other shape is then an AdapterError.
-    All tensors are float32. A third file, minipeft.json, holds the base model's fingerprint, the digests of the other
-    two files, and what a run adds, such as the labels' names. Without it the folder loads, too.
+    All tensors are float32, but for a model that was cast after `inject`. A third file, minipeft.json, holds the base
+    model's fingerprint, the digests of the other two files, and what a run adds, such as the labels' names. Without it
+    the folder loads, too.
 Merging
     W <- l * W. As stored, l (out, 1) scales the rows and l (1, in) the columns. Where the output is rescaled, as in
     c_attn, bias <- l * bias too; the bias of mlp.c_proj stays. Every target can be merged. `merge` keeps the W and bias
     it found, and `unmerge` puts them back, bit for bit. Merged and unmerged outputs agree up to rounding. On a
     half-precision base l is float32; each product is rounded once, to W's type. Unmerged, l * x is rounded instead, or
     y, once before and once after it is rescaled.
-    Order. `merge` folds in the active adapter. InjectionError: `merge` when it is merged already, `unmerge` when
-    nothing is, and, until `unmerge`, `inject`, `load_adapter`, `set_adapter` and `disable_adapter`. `save_adapter` is
-    an AdapterError until then. `remove` unmerges first.
+    Order. `merge` folds in the active adapter. While it is merged, a second `merge`, `inject`, `load_adapter`,
+    `set_adapter` and `disable_adapter` are an InjectionError, and `save_adapter` is an AdapterError; `remove` unmerges
+    first. When nothing is merged, `unmerge` is an InjectionError.
     Several adapters. A second `inject` of the same method is an InjectionError. `load_adapter(model, folder, name)`
     adds a saved adapter, of this method or another, under another name and makes it the active one, the one that
-    computes; the others stay, switched off. `set_adapter(model, name)` makes another one active.
+    computes; the others stay, switched off, and the model is in eval mode. `set_adapter(model, name)` makes another one
+    active. Under one name other methods may work along that have other targets or none, such as BitFit or a prompt, but
+    neither full nor head; together with what cannot merge, nothing is merged.
 Cost
     out parameters for a c_attn, in for an mlp.c_proj: 2304 + 3072 = 5,376 per block of GPT-2, 12 * 5,376 = 64,512 in
     twelve. With the new head, which a language model lacks, 12 * 5,376 + 1,536 = 66,048 trained.
@@ -82,18 +87,19 @@ Cost
     Backward: full fine-tuning computes the gradients of x and of W, 2 in out operations each; here the second is never
     computed. Each rescaled number takes three operations: one multiplication for the gradient that is passed on, and
     for l's own a multiplication and an addition, into the sum over batch and seq. Kept for l's gradient: of c_attn
-    x W^T + bias (batch, seq, 2304), of mlp.c_proj x (batch, seq, 3072). Optimizer: 8 bytes per trained parameter for
-    AdamW's two means, 528,384 bytes; gradients take half of that. The optimizer's time, too, grows with the trained
-    parameters alone.
+    x W^T + bias (batch, seq, 2304), of mlp.c_proj x (batch, seq, 3072). In all a block above the lowest keeps 17 C
+    numbers per token (C = 768 channels), more than full fine-tuning's 16 C: (IA)^3 saves gradients and AdamW's means.
+    Optimizer: 8 bytes per trained parameter for AdamW's two means, 528,384 bytes; gradients take half of that. The
+    optimizer's time, too, grows with the trained parameters alone. Weight decay acts on the head's matrix alone.
 Errors
     In this list the class of each error stands before its message. Most wrong values are found when the configuration
     is made, the others by `inject`, before it changes anything. `load_adapter` raises an AdapterError, and leaves the
-    model as it was, where a file is missing, damaged or of another save than minipeft.json names, where a tensor is
-    missing, unexpected or of another shape (it is named), where minipeft.json has the fingerprint of another base
-    model, or where peft_type is unknown. A setting in adapter_config.json that would change the numbers, and that
-    minipeft does not implement, is a ConfigError. An adapter's name that is taken (`load_adapter`) or unknown
-    (`set_adapter`, `remove`) is an InjectionError. A bad regular expression in a setting is a ConfigError when `inject`
-    uses it.
+    model as it was, where a file is missing, damaged or not the one whose digest minipeft.json holds, where a tensor is
+    missing, unexpected, of another shape, of integers or not finite (it is named), where minipeft.json has another base
+    model's fingerprint (a base of another dtype is not compared), where the folder is for another task, or where
+    peft_type is unknown. A setting in adapter_config.json that would change the numbers, and that minipeft does not
+    implement, is a ConfigError. An adapter's name that is taken (`load_adapter`) or unknown (`set_adapter`, `remove`)
+    is an InjectionError. A bad regular expression in a setting is a ConfigError when `inject` uses it.
     IA3Config(target_modules=["c_attn"], feedforward_modules=["mlp.c_proj"])
         ConfigError: feedforward_modules ['mlp.c_proj'] must be among the target_modules ['c_attn']
     IA3Config(init_ia3_weights="no")
@@ -105,9 +111,10 @@ Errors
         InjectionError: transformer.h.0.attn.c_attn already carries a LoRALinear: remove it first
 Differs from the paper
     The paper rescales keys, values and inner activations. GPT-2 has queries, keys and values in one matrix, c_attn, so
-    here, as in peft, the queries are rescaled too. The paper's model, T0, answers in words and needs no new head. To
-    the loss of the right answer the paper adds two: one makes wrong answers less likely (unlikelihood), one compares
-    answers by their mean log-probability per token (length-normalized). Here the task's own loss is the only one.
+    here, as in peft, the queries are rescaled too. The paper's model, T0, answers in words and needs no new head, and
+    its l was first trained on a mixture of other tasks. To the loss of the right answer the paper adds two: one makes
+    wrong answers less likely (unlikelihood), one compares answers by their mean log-probability per token
+    (length-normalized). Here the task's own loss is the only one.
     From peft it differs in that `unmerge` puts the kept W and bias back; peft's divides by l + 1e-8.
 
 Paper: Liu, Tam, Muqeeth, Mohta, Huang, Bansal, Raffel (2022), "Few-Shot Parameter-Efficient Fine-Tuning is Better and

@@ -54,7 +54,7 @@ class Injection:
         method: its name in METHODS.
         config: a copy of the user's configuration.
         name: of the adapter. Injections of one name are one adapter, and are switched together.
-        fingerprint: of the base model (see `fingerprint`).
+        fingerprint: of the base model (see `fingerprint`), whose number format was base_dtype then.
         required_grad: parameter of the bare model -> whether it required a gradient.
         layers: module name -> the layer put there.
         trained_base: the base model's own tensors that the method trains (biases, the head).
@@ -70,6 +70,7 @@ class Injection:
     config: MethodConfig
     name: str
     fingerprint: str
+    base_dtype: torch.dtype
     required_grad: dict[str, bool]
     layers: dict[str, AdapterLayer]
     trained_base: list[str]
@@ -88,8 +89,9 @@ def carry_out(plan: Plan, model: nn.Module, config: MethodConfig, name: str) -> 
     """
     earlier, flags = all_injections(model), {key: p.requires_grad for key, p in base_parameters(model).items()}
     required_grad = earlier[0].required_grad if earlier else flags
-    injection = Injection(config.method, copy.deepcopy(config), name, fingerprint(model), required_grad, plan.layers,
-                          trained_base=list(dict.fromkeys([*plan.trained, *new_head_tensors(model)])))
+    dtype = earlier[0].base_dtype if earlier else next(model.parameters()).dtype
+    injection = Injection(config.method, copy.deepcopy(config), name, fingerprint(model), dtype, required_grad,
+                          plan.layers, trained_base=list(dict.fromkeys([*plan.trained, *new_head_tensors(model)])))
     if not earlier:
         model.requires_grad_(False)
     give_own_parameters(model, injection, plan)

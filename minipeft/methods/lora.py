@@ -45,18 +45,20 @@ At step 0
     gradients stay 0. With PiSSA, lora_dropout drops a part of s B A: then training does not start as the base model. On
     a half-precision base the new head is float32, and its logits equal the base's up to rounding.
 Positions and mask
-    Untouched. Each token is updated by itself; a text has as many positions as before.
+    Untouched. Each token is updated by itself; a text may have all 1,024 positions, as before; one with more is a
+    ConfigError.
     KV cache. As large as the base's. It holds adapted keys and values: when the adapter changes, begin a new one.
 Saved
     In adapter_model.safetensors:
     base_model.model.transformer.h.0.attn.c_attn.lora_A.weight (8, 768)
     base_model.model.transformer.h.0.attn.c_attn.lora_B.weight (2304, 8)
     base_model.model.score.weight (2, 768)
-    and so A and B for every target. score.weight is (labels, 768); all totals here are for 2 labels.
-    adapter_config.json must say peft_type LORA, r, lora_alpha and target_modules, and use_rslora, rank_pattern and
-    alpha_pattern where they are not the default, as s depends on them. `save_adapter` writes every setting, patterns
-    and "all-linear" as full names of modules, and for peft, Hugging Face's library, lora_bias false and fan_in_fan_out
-    true: transformers stores GPT-2's matrices as (in, out).
+    and so A and B for every target. score.weight is (labels, 768); all totals here are for 2 labels. Tagging has
+    classifier.weight (labels, 768) and classifier.bias (labels,) in its place, a language model nothing.
+    adapter_config.json must say peft_type LORA and, where they are not the default, r, lora_alpha, target_modules,
+    use_rslora, rank_pattern and alpha_pattern, as shapes and s depend on them. `save_adapter` writes every setting,
+    patterns and "all-linear" as full names of modules, and for peft, Hugging Face's library, lora_bias false and
+    fan_in_fan_out true: transformers stores GPT-2's matrices as (in, out).
     With `bias` "lora_only" also the bias of every target, with "all" every bias of the base. In block 0, and last:
         base_model.model.transformer.h.0.attn.c_attn.base_layer.bias (2304,)
         base_model.model.transformer.h.0.ln_1.bias (768,)
@@ -69,20 +71,23 @@ Saved
     With PiSSA it must say init_lora_weights pissa. The tensors are the trained A and B, not the frozen W - s B A of the
     start. Loading computes that again from the base's own W, then puts the saved A and B in. On another machine it
     agrees up to rounding.
-    All tensors are float32. A third file, minipeft.json, holds the base model's fingerprint, the digests of the other
-    two files, and what a run adds, such as the labels' names. Without it the folder loads, too.
+    All tensors are float32, but for a model that was cast after `inject`. A third file, minipeft.json, holds the base
+    model's fingerprint, the digests of the other two files, and what a run adds, such as the labels' names. Without it
+    the folder loads, too.
 Merging
     W <- W + s B A, the layer's own `weight`; its bias stays. Every target can be merged; dropout is not part of W.
     `merge` keeps the W it found, and `unmerge` puts it back, bit for bit. With PiSSA this is W - s B A of the start;
     `remove` and `disable_adapter` bring back the base's own W. Merged and unmerged outputs agree up to rounding.
     On a half-precision base A and B are float32. The sum is rounded once, to W's type: an element of the update that is
     too small beside W's is lost. Unmerged, y is rounded before the update is added, and again after it.
-    Order. `merge` folds in the active adapter. InjectionError: `merge` when it is merged already, `unmerge` when
-    nothing is, and, until `unmerge`, `inject`, `load_adapter`, `set_adapter` and `disable_adapter`. `save_adapter` is
-    an AdapterError until then. `remove` unmerges first.
+    Order. `merge` folds in the active adapter. While it is merged, a second `merge`, `inject`, `load_adapter`,
+    `set_adapter` and `disable_adapter` are an InjectionError, and `save_adapter` is an AdapterError; `remove` unmerges
+    first. When nothing is merged, `unmerge` is an InjectionError.
     Several adapters. A second `inject` of the same method is an InjectionError. `load_adapter(model, folder, name)`
     adds a saved adapter, of this method or another, under another name and makes it the active one, the one that
-    computes; the others stay, switched off. `set_adapter(model, name)` makes another one active.
+    computes; the others stay, switched off, and the model is in eval mode. `set_adapter(model, name)` makes another one
+    active. Under one name other methods may work along that have other targets or none, such as BitFit or a prompt, but
+    neither full nor head; together with what cannot merge, nothing is merged.
 Cost
     r (in + out) parameters per target: 8 * (768 + 2304) = 24,576 for a c_attn of GPT-2 beside 1,769,472 in its W.
     In all 12 * 24,576 + 1,536 = 296,448 trained, with a new head's 2 * 768 = 1,536; a language model has no new head.
@@ -93,22 +98,25 @@ Cost
     Forward: 2 r (in + out) operations per token and target beside 2 in out, 1.4 % more for a c_attn at r = 8. At
     inference the same; merged, not one more, but the kept W takes 4 * 1,769,472 = 7,077,888 bytes more per c_attn in
     float32.
-    Backward: full fine-tuning computes the gradients of x and of W, 2 in out operations each; here the second is never
-    computed, and needs nothing kept. A and B take 4 r (in + out) per token and target: half for the gradient of x, half
-    for their own. Kept for these: dropout(x) (batch, seq, in), s dropout(x) A^T (batch, seq, r), and with dropout its
-    mask, a byte per number of x. On a half-precision base dropout(x) is float32: 4 bytes per number, not 2. On a CPU,
-    with a float32 base or under autocast, low_rank.py keeps x, and computes dropout(x) again from it and the mask.
+    Backward: full fine-tuning computes the gradients of x and of W, 2 in out operations each; here W's gradient is
+    never computed, so x is not kept for it. Nothing below the first target needs a gradient: in block 0 its x gets
+    none. A and B take 4 r (in + out) per token and target: half for the gradient of x, half for their own. Kept for
+    these: dropout(x) (batch, seq, in), s dropout(x) A^T (batch, seq, r), and with dropout its mask, a byte per number
+    of x. On a half-precision base dropout(x) is float32: 4 bytes per number, not 2. On a CPU, with a float32 base or
+    under autocast, low_rank.py keeps x, and computes dropout(x) again from it and the mask. In all a block above the
+    lowest keeps 11 C + r numbers per token, with all-linear 16 C + 4 r; full fine-tuning keeps 16 C, C = 768 channels.
     Optimizer: 8 bytes per trained parameter for AdamW's two means, 2,371,584 bytes; gradients take half of that. The
-    optimizer's time, too, grows with the trained parameters alone.
+    optimizer's time, too, grows with the trained parameters alone. Weight decay acts on A, B and the head's matrix, not
+    on biases.
 Errors
     In this list the class of each error stands before its message. Most wrong values are found when the configuration
     is made, the others by `inject`, before it changes anything. `load_adapter` raises an AdapterError, and leaves the
-    model as it was, where a file is missing, damaged or of another save than minipeft.json names, where a tensor is
-    missing, unexpected or of another shape (it is named), where minipeft.json has the fingerprint of another base
-    model, or where peft_type is unknown. A setting in adapter_config.json that would change the numbers, and that
-    minipeft does not implement, is a ConfigError. An adapter's name that is taken (`load_adapter`) or unknown
-    (`set_adapter`, `remove`) is an InjectionError. A bad regular expression in a setting is a ConfigError when `inject`
-    uses it.
+    model as it was, where a file is missing, damaged or not the one whose digest minipeft.json holds, where a tensor is
+    missing, unexpected, of another shape, of integers or not finite (it is named), where minipeft.json has another base
+    model's fingerprint (a base of another dtype is not compared), where the folder is for another task, or where
+    peft_type is unknown. A setting in adapter_config.json that would change the numbers, and that minipeft does not
+    implement, is a ConfigError. An adapter's name that is taken (`load_adapter`) or unknown (`set_adapter`, `remove`)
+    is an InjectionError. A bad regular expression in a setting is a ConfigError when `inject` uses it.
     LoraConfig(r=0)
         ConfigError: r must be a positive integer, got 0
     LoraConfig(lora_dropout=1.0)
@@ -123,8 +131,8 @@ Errors
         ConfigError: layers_to_transform=[12]: this model has the blocks 0 to 11
 Differs from the paper
     The paper adapts the query and the value matrix; GPT-2 has query, key and value in one matrix, c_attn, which is
-    adapted whole. A starts uniform, as in peft and loralib, not normal. Dropout on x, rsLoRA, PiSSA and LoRA+ came
-    later.
+    adapted whole. A starts uniform, as in peft and loralib, not normal. Dropout on x is not in the paper's equation,
+    but in its authors' code. rsLoRA, PiSSA and LoRA+ came later.
     rsLoRA: the same s as in its paper, but use_rslora is off by default.
     PiSSA: its paper has no s; here A and B start divided by sqrt(s), so that s B A is the same.
     LoRA+: a rule of the optimizer. B's learning rate is `loraplus_lr_ratio` times A's, a setting of the training and

@@ -22,7 +22,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from minipeft.model.dropout import draw_kept, scale
+from minipeft.model.dropout import Dropout, draw_kept, scale
 from minipeft.model.linear import Linear, autocast_dtype, carried_out_here, linear, outer
 
 
@@ -32,18 +32,19 @@ def applies(x: Tensor, layer: nn.Module) -> bool:
     return (torch.is_grad_enabled() and carried_out_here(x, *(part.weight for part in parts))
             and x.dim() > 1 and x.numel() > 0 and dtype in (torch.float32, torch.bfloat16)
             and (autocast_dtype(x) or all(part.weight.dtype == dtype for part in parts))
-            and not layer.base_layer.weight.requires_grad and all(_is_plain(part) for part in parts))
+            and not layer.base_layer.weight.requires_grad and all(_is_plain(part) for part in parts)
+            and _is_plain(layer.lora_dropout, Dropout))
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a call of the module is x W^T + b and nothing more: no hook, no other forward."""
-    return (type(module) is Linear and "forward" not in module.__dict__ and not module._forward_hooks
+def _is_plain(module: nn.Module, kind: type[nn.Module] = Linear) -> bool:
+    """Whether a call of the module is what its class says and nothing more: no hook, no other forward."""
+    return (type(module) is kind and "forward" not in module.__dict__ and not module._forward_hooks
             and not module._forward_pre_hooks and not module._backward_hooks and not module._backward_pre_hooks)
 
 
 def low_rank(x: Tensor, layer: nn.Module) -> Tensor:
     """What a LoRALinear gives for x: (batch, seq, in) -> (batch, seq, out)."""
-    dropout, base = layer.lora_dropout.p if layer.training else 0.0, layer.base_layer
+    dropout, base = layer.lora_dropout.p if layer.lora_dropout.training else 0.0, layer.base_layer
     kept = draw_kept(x.shape, dropout) if dropout else None
     tensors = (x, base.weight, base.bias, layer.lora_A.weight, layer.lora_B.weight)
     cast = [None if tensor is None else tensor.to(autocast_dtype(x) or x.dtype) for tensor in tensors]

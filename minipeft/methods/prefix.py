@@ -43,8 +43,8 @@ Trained
     embedding.weight, W_1 and b_1 are transform.0.weight and .bias, W_2 and b_2 transform.2.weight and .bias. A model
     that loads a saved adapter has P as a plain table, and trains that.
 Frozen
-    Everything else, the base's biases too: `inject`, which puts the method into a model, sets requires_grad to False,
-    so no gradient is computed for it and the optimizer never sees it.
+    Everything else, 124,439,808 numbers, the base's biases too: `inject`, which puts the method into a model, sets
+    requires_grad to False, so no gradient is computed for it and the optimizer never sees it.
 At step 0
     PrefixTuningConfig()                            is not the base model: P is standard normal
     PrefixTuningConfig(init_weights="zero")         is not the base model: a key of zeros takes its share, see below
@@ -91,8 +91,9 @@ Saved
     four that a file has must be the model's: "the adapter was made for another num_layers; this model's is 12".
     prefix_projection, encoder_hidden_size and init_weights stay in a loaded configuration. They say how P was made, and
     change nothing: loading builds what they say, and a table with the saved P takes its place.
-    All tensors are float32. A third file, minipeft.json, holds the base model's fingerprint, the digests of the other
-    two files, and what a run adds, such as the labels' names. Without it the folder loads, too.
+    All tensors are float32, but for a model that was cast after `inject`. A third file, minipeft.json, holds the base
+    model's fingerprint, the digests of the other two files, and what a run adds, such as the labels' names. Without it
+    the folder loads, too.
 Merging
     Not possible: keys and values are a part of what attention reads, not a change of weights. They are put in before
     each text.
@@ -102,8 +103,9 @@ Merging
     start a new one.
     Several adapters. A second `inject` of the same method is an InjectionError. `load_adapter(model, folder, name)`
     adds a saved adapter, of this method or another, under another name and makes it the active one, the one that
-    computes; the others stay, switched off. `set_adapter(model, name)` makes another one active. Under one name other
-    methods may work along, such as LoRA, but no second one that puts something before the text.
+    computes; the others stay, switched off, and the model is in eval mode. `set_adapter(model, name)` makes another one
+    active. Under one name other methods may work along, such as LoRA, but neither full nor head, nor a second one that
+    puts something before the text.
 Cost
     2 V L C parameters: 2 * 20 * 12 * 768 = 368,640. In all 2 * 20 * 12 * 768 + 1,536 = 370,176 trained, the head's
     2 * 768 = 1,536 among them. With prefix_projection V C + C h + h + 2 L C h + 2 L C and the head:
@@ -122,8 +124,8 @@ Cost
     (2 + 3 + 1 + 4) C numbers; in block 0 not ln_1's input, as nothing below it is trained. [P_k; k] and [P_v; v],
     copies, are kept as well: 2 C (V + seq) numbers per block and text. The text's own k and v stay in memory beside
     these copies: they and q are parts of one tensor, c_attn's output, and attention keeps q. The softmax's shares
-    themselves are not kept: attention computes them again. In training the base's dropout adds one byte per number, 2 C
-    in a block. For dropout on attention's shares (attn_pdrop) a CPU keeps its mask, a byte per share, in place of
+    themselves are not kept: attention computes them again. In training the base's dropout adds 2 C bytes per block and
+    token. For dropout on attention's shares (attn_pdrop) a CPU keeps its mask, a byte per share, in place of
     attention's output; a GPU's fused attention keeps no mask. The network keeps tanh's output, V h numbers per call;
     its own backward takes twice its forward, 2 * 589,824,000 = 1,179,648,000 operations.
     Optimizer: 8 bytes per trained parameter for AdamW's two means, 2,961,408 bytes; with prefix_projection
@@ -132,13 +134,14 @@ Cost
 Errors
     In this list the class of each error stands before its message. Most wrong values are found when the configuration
     is made, the others by `inject`, before it changes anything. `load_adapter` raises an AdapterError, and leaves the
-    model as it was, where a file is missing, damaged or of another save than minipeft.json names, where a tensor is
-    missing, unexpected or of another shape (it is named), where minipeft.json has the fingerprint of another base
-    model, or where peft_type is unknown. A setting in adapter_config.json that would change the numbers, and that
-    minipeft does not implement, is a ConfigError. An adapter's name that is taken (`load_adapter`) or unknown
-    (`set_adapter`, `remove`) is an InjectionError. Other dimensions than the model's, such as token_dim, are a
-    ConfigError. A folder for another task is an AdapterError, too. A text with more tokens than positions is a
-    ConfigError when the model reads it.
+    model as it was, where a file is missing, damaged or not the one whose digest minipeft.json holds, where a tensor is
+    missing, unexpected, of another shape, of integers or not finite (it is named), where minipeft.json has another base
+    model's fingerprint (a base of another dtype is not compared), where the folder is for another task, or where
+    peft_type is unknown. A setting in adapter_config.json that would change the numbers, and that minipeft does not
+    implement, is a ConfigError. An adapter's name that is taken (`load_adapter`) or unknown (`set_adapter`, `remove`)
+    is an InjectionError. Other dimensions than the model's, such as token_dim, are a ConfigError. A text with more
+    tokens than positions is a ConfigError when the model reads it; values of a caller's own position_ids are not
+    checked.
     PrefixTuningConfig(init_weights="zeros")
         ConfigError: init_weights must be one of None, zero, got 'zeros'
     PrefixTuningConfig(num_virtual_tokens=0)

@@ -23,7 +23,7 @@ Symbols
     P (V, C) the prompt, trained                V = num_virtual_tokens       C = n_embd, 768 in GPT-2 124M
     seq how many tokens the text has            [P; ...] (batch, V + seq, C): P before each text of the batch
     [V:] cuts the first V of the V + seq vectors of each text off; the batch stays whole
-    positions 0, 1, 2, ..., (V + seq,); with position_ids from a caller (batch, V + seq), or (1, V + seq) for all texts
+    positions 0 to V + seq - 1, (V + seq,); of a caller's position_ids (batch, V + seq), or (1, V + seq) for all texts
     x (batch, V + seq, C) what enters the blocks, in training after the base's own dropout
     blocks the base's L = n_layer blocks and ln_f, its last LayerNorm      y (batch, seq, C) what the head gets
 Trained
@@ -31,9 +31,9 @@ Trained
     is used it is brought to that of the text's embeddings. A new classification head, n C numbers for n labels, in
     tagging n C + n.
 Frozen
-    Everything else, wte first of all, the base's biases too: `inject`, which puts the method into a model, sets
-    requires_grad to False, so no gradient is computed for it and the optimizer never sees it. A prompt that starts from
-    words is a copy of their rows of wte: training it does not move the words.
+    Everything else, 124,439,808 numbers, wte first of all, the base's biases too: `inject`, which puts the method into
+    a model, sets requires_grad to False, so no gradient is computed for it and the optimizer never sees it. A prompt
+    that starts from words is a copy of their rows of wte: training it does not move the words.
 At step 0
     PromptTuningConfig()                                      is not the base model: P is standard normal
     PromptTuningConfig(prompt_tuning_init="SAMPLE_VOCAB")     is not the base model: P is V rows of wte, drawn at random
@@ -70,8 +70,9 @@ Saved
     model's name or folder, or gpt2.
     In a loaded configuration prompt_tuning_init is RANDOM, whatever was saved: P comes from the file. tokenizer_kwargs,
     which peft may have written, is accepted and not used.
-    All tensors are float32. A third file, minipeft.json, holds the base model's fingerprint, the digests of the other
-    two files, and what a run adds, such as the labels' names. Without it the folder loads, too.
+    All tensors are float32, but for a model that was cast after `inject`. A third file, minipeft.json, holds the base
+    model's fingerprint, the digests of the other two files, and what a run adds, such as the labels' names. Without it
+    the folder loads, too.
 Merging
     Not possible: the prompt is input, not a change of weights. It is read before each text.
     `merge` is an InjectionError: "Prompt cannot be merged: it is not a change of weights".
@@ -80,8 +81,9 @@ Merging
     start a new one.
     Several adapters. A second `inject` of the same method is an InjectionError. `load_adapter(model, folder, name)`
     adds a saved adapter, of this method or another, under another name and makes it the active one, the one that
-    computes; the others stay, switched off. `set_adapter(model, name)` makes another one active. Under one name other
-    methods may work along, such as LoRA, but no second one that puts something before the text.
+    computes; the others stay, switched off, and the model is in eval mode. `set_adapter(model, name)` makes another one
+    active. Under one name other methods may work along, such as LoRA, but neither full nor head, nor a second one that
+    puts something before the text.
 Cost
     V C parameters: 20 * 768 = 15,360. In all 20 * 768 + 1,536 = 16,896 trained, the head's 2 * 768 = 1,536 among them.
     Forward: V tokens more per text in every block. 256 tokens become 276: 8 % more in the matrices, and 16 % more
@@ -95,22 +97,22 @@ Cost
     computed for a frozen matrix. It alone needs the matrix's input, which is therefore not kept. Kept are, per block
     and token, virtual or not, the inputs of both LayerNorms, q, k, v, attention's output and gelu's input, (2 + 3 + 1 +
     4) C numbers. The softmax's shares themselves are not kept: attention computes them again. In training the base's
-    dropout adds one byte per number, 2 C in a block. For dropout on attention's shares (attn_pdrop) a CPU keeps its
-    mask, a byte per share, in place of attention's output; a GPU's fused attention keeps no mask.
+    dropout adds 2 C bytes per block and token. For dropout on attention's shares (attn_pdrop) a CPU keeps its mask, a
+    byte per share, in place of attention's output; a GPU's fused attention keeps no mask.
     Optimizer: 8 bytes per trained parameter for AdamW's two means, 135,168 bytes; gradients take half of that. The
-    optimizer's time, too, grows with the trained parameters alone.
+    optimizer's time, too, grows with the trained parameters alone. Weight decay acts on the head's matrix alone.
 Errors
     In this list the class of each error stands before its message. Most wrong values are found when the configuration
     is made, the others by `inject`, before it changes anything. `load_adapter` raises an AdapterError, and leaves the
-    model as it was, where a file is missing, damaged or of another save than minipeft.json names, where a tensor is
-    missing, unexpected or of another shape (it is named), where minipeft.json has the fingerprint of another base
-    model, or where peft_type is unknown. A setting in adapter_config.json that would change the numbers, and that
-    minipeft does not implement, is a ConfigError. An adapter's name that is taken (`load_adapter`) or unknown
-    (`set_adapter`, `remove`) is an InjectionError. Other dimensions than the model's, such as token_dim, are a
-    ConfigError. A folder for another task is an AdapterError, too. A text with more tokens than positions is a
-    ConfigError when the model reads it. With TEXT `inject` raises a ConfigError if the text is missing, empty or blank,
-    or has ids that the model does not have, and a WeightsError if the vocabulary is damaged, or GPT-2's neither cached
-    nor to be downloaded.
+    model as it was, where a file is missing, damaged or not the one whose digest minipeft.json holds, where a tensor is
+    missing, unexpected, of another shape, of integers or not finite (it is named), where minipeft.json has another base
+    model's fingerprint (a base of another dtype is not compared), where the folder is for another task, or where
+    peft_type is unknown. A setting in adapter_config.json that would change the numbers, and that minipeft does not
+    implement, is a ConfigError. An adapter's name that is taken (`load_adapter`) or unknown (`set_adapter`, `remove`)
+    is an InjectionError. Other dimensions than the model's, such as token_dim, are a ConfigError. A text with more
+    tokens than positions is a ConfigError when the model reads it; values of a caller's own position_ids are not
+    checked. With TEXT `inject` raises a ConfigError if the text is missing, empty or blank, or has ids that the model
+    does not have, and a WeightsError if the vocabulary is damaged, or GPT-2's neither cached nor to be downloaded.
     PromptTuningConfig(prompt_tuning_init="random")
         ConfigError: prompt_tuning_init must be one of RANDOM, SAMPLE_VOCAB, TEXT, got 'random'
     inject(model, PromptTuningConfig(prompt_tuning_init="TEXT"))

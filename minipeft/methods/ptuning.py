@@ -50,7 +50,7 @@ Symbols
     ids (batch, seq) the text's token ids       wte (vocabulary, C), wpe (n_positions, C) the frozen embeddings
     seq how many tokens the text has            [P; ...] (batch, V + seq, C): P before each text of the batch
     [V:] cuts the first V of the V + seq vectors of each text off; the batch stays whole
-    positions 0, 1, 2, ..., (V + seq,); with position_ids from a caller (batch, V + seq), or (1, V + seq) for all texts
+    positions 0 to V + seq - 1, (V + seq,); of a caller's position_ids (batch, V + seq), or (1, V + seq) for all texts
     x (batch, V + seq, C) what enters the blocks, in training after the base's own dropout
     blocks the base's L = n_layer blocks and ln_f, its last LayerNorm      y (batch, seq, C) what the head gets
 Trained
@@ -58,8 +58,8 @@ Trained
     used); a new classification head, n C numbers for n labels, in tagging n C + n. A model that loads a saved adapter
     has P as a plain table: if it is trained further, then P itself is, as in prompt tuning.
 Frozen
-    Everything else, wte first of all, the base's biases too: `inject`, which puts the method into a model, sets
-    requires_grad to False, so no gradient is computed for it and the optimizer never sees it.
+    Everything else, 124,439,808 numbers, wte first of all, the base's biases too: `inject`, which puts the method into
+    a model, sets requires_grad to False, so no gradient is computed for it and the optimizer never sees it.
 At step 0
     PromptEncoderConfig()                                          is not the base model: E and the network are random
     PromptEncoderConfig(encoder_reparameterization_type="LSTM")    is not the base model: for the same reason
@@ -95,8 +95,9 @@ Saved
     1 are written for peft, Hugging Face's library. Each of these four that a file has must be the model's: "the adapter
     was made for another token_dim; this model's is 768".
     The encoder_* fields stay in a loaded configuration and change nothing: a table with P is in the network's place.
-    All tensors are float32. A third file, minipeft.json, holds the base model's fingerprint, the digests of the other
-    two files, and what a run adds, such as the labels' names. Without it the folder loads, too.
+    All tensors are float32, but for a model that was cast after `inject`. A third file, minipeft.json, holds the base
+    model's fingerprint, the digests of the other two files, and what a run adds, such as the labels' names. Without it
+    the folder loads, too.
 Merging
     Not possible: the prompt is input, not a change of weights. It is read before each text.
     `merge` is an InjectionError: "Prompt cannot be merged: it is not a change of weights".
@@ -105,8 +106,9 @@ Merging
     start a new one.
     Several adapters. A second `inject` of the same method is an InjectionError. `load_adapter(model, folder, name)`
     adds a saved adapter, of this method or another, under another name and makes it the active one, the one that
-    computes; the others stay, switched off. `set_adapter(model, name)` makes another one active. Under one name other
-    methods may work along, such as LoRA, but no second one that puts something before the text.
+    computes; the others stay, switched off, and the model is in eval mode. `set_adapter(model, name)` makes another one
+    active. Under one name other methods may work along, such as LoRA, but neither full nor head, nor a second one that
+    puts something before the text.
 Cost
     V C + (C h + h) + (h^2 + h) + (h C + C) parameters: 20 * 768 + 3 * (768 * 768 + 768) = 1,787,136 by default.
     In all 1,787,136 + 1,536 = 1,788,672 trained, the head's 2 * 768 = 1,536 among them. Once saved and loaded,
@@ -123,15 +125,15 @@ Cost
     later tokens still read their keys and values. The cache holds these 2 V L C numbers per text,
     4 * 2 * 20 * 12 * 768 = 1,474,560 bytes in float32. The network runs once in each call that puts the prompt in,
     whatever the number of texts, with 2 V operations per number in its matrices: 2 * 20 * 3 * 768 * 768 = 70,778,880
-    for the MLP. The LSTM takes as many as 6.4 tokens, 2 * 20 * (9,437,184 + 14,155,776 + 3,538,944) = 1,085,276,160 in
-    layer 0, layer 1 and W.
+    for the MLP. The LSTM takes as many as the matrices of all blocks take for 6.4 tokens, 2 * 20 * (9,437,184 +
+    14,155,776 + 3,538,944) = 1,085,276,160 in layer 0, layer 1 and W.
     Backward: the gradient passes through all blocks down to the input, and then through the network. Of the three
     products that full fine-tuning takes per matrix (forward, the gradient of the matrix's input, the gradient of the
     matrix itself) the third is never computed for a frozen matrix. It alone needs the matrix's input, which is
     therefore not kept. Kept are, per block and token, virtual or not, the inputs of both LayerNorms, q, k, v,
     attention's output and gelu's input, (2 + 3 + 1 + 4) C numbers. The softmax's shares themselves are not kept:
-    attention computes them again. In training the base's dropout adds one byte per number, 2 C in a block. For dropout
-    on attention's shares (attn_pdrop) a CPU keeps its mask, a byte per share, in place of attention's output; a GPU's
+    attention computes them again. In training the base's dropout adds 2 C bytes per block and token. For dropout on
+    attention's shares (attn_pdrop) a CPU keeps its mask, a byte per share, in place of attention's output; a GPU's
     fused attention keeps no mask. The MLP keeps both relus' outputs, 2 V h numbers per call; the LSTM its inputs, gates
     and states per row, layer and direction, and the one relu's output, 2 V h. The network's own backward takes twice
     its forward, with the MLP 2 * 70,778,880 = 141,557,760 operations.
@@ -141,13 +143,14 @@ Cost
 Errors
     In this list the class of each error stands before its message. Most wrong values are found when the configuration
     is made, the others by `inject`, before it changes anything. `load_adapter` raises an AdapterError, and leaves the
-    model as it was, where a file is missing, damaged or of another save than minipeft.json names, where a tensor is
-    missing, unexpected or of another shape (it is named), where minipeft.json has the fingerprint of another base
-    model, or where peft_type is unknown. A setting in adapter_config.json that would change the numbers, and that
-    minipeft does not implement, is a ConfigError. An adapter's name that is taken (`load_adapter`) or unknown
-    (`set_adapter`, `remove`) is an InjectionError. Other dimensions than the model's, such as token_dim, are a
-    ConfigError. A folder for another task is an AdapterError, too. A text with more tokens than positions is a
-    ConfigError when the model reads it.
+    model as it was, where a file is missing, damaged or not the one whose digest minipeft.json holds, where a tensor is
+    missing, unexpected, of another shape, of integers or not finite (it is named), where minipeft.json has another base
+    model's fingerprint (a base of another dtype is not compared), where the folder is for another task, or where
+    peft_type is unknown. A setting in adapter_config.json that would change the numbers, and that minipeft does not
+    implement, is a ConfigError. An adapter's name that is taken (`load_adapter`) or unknown (`set_adapter`, `remove`)
+    is an InjectionError. Other dimensions than the model's, such as token_dim, are a ConfigError. A text with more
+    tokens than positions is a ConfigError when the model reads it; values of a caller's own position_ids are not
+    checked.
     PromptEncoderConfig(encoder_reparameterization_type="GRU")
         ConfigError: encoder_reparameterization_type must be one of MLP, LSTM, got 'GRU'
     PromptEncoderConfig(num_virtual_tokens=0)

@@ -33,11 +33,13 @@ from minipeft.methods.folder import (
 from minipeft.methods.injection import (
     Injection,
     active_injections,
+    all_injections,
+    base_dtype,
     base_of,
     base_parameters,
     fingerprint,
 )
-from minipeft.methods.switch import activate, adapter_names, deactivate, remove
+from minipeft.methods.switch import activate, adapter_names, check_can_leave, deactivate, remove
 from minipeft.methods.turn import surgery
 from minipeft.methods.wrappers import check_is_bare, seeing_through
 from minipeft.model.pretrained import PretrainedModel
@@ -104,7 +106,7 @@ def _write(model: nn.Module, injection: Injection, folder: Path, details: dict[s
     write_json(folder / CONFIG_FILE, config)
     write_json(folder / DETAILS_FILE, {
         "files": digests(folder), "base_fingerprint": injection.fingerprint or None,  # None: injected on meta
-        "base_dtype": str(base_of(model).wte.weight.dtype), "base_model": getattr(model, "name_or_path", None),
+        "base_dtype": str(injection.base_dtype), "base_model": getattr(model, "name_or_path", None),
         "method": injection.method, **details})
 
 
@@ -149,13 +151,15 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     Raises:
         AdapterError: no adapter there, a damaged one, another base's, another head's, or tensors missing or left over.
         ConfigError: a field that changes the numbers and is not implemented here.
-        InjectionError: the model already carries a method under this name, is wrapped, or is on the meta device.
+        InjectionError: the model already carries a method under this name, or full fine-tuning, is wrapped, or is on
+            the meta device.
     """
     check_is_bare(model)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise InjectionError("this model is on the meta device and has no values: load its weights first")
     parts = adapter_parts(folder)
     prepared = [_prepare(model, part) for part in parts]
+    check_can_leave(model, active_injections(model))
     if name in adapter_names(model):
         raise InjectionError(f"this model already carries an adapter {name!r}: remove it, or load under another name")
     device = base_of(model).wte.weight.device
@@ -196,7 +200,8 @@ def _prepare(model: nn.Module, folder: Path) -> tuple[Any, dict[str, torch.Tenso
     config = _parse_config(saved, folder, model)
     notes = [*_check_task(saved, tensors, folder, model, config.needs_task), *_ignored(saved, tensors, folder)]
     known = details.get("base_fingerprint")
-    if known and details.get("base_dtype") == str(base_of(model).wte.weight.dtype):
+    earlier = all_injections(model)  # the fingerprint is of the base before the first, in the format that it had then
+    if known and details.get("base_dtype") == str(earlier[0].base_dtype if earlier else base_dtype(model)):
         found = fingerprint(model)
         if found not in ("", known):
             raise AdapterError(f"{folder} was trained on another base model ({details.get('base_model')}, fingerprint "

@@ -37,13 +37,13 @@ Optimizers  Layers and Parameters that come back are the objects that left, with
 Heads       Each adapter has a new head of its own, and biases of its own where it trains them. When all adapters are
             out, the base's own are back, untrained.
 Mode        What comes back takes the model's present mode, training or eval.
-Merged      Each weight that a layer adapts becomes what the layer's `merged()` gives; s is alpha / r:
+Merged      Each weight that a layer adapts becomes what the layer's `merged()` gives; s is LoRA's scale, see lora.py:
                 lora   W + s B A
                 dora   m (W + s B A) / ||W + s B A||, each row divided by its length
                 vera   W + diag(b) B diag(d) A
                 ia3    l W, each row times its l, and the bias too; in feed-forward targets each column times its l,
                        and the bias stays
-            The others do not merge. adapter has a nonlinear function inside; prompt, ptuning and prefix add positions;
+            The others do not merge. adapter has a nonlinear function inside; prompt, ptuning and prefix take positions;
             full, head and bitfit train the model's own tensors, which need no merging. What an adapter trains of these
             (head, biases) stays in and can go on training. A change of a folded weight is lost in `unmerge`. Until then
             merging, switching to another, disabling, injecting and `save_adapter` are refused; removing it unmerges.
@@ -161,14 +161,14 @@ def remove(model: nn.Module, name: str | None = None) -> nn.Module:
         _check_name(model, name)
     leaving = [injection for injection in all_injections(model) if name in (None, injection.name)]
     active = [injection for injection in leaving if injection.active]
-    _check_base_values(model, active)
+    check_can_leave(model, active)
     if any(injection.merged for injection in active):
         unmerge(model)
     deactivate(model, active)
     all_injections(model)[:] = [injection for injection in all_injections(model) if injection not in leaving]
     if leaving and not all_injections(model):
         for parameter_name, parameter in base_parameters(model).items():
-            parameter.requires_grad_(leaving[0].required_grad[parameter_name])
+            parameter.requires_grad_(leaving[0].required_grad.get(parameter_name, parameter.requires_grad))
     return model
 
 
@@ -197,9 +197,8 @@ def merge(model: nn.Module) -> nn.Module:
         none = "no adapter is active" if all_injections(model) else "no method is injected"
         why = f"{active[0].method} trains the model's own tensors" if active else none
         raise InjectionError(f"there is nothing to merge: {why}")
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):  # the caller's would round B A
-        folded = [(injection, name, layer, layer.merged()) for injection in active
-                  for name, layer in injection.layers.items()]  # all of them first: one that cannot be merged raises
+    folded = [(injection, name, layer, layer.merged()) for injection in active
+              for name, layer in injection.layers.items()]  # all of them first: one that cannot be merged raises
     for injection, name, layer, tensors in folded:
         base = base_parameters(layer.base_layer)
         injection.merged[name] = {key: base[key].data for key in tensors}
@@ -241,7 +240,7 @@ def deactivate(model: nn.Module, leaving: list[Injection]) -> list[Injection]:
     """
     if any(injection.merged for injection in leaving):
         raise InjectionError("the adapter is merged into the weights: call unmerge first")
-    _check_base_values(model, leaving)
+    check_can_leave(model, leaving)
     for injection in reversed(leaving):
         parameters = base_parameters(model)
         for name, base_value in injection.base_values.items():
@@ -295,7 +294,12 @@ def _check_name(model: nn.Module, name: str) -> None:
         raise InjectionError(f"there is no adapter {name!r}; there are {', '.join(adapter_names(model)) or 'none'}")
 
 
-def _check_base_values(model: nn.Module, leaving: list[Injection]) -> None:
+def check_can_leave(model: nn.Module, leaving: list[Injection]) -> None:
+    """Refuse to take out what has left nothing of the base to put back.
+
+    Raises:
+        InjectionError: one keeps no copy of the base, or was injected on the meta device, before the base had values.
+    """
     parameters = base_parameters(model)
     for injection in leaving:
         if None in injection.base_values.values():

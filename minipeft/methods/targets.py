@@ -46,8 +46,7 @@ def find_targets(model: nn.Module, config: Targeting, default: Sequence[str]) ->
         found = in_chosen_blocks(found, targets, config, modules)
     if excluded := getattr(config, "exclude_modules", None):
         found = [name for name in found if not matches(name, excluded)]
-    check_linear(found, targets, modules)
-    return found
+    return check_linear(found, targets, excluded, modules)
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -144,8 +143,8 @@ def in_chosen_blocks(found: list[str], targets: Names, config: Any, modules: dic
 
 # --- errors, and what is saved ----------------------------------------------------------------------------------------
 
-def check_linear(found: list[str], targets: Names, modules: dict[str, nn.Module]) -> None:
-    """Refuse to target nothing, or what is not a plain linear layer.
+def check_linear(found: list[str], targets: Names, excluded: Names | None, modules: dict[str, nn.Module]) -> list[str]:
+    """What was found, but refuse to target nothing, or what is not a plain linear layer.
 
     Raises:
         InjectionError: naming what the model does offer.
@@ -153,6 +152,8 @@ def check_linear(found: list[str], targets: Names, modules: dict[str, nn.Module]
     linear = linear_names(modules)
     if not found:
         wanted = targets if isinstance(targets, str) else ", ".join(targets)
+        if excluded:
+            raise InjectionError(f"exclude_modules {excluded!r} leave nothing of what target_modules {wanted!r} match")
         raise InjectionError(f"target_modules {wanted!r} match nothing; nearest names: "
                              f"{', '.join(_nearest(wanted, linear))}")
     for name in found:
@@ -161,6 +162,7 @@ def check_linear(found: list[str], targets: Names, modules: dict[str, nn.Module]
         if not isinstance(modules[name], nn.Linear):
             raise InjectionError(f"target {name} is of class {type(modules[name]).__name__}; only linear layers can be "
                                  f"targeted: {', '.join(sorted({n.split('.', 3)[-1] for n in linear}))}")
+    return found
 
 
 def _nearest(wanted: str, names: list[str]) -> list[str]:

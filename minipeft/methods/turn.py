@@ -61,15 +61,26 @@ def check_is_free(model: nn.Module) -> None:
         pass
 
 
-def surgery(function: Function) -> Function:
-    """Let a function that changes a model, its first argument, do so in its thread's turn.
+def without_autocast(function: Function) -> Function:
+    """Let a function compute products in the number formats of their factors, whatever its caller has switched on."""
+    return torch.autocast("cpu", enabled=False)(torch.autocast("cuda", enabled=False)(function))
 
-    Inference mode is off within it: tensors that are made there can never be trained.
+
+def making_plain_tensors(function: Function) -> Function:
+    """Let a function work outside of inference mode, whose tensors can never be trained, and without autocast."""
+    return torch.inference_mode(False)(without_autocast(function))
+
+
+def surgery(function: Function) -> Function:
+    """Let a function that changes a model, its first argument, do so in its thread's turn, and make plain tensors.
+
+    Autocast would not only round what it computes: it keeps rounded copies of weights, also when these are replaced.
     """
+    plain = making_plain_tensors(function)
 
     @functools.wraps(function)
     def call(model: nn.Module, *arguments: Any, **named: Any) -> Any:
-        with this_threads_turn(model), torch.inference_mode(False):
-            return function(model, *arguments, **named)
+        with this_threads_turn(model):
+            return plain(model, *arguments, **named)
 
     return call

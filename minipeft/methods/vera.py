@@ -43,7 +43,8 @@ At step 0
     Both models, this one and the base, have the same new head here; it is random. On a half-precision base it is
     float32, and its logits equal the base's up to rounding.
 Positions and mask
-    Untouched. Each token is updated by itself; a text has as many positions as before.
+    Untouched. Each token is updated by itself; a text may have all 1,024 positions, as before; one with more is a
+    ConfigError.
     KV cache. As large as the base's. It holds adapted keys and values: when the adapter changes, begin a new one.
 Saved
     In adapter_model.safetensors:
@@ -52,7 +53,8 @@ Saved
     base_model.vera_A (256, 768)
     base_model.vera_B (2304, 256)
     base_model.model.score.weight (2, 768)
-    and so d and b for every target. score.weight is (labels, 768); all totals here are for 2 labels.
+    and so d and b for every target. score.weight is (labels, 768); all totals here are for 2 labels. Tagging has
+    classifier.weight (labels, 768) and classifier.bias (labels,) in its place, a language model nothing.
     adapter_config.json must say peft_type VERA, r, target_modules, projection_prng_key and save_projection. d_initial
     need not be there, since d is. `save_adapter` writes every setting, "all-linear" as full names of modules, and for
     peft, Hugging Face's library, init_weights true and fan_in_fan_out true: transformers stores GPT-2's matrices as
@@ -69,20 +71,23 @@ Saved
     With save_projection=False the file holds no A and B: loading draws them again from projection_prng_key, the seed.
     peft draws the same numbers from it. A version of PyTorch that draws others gives another update, and nothing
     notices.
-    All tensors are float32. A third file, minipeft.json, holds the base model's fingerprint, the digests of the other
-    two files, and what a run adds, such as the labels' names. Without it the folder loads, too.
+    All tensors are float32, but for a model that was cast after `inject`. A third file, minipeft.json, holds the base
+    model's fingerprint, the digests of the other two files, and what a run adds, such as the labels' names. Without it
+    the folder loads, too.
 Merging
     W <- W + diag(b) B diag(d) A, the layer's own `weight`; its bias stays. Every target can be merged; dropout is not
     part of W. `merge` keeps the W it found, and `unmerge` puts it back, bit for bit. Merged and unmerged outputs agree
     up to rounding. On a half-precision base d, b, A and B are float32. The sum is rounded once, to W's type: an element
     of the update that is too small beside W's is lost. Unmerged, y is rounded before the update is added, and again
     after it.
-    Order. `merge` folds in the active adapter. InjectionError: `merge` when it is merged already, `unmerge` when
-    nothing is, and, until `unmerge`, `inject`, `load_adapter`, `set_adapter` and `disable_adapter`. `save_adapter` is
-    an AdapterError until then. `remove` unmerges first.
+    Order. `merge` folds in the active adapter. While it is merged, a second `merge`, `inject`, `load_adapter`,
+    `set_adapter` and `disable_adapter` are an InjectionError, and `save_adapter` is an AdapterError; `remove` unmerges
+    first. When nothing is merged, `unmerge` is an InjectionError.
     Several adapters. A second `inject` of the same method is an InjectionError. `load_adapter(model, folder, name)`
     adds a saved adapter, of this method or another, under another name and makes it the active one, the one that
-    computes; the others stay, switched off. `set_adapter(model, name)` makes another one active.
+    computes; the others stay, switched off, and the model is in eval mode. `set_adapter(model, name)` makes another one
+    active. Under one name other methods may work along that have other targets or none, such as BitFit or a prompt, but
+    neither full nor head; together with what cannot merge, nothing is merged.
     Each adapter has an A and a B of its own.
 Cost
     r + out parameters per target: 256 + 2304 = 2,560 for a c_attn of GPT-2, and for all twelve 12 * 2,560 = 30,720.
@@ -98,18 +103,19 @@ Cost
     float32.
     Backward: the gradient of x passes through W, and through B and A, 2 r (in + out) operations more. W, A and B have
     no gradients of their own. Kept: dropout(x) A^T (batch, seq, r) for d's gradient, (d * dropout(x) A^T) B^T
-    (batch, seq, out) for b's, and with dropout its mask, a byte per number of x; x itself is not needed. Optimizer: 8
-    bytes per trained parameter for AdamW's two means, 258,048 bytes; gradients take half of that. The optimizer's time,
-    too, grows with the trained parameters alone.
+    (batch, seq, out) for b's, and with dropout its mask, a byte per number of x; x itself is not needed. In all a block
+    above the lowest keeps 13 C + r numbers per token, full fine-tuning 16 C, C = 768 channels. Optimizer: 8 bytes per
+    trained parameter for AdamW's two means, 258,048 bytes; gradients take half of that. The optimizer's time, too,
+    grows with the trained parameters alone. Weight decay acts on the head's matrix alone.
 Errors
     In this list the class of each error stands before its message. Most wrong values are found when the configuration
     is made, the others by `inject`, before it changes anything. `load_adapter` raises an AdapterError, and leaves the
-    model as it was, where a file is missing, damaged or of another save than minipeft.json names, where a tensor is
-    missing, unexpected or of another shape (it is named), where minipeft.json has the fingerprint of another base
-    model, or where peft_type is unknown. A setting in adapter_config.json that would change the numbers, and that
-    minipeft does not implement, is a ConfigError. An adapter's name that is taken (`load_adapter`) or unknown
-    (`set_adapter`, `remove`) is an InjectionError. A bad regular expression in a setting is a ConfigError when `inject`
-    uses it.
+    model as it was, where a file is missing, damaged or not the one whose digest minipeft.json holds, where a tensor is
+    missing, unexpected, of another shape, of integers or not finite (it is named), where minipeft.json has another base
+    model's fingerprint (a base of another dtype is not compared), where the folder is for another task, or where
+    peft_type is unknown. A setting in adapter_config.json that would change the numbers, and that minipeft does not
+    implement, is a ConfigError. An adapter's name that is taken (`load_adapter`) or unknown (`set_adapter`, `remove`)
+    is an InjectionError. A bad regular expression in a setting is a ConfigError when `inject` uses it.
     VeraConfig(projection_prng_key=-1)
         ConfigError: projection_prng_key must be a number from 0 to 2**63 - 1, got -1
     VeraConfig(vera_dropout=1.0)

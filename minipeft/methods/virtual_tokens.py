@@ -27,6 +27,7 @@ from minipeft.errors import ConfigError
 from minipeft.methods.config import MethodConfig
 from minipeft.methods.injection import base_of, positions_left
 from minipeft.methods.layers import AdapterLayer, AddedLayer
+from minipeft.methods.turn import without_autocast
 from minipeft.model.gpt2 import check_not_empty
 
 _ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds")   # of GPT2Model.forward
@@ -59,10 +60,12 @@ class VirtualTokens(AddedLayer):
     def trained(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.named_parameters())
 
+    @without_autocast
     def stored(self, name: str) -> dict[str, Tensor]:
         """The table alone, as the encoder makes it in eval mode, without dropout."""
         training = self.encoder.training
-        with torch.enable_grad():  # without a gradient an LSTM takes another kernel, which rounds differently
+        # Without a gradient an LSTM takes another kernel, which rounds differently.
+        with torch.enable_grad():
             table = self.encoder.eval()().detach()
         self.encoder.train(training)
         return {"prompt_embeddings": table}

@@ -34,7 +34,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
 
     Args:
         query: (B, H, T, D); key and value are (B, H, S, D). The queries are the last T of S positions.
-        mask: boolean, broadcastable to (B, H, T, S); nothing after the causal triangle may be True.
+        mask: boolean, (T, S) or (B, 1, T, S), with a True in each row; nothing after the causal triangle may be True.
         dropout: share of the softmax's values that are set to 0 in training.
         training: whether the module that asks is in training mode.
 
@@ -150,7 +150,9 @@ class _InBlocks(torch.autograd.Function):
         if torch.is_grad_enabled():  # these gradients are to be differentiated, too: let torch write them down
             parts = [block.y().view(B, H, -1, D) for block in blocks]
             y = torch.cat(parts[::-1], dim=2)                                               # (B, H, T, D)
-            return *torch.autograd.grad(y, (query, key, value), dy, create_graph=True), None, None
+            wanted = [tensor for tensor in (query, key, value) if tensor.requires_grad]
+            found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None, None
         dq, dk, dv = query.new_empty(B, T, H, D).transpose(1, 2), None, None
         for block in blocks:
             dy_block = dy[:, :, block.queries].reshape(block.q.shape)                       # (N, block, D)

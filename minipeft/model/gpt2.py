@@ -12,15 +12,15 @@ before it. One of three heads makes of these next-token scores, one label per te
     ln_1, ln_2, ln_f        weight * (x - mean(x)) / sqrt(mean((x - mean(x))^2) + 1e-5) + bias, over a token's C numbers
     gelu(x)                 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))           number by number
 
-Dimensions, wherever shapes stand beside code in minipeft. Sizes, 1e-5, 0.02 and 0.1 come from config.json:
+Dimensions, in minipeft/model; methods write words, as B is LoRA's matrix. Sizes, 1e-5, 0.1 come from config.json:
 
     B texts in a batch    T tokens of each in this call    S tokens attention sees (cached + T)    C channels (n_embd)
     H attention heads    D size of one (C / H)    K labels    4C inner size of the MLP (n_inner, if set)
 
 Weights
     wte (vocabulary, C) and wpe (n_positions, C). Per block c_attn (3C, C), attn.c_proj (C, C), c_fc (4C, C) and
-    mlp.c_proj (C, 4C), each W as (out, in) with a bias (out,), and two LayerNorms, weight and bias (C,): together,
-    with 4C, 12 C^2 + 13 C numbers. Last ln_f. GPT-2 124M has C = 768, H = 12, D = 64 and 12 blocks, in all
+    mlp.c_proj (C, 4C), each W as (out, in) with a bias (out,), and two LayerNorms, weight and bias (C,): together
+    12 C^2 + 13 C numbers, where the MLP has 4C. Last ln_f. GPT-2 124M has C = 768, H = 12, D = 64 and 12 blocks, in all
     50,257 * 768 + 1,024 * 768 + 12 * (12 * 768 * 768 + 13 * 768) + 2 * 768 = 124,439,808 parameters.
 Attention
     c_attn makes (B, T, 3C) from (B, T, C). Split in three, and each in H heads, that is q, k and v, (B, H, T, D). The
@@ -63,23 +63,22 @@ Number formats
 Cost
     Forward, per token: 24 C^2 operations in the matrices of a block (a product and a sum are two), 4 S C in its
     attention, of which a fused kernel (attention as one operation) may skip what is masked, and 2 C vocabulary in
-    lm_head. Backward: twice that, about once with matrices that are not trained. Memory: without gradients the tensors
-    of one block at a time, of which (B, T, 4C) is the widest, and the logits; in training what all blocks keep, 16 C
-    numbers per block and token, 10 C with such matrices (methods/full.py). Fused kernels hold the scores in parts only.
+    lm_head. Backward: 2 times that, about 1 time where matrices are frozen. Memory: the logits, and without gradients
+    one block's tensors at a time, (B, T, 4C) the widest; in training 16 C numbers per block and token, 10 C where
+    matrices are frozen (methods/full.py). Fused kernels hold the scores in parts only.
 On disk
     `from_pretrained` (pretrained.py) reads config.json and model.safetensors, in which names are the official ones, as
     `wte.weight`; with a head `transformer.` stands before them. Files with and without it load. Hugging Face's GPT-2
-    computes x W: files hold blocks' matrices as (in, out), c_attn (C, 3C), which weights.py turns, and no tied lm_head.
+    computes x W: files hold blocks' matrices as (in, out), c_attn (C, 3C): weights.py turns them; no tied lm_head.
 
 Paper: Radford, Wu, Child, Luan, Amodei, Sutskever (2019), "Language Models are Unsupervised Multitask Learners". New
-against the first GPT are a LayerNorm before each layer, not after it, ln_f, and c_proj's smaller start. It says 117M
-for 124M, gives no dropout rate (0.1 is the first GPT's), trains no classifier. OpenAI's code starts wpe with 0.01 and
-c_proj with 0.02. `Linear` and `Dropout` compute what torch's do, faster on a CPU.
+against the first GPT are a LayerNorm before each layer, not after it, ln_f, c_proj's smaller start, more tokens. It
+says 117M for 124M, gives no dropout rate (0.1 is the first GPT's), trains no classifier. OpenAI's code starts wpe with
+0.01 and c_proj with 0.02. `Linear` and `Dropout` compute what torch's do, faster on a CPU.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -94,7 +93,7 @@ from minipeft.model.attention import attend
 from minipeft.model.config import GPT2Config
 from minipeft.model.dropout import Dropout
 from minipeft.model.kv_cache import KVCache
-from minipeft.model.linear import Linear
+from minipeft.model.linear import Linear, uncompiled
 from minipeft.model.pretrained import PretrainedModel, initialize
 
 
@@ -150,18 +149,6 @@ class Block(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         x = x + self.attn(self.ln_1(x), mask, cache)
         return x + self.mlp(self.ln_2(x))
-
-
-def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that torch.compile leaves as it is. `torch.compiler.disable` does that, too, but imports the compiler
-    at once, which takes as long as the rest of torch."""
-    disabled = torch._disable_dynamo(function)  # imports it when it is called
-
-    @functools.wraps(function)
-    def call(*arguments: Any, **named: Any) -> Any:
-        return (disabled if torch.compiler.is_compiling() else function)(*arguments, **named)
-
-    return call
 
 
 @uncompiled  # it looks at values, which no compiled program can; the blocks after it compile as one
@@ -230,14 +217,15 @@ class GPT2Model(PretrainedModel):
             attention_mask: (B, S), 1 at real tokens, 0 at pads, S counting cached tokens; None means all are real.
             position_ids: (B, T) or (T,); default counts up from the cache's length. One beyond its table, as an id
                 beyond wte, is torch's own IndexError, and on a GPU a failed assertion.
-            cache: keys and values of earlier tokens; this call's are appended, unless training with checkpointing.
+            cache: keys and values of earlier tokens; this call's are appended; not in training with checkpointing.
             inputs_embeds: (B, T, C) vectors to use in place of wte[input_ids].
 
         Returns:
             (B, T, C).
 
         Raises:
-            ConfigError: nothing to read; too many tokens; a mask of wrong width; checkpointing beside a cache to fill.
+            ConfigError: nothing to read; too many tokens; a mask or position_ids of another width; checkpointing
+                beside a cache to fill.
         """
         check_not_empty(input_ids if inputs_embeds is None else inputs_embeds)
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds      # (B, T, C)
@@ -250,6 +238,8 @@ class GPT2Model(PretrainedModel):
                 raise ConfigError(f"{past + T} tokens do not fit this model: it has {self.config.n_positions} "
                                   "positions; truncate the text")
             position_ids = torch.arange(past, past + T, device=x.device)         # (T,)
+        elif position_ids.shape[-1] != T:
+            raise ConfigError(f"position_ids are for {position_ids.shape[-1]} tokens, and {T} are read")
         x = self.drop(x + self.wpe(position_ids))                                # (B, T, C)
         mask = attention_mask_for(attention_mask, T, past, x.device)
         for block in self.h:

@@ -36,6 +36,7 @@ class KVCache:
         elif torch.is_grad_enabled():
             past_key, past_value = self.layers[layer]
             self.layers[layer] = (torch.cat((past_key, key), dim=2), torch.cat((past_value, value), dim=2))
+            self.room.pop(layer, None)  # it does not hold these
         else:
             self.layers[layer] = self._append_in_place(layer, key, value)
         return self.layers[layer]
@@ -43,7 +44,9 @@ class KVCache:
     def _append_in_place(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         past = self.layers[layer]
         S, end = past[0].shape[2], past[0].shape[2] + key.shape[2]
-        if layer not in self.room or self.room[layer][0].shape[2] < end:
+        room = self.room.get(layer)
+        # What was made in inference mode can be written to there alone.
+        if room is None or room[0].shape[2] < end or (room[0].is_inference() and not torch.is_inference_mode_enabled()):
             self.room[layer] = tuple(tensor.new_empty(*tensor.shape[:2], 2 * end, tensor.shape[3]) for tensor in past)
             for room, tensor in zip(self.room[layer], past):
                 room[:, :, :S] = tensor

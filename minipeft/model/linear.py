@@ -10,6 +10,8 @@ Where oneDNN is not there, or cannot multiply bfloat16 (processors without AVX-5
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,9 +49,10 @@ def onednn_multiplies(dtype: torch.dtype) -> bool:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast computes products with x in; None where it is off, as it always is on the meta device."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if not x.is_meta and torch.is_autocast_enabled(kind) else None
+    """What autocast computes products with x in; None where it is off, as it always is on the meta device and for
+    float64."""
+    kind, spared = x.device.type, x.is_meta or x.dtype == torch.float64
+    return torch.get_autocast_dtype(kind) if not spared and torch.is_autocast_enabled(kind) else None
 
 
 def carried_out_here(*tensors: Tensor) -> bool:
@@ -64,6 +67,18 @@ def carried_out_here(*tensors: Tensor) -> bool:
     watcher = _get_current_dispatch_mode()
     return (not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
             and (watcher is None or getattr(watcher, "carried_out_here", False)))
+
+
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that torch.compile leaves as it is. `torch.compiler.disable` does that, too, but imports the compiler
+    at once, which takes as long as the rest of torch."""
+    disabled = torch._disable_dynamo(function)  # imports it when it is called
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **named: Any) -> Any:
+        return (disabled if torch.compiler.is_compiling() else function)(*arguments, **named)
+
+    return call
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -135,7 +135,10 @@ class PretrainedModel(nn.Module):
             raise WeightsError(f"this model carries what is no part of a {type(self).__name__}: "
                                f"{', '.join(added[:3])}{more}. Merge an adapter into the weights first, or "
                                "write it alone with save_adapter")
-        others = [f"{name} is {tuple(tensors[name].shape)}, not {tuple(expected.shape)}" if name in tensors else
+        apart = [f"{name} is another tensor than {of}, of which config.json says that they are one"
+                 for name, of in self.tied.items() if name in tensors and of in tensors
+                 and tensors[name] is not tensors[of] and not torch.equal(tensors[name], tensors[of])]
+        others = apart + [f"{name} is {tuple(tensors[name].shape)}, not {tuple(expected.shape)}" if name in tensors else
                   f"{name} is missing" for name, expected in described.items()
                   if name not in tensors or tensors[name].shape != expected.shape]
         if others:

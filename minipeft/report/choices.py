@@ -13,6 +13,7 @@ Costs are those of the dataset that a comparison shows first.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -57,13 +58,13 @@ def no_extra_time(content: dict[str, Any]) -> Iterator[Choice]:
     """What merges, or has nothing to merge, the highest mean first."""
     rows = {method: row for method, row in content["methods"].items()
             if row["inference"]["mergeable"] in ("yes", "nothing to merge")}
-    found = [method for method in top_of(content) if method in rows] or sorted(
-        rows.keys() & worth_it(content).keys(), key=lambda method: -rows[method]["mean"])[:1]
+    top = [method for method in top_of(content) if method in rows]
+    found = top or sorted(rows.keys() & worth_it(content).keys(), key=lambda method: -rows[method]["mean"])[:1]
     if found:
         means = listed(f"{method} {metric_of(content).shown(rows[method]['mean'])}" for method in found)
         merging = listed(f"{method} {shown_share(rows[method]['inference']['extra'])}" for method in found
                          if rows[method]["inference"]["mergeable"] == "yes")
-        yield Choice("no extra time once it is trained", tuple(found),
+        yield Choice("no extra time once it is trained" + (", among the best" if top else ""), tuple(found),
                      means + (f"; to be merged, else slower: {merging}" if merging else ""))
 
 
@@ -75,8 +76,10 @@ def small_files(content: dict[str, Any]) -> Iterator[Choice]:
 
 def no_forgetting(content: dict[str, Any]) -> Iterator[Choice]:
     """Least nats forgotten."""
-    yield from _least(content, "a model that still writes as the base does, with the adapter in place",
-                      lambda row: abs(row["forgetting"]["nats"]), "{:.3f} nats per token more or less".format)
+    yield from _least(content, "the least forgotten of the base's own language modelling",
+                      lambda row: abs(row["forgetting"]["nats"]),
+                      lambda nats: f"{nats:.3f} nats per token with the adapter in place, perplexity times "
+                                   f"{math.exp(nats):.2f}")
 
 
 def fast_training(content: dict[str, Any]) -> Iterator[Choice]:
@@ -102,6 +105,7 @@ def few_examples(content: dict[str, Any]) -> Iterator[Choice]:
         said = f"{metric.shown(mean)}, the highest mean of {compared}; settings from more examples"
         if baseline and baseline[1] >= mean:
             best, said = baseline[0], f"{metric.shown(baseline[1])}; with {best} {said}"
+            said += "; the prompt was made for film reviews" if "prompt" in baseline[0] else ""
         yield Choice(f"to learn from {size} examples", (best,), said)
 
 
@@ -110,11 +114,11 @@ ADVICE: tuple[Callable[[dict[str, Any]], Iterator[Choice]], ...] = (
 
 
 def worth_it(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The methods whose interval lies above all that needs no training; all, where there are no intervals."""
+    """The methods whose interval, or mean where there is none, lies above all that needs no training."""
     best = best_baseline(content)
     bar = best[1] if best else float("-inf")
     return {method: row for method, row in content["methods"].items()
-            if row["interval_95"] is None or row["interval_95"][0] > bar}
+            if (row["interval_95"] or [row["mean"]])[0] > bar}
 
 
 def _least(content: dict[str, Any], wish: str, of: Callable[[dict[str, Any]], float | None],

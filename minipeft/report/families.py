@@ -27,11 +27,20 @@ FAMILIES = (
     Family("layers and factors inside", ("adapter", "ia3"), "#d55e00", "s"),
     Family("virtual tokens", ("prompt", "ptuning", "prefix"), "#007a5a", "^"))
 MAIN = "imdb"
+SHORT = {"reduction_factor": "reduction"}
 
 
 def family_of(method: str) -> Family:
     """The family of one of this library's methods."""
     return next(family for family in FAMILIES if method in family.methods)
+
+
+def sized(method: str, size: dict[str, Any]) -> str:
+    """A method's name with its size, by field, on which its costs depend: "lora (r 8)", "prompt (80 tokens)"."""
+    for name, value in size.items():
+        shown = f"{value:g} tokens" if name == "num_virtual_tokens" else f"{SHORT.get(name, name)} {value:g}"
+        return f"{method} ({shown})"
+    return method
 
 
 def main_of(datasets: dict[str, Any]) -> str:

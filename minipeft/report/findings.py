@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from minipeft.report.families import best_baseline, main_of, top_of
+from minipeft.report.families import best_baseline, main_of, sized, top_of
 from minipeft.runs.budget import STEP
 from minipeft.runs.comparison import metric_of
+from minipeft.runs.results import Metric
 
 
 class Finding(NamedTuple):
@@ -58,6 +59,11 @@ def listed(names: Any) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
+def difference(metric: Metric, value: float) -> str:
+    """How far two values of a metric are apart: shares in percentage points."""
+    return f"{100 * value:.2f} percentage points" if metric.share else metric.shown(value)
+
+
 # --- quality ----------------------------------------------------------------------------------------------------------
 
 def the_top(found: Found) -> Iterator[Finding]:
@@ -98,8 +104,8 @@ def fewest_parameters(found: Found) -> Iterator[Finding]:
         return
     smallest = min(found.top, key=lambda method: found.methods[method]["trained_parameters"])
     row = found.methods[smallest]
-    yield Finding(f"The fewest trained parameters with which nothing on {found.name} is significantly better are "
-                  f"{smallest}'s {row['trained_parameters']:,}, {100 * row['trained_share']:.2f} % of the model.",
+    yield Finding(f"The smallest of the methods that none is significantly better than on {found.name} is {smallest}: "
+                  f"it trains {row['trained_parameters']:,} parameters, {100 * row['trained_share']:.2f} % of all.",
                   "parameters")
 
 
@@ -114,7 +120,8 @@ def against_no_training(found: Found) -> Iterator[Finding]:
         return
     below = [method for method, low in known.items() if low <= score]
     shown = metric_of(found.content).shown(score)
-    yield Finding(f"Asked by a prompt, without any training, the base is right on {shown} of {found.name}. "
+    yield Finding("Asked by a prompt, which was chosen on IMDb's validation reviews, the base without any training is "
+                  f"right on {shown} of {found.name}. "
                   + (f"The intervals of {listed(below)} do not lie above that." if below else
                      "The intervals of all methods lie above that."), "parameters")
 
@@ -129,10 +136,10 @@ def seeds_and_methods(found: Found) -> Iterator[Finding]:
         return
     most = max(deviations, key=deviations.__getitem__)
     tested, metric = found.content["tests"], metric_of(found.content)
-    equal, one = sum(not test["significant"] for test in tested), metric.shown(deviations[most])
-    yield Finding(f"Seeds move a method on {found.name} by {metric.shown(fmean(deviations.values()))} on average (one "
-                  f"standard deviation), most of all {most} ({one}). {equal} of {len(tested)} pairs of "
-                  "methods stay without a significant difference.", "parameters")
+    equal, one = sum(not test["significant"] for test in tested), difference(metric, deviations[most])
+    yield Finding(f"Seeds move a method on {found.name} by {difference(metric, fmean(deviations.values()))} on average "
+                  f"(one standard deviation), most of all {most} ({one}). {equal} of {len(tested)} pairs of methods "
+                  "stay without a significant difference.", "parameters")
 
 
 # --- costs ------------------------------------------------------------------------------------------------------------
@@ -144,9 +151,9 @@ def forgetting(found: Found) -> Iterator[Finding]:
         return
     order = sorted(lost, key=lost.__getitem__)
     least, most = order[0], order[-1]
-    yield Finding(f"After training on {found.name}, {most} has forgotten most of the base's own language modelling, "
-                  f"{lost[most]:+.3f} nats per token with the adapter in place, {least} least ({lost[least]:+.3f}).",
-                  "forgetting")
+    yield Finding(f"Of the base's own language modelling {most} forgot the most in training on {found.name}, "
+                  f"{lost[most]:+.3f} nats per token with the adapter in place, and {least} the least, "
+                  f"{lost[least]:+.3f}.", "forgetting")
 
 
 def time_of_training(found: Found) -> Iterator[Finding]:
@@ -165,7 +172,7 @@ def _beside_full(found: Found, key: str, unit: str, form: str, one: int = 1) -> 
     if not values.get("full") or len(values) < 2:
         return
     order = sorted((method for method in values if method != "full"), key=values.__getitem__)
-    said = listed(f"{method} {values[method] / values['full']:.2f}" for method in order)
+    said = listed(f"{_named(found, method)} {values[method] / values['full']:.2f}" for method in order)
     yield Finding(f"Full fine-tuning takes {form.format(values['full'])} {unit} on {found.name}. Of this the others "
                   f"take: {said}.", "costs")
 
@@ -179,9 +186,13 @@ def inference(found: Found) -> Iterator[Finding]:
         return
     before, after = (100 * fmean(extra[method][key] for method in merging if extra[method][key] is not None)
                      for key in ("extra", "extra_merged"))
-    stay = listed(f"{method} {max(0.0, 100 * extra[method]['extra']):.0f} %" for method in staying)
+    stay = listed(f"{_named(found, method)} {max(0.0, 100 * extra[method]['extra']):.0f} %" for method in staying)
     yield Finding(f"What can merge ({', '.join(merging)}) makes the base on average {before:.0f} % slower while it is "
                   f"apart, and {after:.0f} % once merged. What cannot merge stays as it is: {stay}.", "costs")
+
+
+def _named(found: Found, method: str) -> str:
+    return sized(method, found.methods[method]["size"])
 
 
 # --- settings and data ------------------------------------------------------------------------------------------------
@@ -194,7 +205,7 @@ def learning_rates(found: Found) -> Iterator[Finding]:
     order = sorted(lost, key=lost.__getitem__)
     yield Finding(f"A learning rate half a decade beside the best one costs {_score(found, lost[order[-1]])} on "
                   f"validation with {order[-1]} and {_score(found, lost[order[0]])} with {order[0]} ({found.name}; of "
-                  "the two sides the worse one).", "tuning")
+                  "the two sides the worse one; one seed, not tested).", "tuning")
 
 
 def _lost_beside_the_best(row: dict[str, Any]) -> float | None:
@@ -209,7 +220,7 @@ def _lost_beside_the_best(row: dict[str, Any]) -> float | None:
 def _score(found: Found, value: float) -> str:
     """A difference of validation scores in its unit."""
     by_loss = any(row["best_by"] == "loss" for row in found.tuning.values())
-    return f"{value:.3f} nats" if by_loss else metric_of(found.content).shown(value)
+    return f"{value:.3f} nats" if by_loss else difference(metric_of(found.content), value)
 
 
 def sizes(found: Found) -> Iterator[Finding]:
@@ -224,9 +235,11 @@ def sizes(found: Found) -> Iterator[Finding]:
             said.append((max(known) - min(known), method, row["size"]))
     if len(said) < 2:
         return
-    (most, method, size), (least, other, its) = max(said), min(said)
-    yield Finding(f"The size matters most for {method} ({size}: {_score(found, most)} between the best and the worst "
-                  f"of the sizes tried), and least for {other} ({its}: {_score(found, least)}).", "tuning")
+    (most, method, size), least = max(said), min(said)[0]
+    others = listed(f"{other} ({its})" for lost, other, its in said if lost == least)
+    yield Finding(f"The size mattered most for {method} ({size}: {_score(found, most)} between the best and the worst "
+                  f"of the sizes tried), and least for {others}: {_score(found, least)} (one seed, not tested).",
+                  "tuning")
 
 
 def few_examples(found: Found) -> Iterator[Finding]:

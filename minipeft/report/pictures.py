@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from minipeft.files import replacing_folder
-from minipeft.report.families import FAMILIES, best_baseline, family_of, in_figures, main_of
+from minipeft.report.families import FAMILIES, best_baseline, family_of, in_figures, main_of, sized
 from minipeft.runs.comparison import metric_of
 from minipeft.runs.results import blank_figure
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH, DPI, INK, SOFT = 8.0, 100, "#26262b", "#8a8a94"
-SHORT = {"num_virtual_tokens": "tokens", "reduction_factor": "reduction"}
+LINES = ("-", "--", ":")  # of the methods of a family
 
 Rows = dict[str, dict[str, Any]]
 
@@ -58,8 +58,11 @@ def draw_comparison(comparison: dict[str, Any], tuning: dict[str, Any], folder: 
 
 # --- quality beside something -----------------------------------------------------------------------------------------
 
-def parameters(name: str, content: dict[str, Any]) -> Figure:
-    """Quality against trained parameters, with the methods that no other one beats in both."""
+def parameters(name: str, content: dict[str, Any]) -> Figure | None:
+    """Quality against trained parameters, with the methods that no other one's mean beats in both; None of one method.
+    """
+    if len(content["methods"]) < 2:
+        return None
     figure, axes = _axes(f"{name}: quality and trained parameters", "trained parameters", _quality(content))
     axes.set_xscale("log")
     points = _scatter(axes, content, lambda row: row["trained_parameters"])
@@ -71,7 +74,7 @@ def parameters(name: str, content: dict[str, Any]) -> Figure:
     for method, row in content["best"].items():
         axes.plot([row["trained_parameters"]], [in_figures(content, row["mean"])], family_of(method).marker,
                   color=family_of(method).color, markersize=9, fillstyle="none", zorder=3)
-    axes.plot(*zip(*front), color=SOFT, linewidth=1, linestyle="--", zorder=1, label="best for its parameters")
+    axes.plot(*zip(*front), color=SOFT, linewidth=1, linestyle="--", zorder=1, label="highest mean so far")
     _baseline(axes, content)
     _finish(axes, points)
     return figure
@@ -81,8 +84,6 @@ def forgetting(name: str, content: dict[str, Any]) -> Figure:
     """Quality against what the base has forgotten of its own language modelling."""
     figure, axes = _axes(f"{name}: quality and forgetting", "forgotten, in nats per token of held-out text",
                          _quality(content))
-    lost = [row["forgetting"]["nats"] for row in content["methods"].values()]
-    axes.set_xscale("symlog", linthresh=max(0.01, sorted(map(abs, lost))[len(lost) // 3]))
     axes.axvline(0, color=SOFT, linewidth=1, zorder=1)
     _finish(axes, _scatter(axes, content, lambda row: row["forgetting"]["nats"]))
     return figure
@@ -190,22 +191,21 @@ def few_examples(name: str, content: dict[str, Any]) -> Figure | None:
         family = family_of(method)
         axes.fill_between(sizes, [m - s for m, s in zip(means, spread)], [m + s for m, s in zip(means, spread)],
                           color=family.color, alpha=0.12, linewidth=0)
-        axes.plot(sizes, means, color=family.color, marker=family.marker, markersize=5,
-                  linestyle="--" if method == "head" else "-")
+        axes.plot(sizes, means, color=family.color, marker=family.marker, markersize=5, linestyle=_line(method))
     sizes = sorted({row["train_size"] for rows in content["few_examples"].values() for row in rows})
     axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
     _name_ends(axes, {method: (rows[-1]["train_size"], in_figures(content, rows[-1]["mean"]))
                       for method, rows in content["few_examples"].items()})
     _baseline(axes, content)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=9, loc="lower right")
+    axes.fill_between([], [], [], color=SOFT, alpha=0.25, linewidth=0, label="one standard deviation over seeds")
+    axes.legend(frameon=False, fontsize=9, loc="lower right")
     return figure
 
 
 def curves(name: str, content: dict[str, Any]) -> Figure:
     """Validation loss while training, the mean over seeds."""
     figure, axes = _axes(f"{name}: loss on validation examples while training (mean over seeds)",
-                         "optimizer steps", "nats")
+                         "optimizer steps", "validation loss, nats")
     ends = {}
     for method, row in content["methods"].items():
         steps = sorted({point["step"] for curve in row["curves"] for point in curve})
@@ -213,10 +213,16 @@ def curves(name: str, content: dict[str, Any]) -> Figure:
                                             if point["step"] == step and point["validation_loss"] is not None])
                  else math.nan for step in steps]
         family = family_of(method)
-        axes.plot(steps, means, color=family.color, marker=family.marker, markersize=4, linewidth=1.3)
+        axes.plot(steps, means, color=family.color, marker=family.marker, markersize=4, linewidth=1.3,
+                  linestyle=_line(method))
         ends[method] = (steps[-1], means[-1])
     _name_ends(axes, ends)
     return figure
+
+
+def _line(method: str) -> str:
+    """The line style by which a method is told from others of its family."""
+    return LINES[family_of(method).methods.index(method)]
 
 
 def _name_ends(axes: Axes, ends: dict[str, tuple[float, float]]) -> None:
@@ -244,9 +250,9 @@ def _name_ends(axes: Axes, ends: dict[str, tuple[float, float]]) -> None:
 
 def costs(name: str, content: dict[str, Any]) -> Figure | None:
     """Bars: time and memory of training, extra time at inference; None where they were not measured."""
-    columns = (("core seconds per 1,000 examples", lambda row: row["core_seconds_per_1000_examples"]["mean"]),
-               ("MiB that training adds", lambda row: _or_nan(row["training_memory_bytes"]["mean"]) / 2**20),
-               ("% slower at inference, not merged", lambda row: 100 * _or_nan(row["inference"]["extra"])))
+    columns = (("core seconds per\n1,000 examples", lambda row: row["core_seconds_per_1000_examples"]["mean"]),
+               ("MiB that\ntraining adds", lambda row: _or_nan(row["training_memory_bytes"]["mean"]) / 2**20),
+               ("% slower at inference,\nnot merged", lambda row: 100 * _or_nan(row["inference"]["extra"])))
     rows = {method: row for method, row in content["methods"].items() if row["core_seconds_per_1000_examples"]["mean"]}
     if not rows:
         return None
@@ -255,7 +261,8 @@ def costs(name: str, content: dict[str, Any]) -> Figure | None:
     figure.suptitle(f"{name}: what a method costs", x=0.01, ha="left", fontsize=12, color=INK)
     for axes, (title, value) in zip(figure.subplots(1, len(columns), sharey=True), columns):
         values = [value(rows[method]) for method in order]
-        bars = axes.barh(order, values, color=[family_of(method).color for method in order], height=0.7)
+        bars = axes.barh([sized(method, rows[method]["size"]) for method in order], values, height=0.7,
+                         color=[family_of(method).color for method in order])
         axes.bar_label(bars, ["not known" if math.isnan(value) else f"{value:.0f}" for value in values], fontsize=9,
                        padding=2)
         axes.set_title(title, fontsize=9, loc="left")
@@ -284,6 +291,9 @@ def sensitivity(name: str, content: dict[str, Any], tuned: Rows) -> Figure | Non
         _draw_trials(axes, content, method, tuned[method])
     for axes in panels[len(methods):]:
         axes.axis("off")
+    figure.supxlabel("learning rate", fontsize=9)
+    figure.supylabel("validation loss" if tuned[methods[0]]["best_by"] == "loss" else
+                     f"validation {_quality(content).removeprefix('test ')}", fontsize=9)
     return figure
 
 
@@ -301,11 +311,10 @@ def _draw_trials(axes: Axes, content: dict[str, Any], method: str, tuned: dict[s
         left = tuned["default_size"] is not None and size < tuned["default_size"]  # so that two names do not meet
         axes.annotate(f"{size:g}", (x, y), (-5 if left else 5, -3), textcoords="offset points", fontsize=8, color=INK,
                       ha="right" if left else "left", path_effects=_halo())
-    size = SHORT.get(tuned["size"], tuned["size"])
-    default = "" if tuned["default_size"] is None else f" ({size} {tuned['default_size']:g})"
+    title = sized(method, {} if tuned["default_size"] is None else {tuned["size"]: tuned["default_size"]})
     axes.set_xscale("log")
     axes.set_yscale("log" if by_loss else "linear")
-    axes.set_title(f"{method}{default}", fontsize=9, loc="left", color=color)
+    axes.set_title(title, fontsize=9, loc="left", color=color)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
     axes.margins(x=0.15, y=0.1)

@@ -10,7 +10,7 @@ from typing import Any
 from minipeft.errors import OutputError
 from minipeft.files import read_json_file
 from minipeft.report.choices import choices
-from minipeft.report.families import best_baseline
+from minipeft.report.families import best_baseline, sized
 from minipeft.report.findings import findings
 from minipeft.runs.comparison import (
     COMPARISON_FILE,
@@ -161,8 +161,9 @@ def one_method(comparison: dict[str, Any], method: str) -> str:
         rows.append([_headline(name, content), f"{best[0]}: {metric_of(content).shown(best[1])}" if best else "-",
                      *(_mean_and_rank(content, method) for method in methods)])
     table = markdown_table(["dataset", "best without training", *(f"{method}; rank" for method in methods)], rows)
-    return (f"{table}\n\nMeans over seeds, their standard deviation, and the places among all methods that tests leave "
-            "open. On a dataset each method had the same examples, and settings chosen in the same way.")
+    return (f"{table}\n\nMeans over seeds ± their standard deviation; rank \"2 to 4\" is second, third or fourth of "
+            "all methods: tests do not say which. On a dataset each method had the same examples, and settings chosen "
+            "in the same way.")
 
 
 def _headline(name: str, content: dict[str, Any]) -> str:
@@ -182,7 +183,7 @@ def in_short(name: str, content: dict[str, Any]) -> str:
         rows.append([f"baseline: {best[0]}", "0", "-", metric.shown(best[1]), "-", "-"])
     for method, row in sorted(content["methods"].items(), key=lambda item: item[1]["mean"]):
         if method in IN_SHORT:
-            rows.append([method, shown_parameters(row["trained_parameters"], row["trained_share"]),
+            rows.append([sized(method, row["size"]), shown_parameters(row["trained_parameters"], row["trained_share"]),
                          str(len(row["seeds"])), shown_with_deviation(metric, row), shown_interval(metric, row),
                          shown_rank(row)])
     return markdown_table(["method", "trained parameters", "seeds", metric.heading, "95 % interval", "rank"], rows)
@@ -198,7 +199,7 @@ def costs(name: str, content: dict[str, Any]) -> str:
 
 def _costs_of(method: str, row: dict[str, Any]) -> list[str]:
     memory, inference = row["training_memory_bytes"]["mean"], row["inference"]
-    return [method, shown_seconds(row),
+    return [sized(method, row["size"]), shown_seconds(row),
             "-" if memory is None else f"{memory / 2**20:,.0f}", f"{row['adapter_bytes']['mean'] / 1000:,.0f}",
             shown_share(inference["extra"]), shown_share(inference["extra_merged"]), inference["mergeable"] or "-",
             f"{row['forgetting']['nats']:+.3f}"]

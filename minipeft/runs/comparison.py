@@ -134,9 +134,11 @@ def _row(folder: Path, cells: Sequence[tuple[Path, dict[str, Any]]], headline: s
         raise OutputError(f"the seeds of {first['method']} below {cells[0][0].parent} were trained with different "
                           "settings: run scripts/compare.py again, which trains those anew that are not the best's")
     lost = [run["forgetting"]["after"] - run["forgetting"]["before"] for run in costs]
-    chosen = dict(first["cell"]["values"])
+    chosen, sizes = dict(first["cell"]["values"]), SIZES.get(first["method"], ())
+    default = dict(list(sizes[len(sizes) // 2].items())[:1]) if sizes else {}
     return {
         "settings": {"learning_rate": first["training_config"]["learning_rate"], **chosen},
+        "size": {name: chosen.get(name, value) for name, value in default.items()},
         "seeds": [run["seed"] for run in runs], "cells": sorted(str(path.relative_to(folder)) for path, _ in cells),
         "adapters": [run["adapter_folder"] for run in runs], **_scores(scores), "interval_95": None,
         "metrics": {key: round(fmean(metrics[key] for metrics in tested), 6) for key in numbers},

@@ -21,6 +21,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from minipeft.errors import ConfigError
+
 # "method" fills the method's configuration and "training" the TrainingConfig; what a user gives replaces an entry.
 # "rates" are the learning rates of other tasks than classification. Summaries and German are far from what the base has
 # read: every method has to go far from where it starts.
@@ -50,7 +52,13 @@ DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def table(method: str, task: str = "classification") -> dict[str, dict[str, Any]]:
-    """The defaults of a method on a task: {"method": fields of its configuration, "training": of TrainingConfig}."""
+    """The defaults of a method on a task: {"method": fields of its configuration, "training": of TrainingConfig}.
+
+    Raises:
+        ConfigError: it has no row yet.
+    """
+    if method not in DEFAULTS:
+        raise ConfigError(f"{method} has no row in minipeft/runs/defaults.py: give it one, with a first learning rate")
     found = DEFAULTS[method]
     rate = found["rates"].get(task, found["training"]["learning_rate"])
     return {"method": found["method"], "training": {**found["training"], "learning_rate": rate}}

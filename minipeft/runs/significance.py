@@ -2,14 +2,15 @@
 
     sample = as many test examples as there are, drawn with replacement, the same ones for every method (Efron 1979);
              to each method's mean is added what other seeds would move it by, t * d / sqrt(its seeds)
-    d      = the deviation of its seeds' scores or, if that is larger or there is one seed alone, the median of all
-             methods' deviations
+    d      = the deviation of its seeds' scores or, if that is larger or there is one seed alone, the common one: the
+             root of the mean of all methods' variances
     t      = drawn from Student's distribution; its degrees of freedom are the seeds beyond the first, of all methods
     p      = twice the share of samples in which the difference of two methods' means has the other sign, or is 0
 
 Three seeds are few. Drawn with replacement, as examples are, they would be taken for all there is: of eleven methods
-that are equal, two would be told apart in nine comparisons of ten. With the above it is one in twenty to one in ten
-(a simulation in tests/runs/test_significance.py). All pairs of one dataset are one family of tests: Holm (1979)
+that are equal, two would be told apart in nine comparisons of ten. With the above it is one in twenty at most, and
+with two seeds, some methods varying far more than others, one in ten (a simulation in
+tests/runs/test_significance.py). All pairs of one dataset are one family of tests: Holm (1979)
 multiplies the smallest p of m by m, the next by m - 1, and so on. Where every method has one seed, nothing is known of
 what another would have given: then all is said of these runs alone.
 """
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
-from statistics import median, stdev
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
@@ -60,8 +61,8 @@ def resampled(each: Mapping[str, Sequence[np.ndarray]], headline_of: Headline, s
 def _deviations(scores: Mapping[str, Sequence[float]]) -> tuple[dict[str, float], int]:
     """d of each method, and t's degrees of freedom; these are 0 where no method has several seeds."""
     own = {method: stdev(found) for method, found in scores.items() if len(found) > 1}
-    usual = median(own.values()) if own else 0.0
-    return ({method: max(own.get(method, 0.0), usual) for method in scores},
+    common = fmean(deviation**2 for deviation in own.values()) ** 0.5 if own else 0.0
+    return ({method: max(own.get(method, 0.0), common) for method in scores},
             sum(len(found) - 1 for found in scores.values()))
 
 

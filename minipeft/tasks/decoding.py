@@ -55,7 +55,8 @@ def generate(model: GPT2LMHeadModel, input_ids: Tensor, attention_mask: Tensor |
     if num_beams > 1 and (temperature > 0 or top_k is not None or top_p is not None):
         raise ConfigError("beam search does not sample: leave out temperature, top_k and top_p, or num_beams")
     if num_beams != 1 and max_new_tokens != 0:
-        return _beam_search(model, input_ids, attention_mask, max_new_tokens, num_beams, length_penalty, eos_token_id)
+        found = _beam_search(model, input_ids, attention_mask, max_new_tokens, num_beams, length_penalty, eos_token_id)
+        return found.clone()  # made outside of inference mode, so that it may take part in training
     steps = stream(model, input_ids, attention_mask, max_new_tokens, temperature, top_k, top_p, eos_token_id, generator)
     return torch.cat((input_ids, *(token[:, None] for token in steps)), dim=1)
 

@@ -30,9 +30,9 @@ Rate         With N steps and w = round(warmup_ratio * N), in step t, counted fr
                  t >= w    learning_rate * (1 + cos(pi * (t - w) / (N - w))) / 2
              It would reach 0 in step N, after the last one. Ending early does not change N. By hand, N = 100, w = 6,
              learning_rate 1e-3: 1.67e-4 at t = 0, 1e-3 at t = 5 and 6, 5e-4 at t = 53. w = 0 is no warm-up.
-Validation   After every e steps, e = max(1, steps_per_epoch // evaluations_per_epoch), and after the last one; one that
-             would come fewer than e steps before the end is left out. The best has the best `best_by` and, among
-             equals, the lowest loss. Its trained values are copied, and put back at the end.
+Validation   After every e steps, e = max(1, steps_per_epoch // evaluations_per_epoch), and after the last one; where
+             fewer than e steps remain, only the last follows. The best has the best `best_by` and, among equals, the
+             lowest loss. Its trained values are copied, and put back at the end.
 Signal       SIGINT (Ctrl-C), SIGHUP or SIGTERM: the step in hand is finished, with several processes at most 9 more,
              the state is saved, and `stopped_by` is set. A validation that is due after that step comes first; none is
              added. The model has the best validation's values then, or its present ones if there was none; the state

@@ -19,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from minipeft.model.gpt2 import uncompiled
+from minipeft.model.linear import uncompiled
 
 LossSum = Callable[[Tensor, Tensor], Tensor]
 # Logits of a piece, 24 MB of float32 on a CPU: the C library gives memory above 32 MB back to the system each time. Per

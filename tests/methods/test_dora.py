@@ -287,3 +287,19 @@ def test_training_turns_and_stretches_the_rows(make_model):
     after = model.transformer.h[0].attn.c_attn.merged()["weight"].detach()
     assert (after.norm(dim=1) / before.norm(dim=1) - 1).abs().max() > 1e-3
     assert F.cosine_similarity(after, before).min() < 0.9999
+
+
+# --- under autocast ---------------------------------------------------------------------------------------------------
+
+def test_under_autocast_the_norms_are_those_of_float32():
+    dora = layer(in_features=300)
+    expected, stretch = dora.row_norms(), dora.stretch()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(dora.row_norms(), expected) and torch.equal(dora.stretch(), stretch)
+
+
+def test_under_autocast_step_0_is_the_base_model_bit_for_bit(make_model):
+    model = make_model(GPT2LMHeadModel)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        expected = model(IDS)
+        assert torch.equal(inject(model, LoraConfig(r=2, use_dora=True))(IDS), expected)

@@ -130,3 +130,14 @@ def test_where_more_is_to_be_seen_the_formula_computes(change):
     assert not low_rank.applies(x[0], adapted)
     with torch.no_grad():
         assert not low_rank.applies(x, layer())
+
+
+def test_the_dropout_layer_says_whether_it_acts():
+    """Its own mode counts, not the layer's, and what somebody puts in its place is called."""
+    adapted, x = layer(dropout=0.4), torch.randn(4, 6)
+    adapted.lora_dropout.eval()
+    assert low_rank.applies(x, adapted) and torch.equal(adapted(x), adapted(x))
+    expected = adapted(x)
+    adapted.lora_dropout = nn.Identity()
+    assert not low_rank.applies(x, adapted)
+    torch.testing.assert_close(adapted(x), expected)

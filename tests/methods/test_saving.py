@@ -1,5 +1,6 @@
 """Adapter folders: what is written, what is refused, and that a failure leaves no trace."""
 
+import copy
 import dataclasses
 import errno
 import json
@@ -385,6 +386,20 @@ def test_one_changed_embedding_row_is_another_base(tiny_config, adapter):
     with torch.no_grad():
         other.transformer.wte.weight[50] += 0.01
     assert_refused(tiny_config, adapter[0], AdapterError, "another base model", model=other)
+
+
+def test_a_model_that_was_cast_saves_the_fingerprint_with_the_format_that_it_is_of(tiny_config, tmp_path):
+    base = build(GPT2ForSequenceClassification, tiny_config)
+    save_adapter(inject(copy.deepcopy(base), LoraConfig(r=2)).to(torch.bfloat16), tmp_path / "cast")
+    save_adapter(inject(copy.deepcopy(base).to(torch.bfloat16), LoraConfig(r=2)), tmp_path / "half")
+    for folder in ("cast", "half"):
+        for model in (copy.deepcopy(base), copy.deepcopy(base).to(torch.bfloat16),
+                      inject(copy.deepcopy(base), LoraConfig(r=2), "first").to(torch.bfloat16)):
+            load_adapter(model, tmp_path / folder, "second")
+    with torch.no_grad():
+        base.transformer.wte.weight[50] += 0.01
+    with pytest.raises(AdapterError, match="another base model"):
+        load_adapter(base, tmp_path / "cast")
 
 
 def test_another_head_is_not_another_base(tiny_config, adapter):

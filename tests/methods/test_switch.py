@@ -226,6 +226,8 @@ def test_a_name_that_is_taken_or_a_model_without_a_copy_of_its_base_takes_no_ada
                            (perturb(inject(build(GPT2ForSequenceClassification, tiny_config), EVERY_BIAS, "lora")),
                             "already carries an adapter 'lora'.*another name"),
                            (inject(build(GPT2ForSequenceClassification, tiny_config), FullConfig(), "all"),
+                            "full keeps no copy of the base"),
+                           (inject(build(GPT2ForSequenceClassification, tiny_config), FullConfig(), "lora"),
                             "full keeps no copy of the base")):
         assert_load_refused(model, saved["lora"].folder, InjectionError, message, name="lora")
 
@@ -554,6 +556,13 @@ def test_full_fine_tuning_keeps_no_copy_of_the_base_and_says_so(tiny_config):
         with disable_adapter(model):
             pass
     assert_unchanged(model, before)
+
+
+def test_what_was_added_after_the_injection_stays_when_it_is_removed(tiny_config):
+    model = inject(build(GPT2LMHeadModel, tiny_config), LoraConfig(r=2))
+    model.probe = torch.nn.Linear(24, 2)
+    remove(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_removing_nothing_is_no_error(tiny_config):

@@ -9,12 +9,16 @@ import threading
 import pytest
 import torch
 from models import IDS, MASK, assert_unchanged, build, inject_all, perturb, snapshot, train
+from safetensors.torch import load_file
 
 from minipeft import (
     BitFitConfig,
     GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
     LoraConfig,
     PrefixTuningConfig,
+    PromptEncoderConfig,
+    VeraConfig,
     disable_adapter,
     inject,
     load_adapter,
@@ -127,3 +131,30 @@ def test_what_is_done_in_inference_mode_can_be_trained_afterwards(tiny_config, t
     assert torch.equal(fresh(IDS, MASK), expected)
     train(fresh.requires_grad_(True), steps=1)
     assert not any(parameter.is_inference() for parameter in (*model.parameters(), *fresh.parameters()))
+
+
+@pytest.mark.parametrize("case", ["dora", "pissa", "ptuning", "vera"])
+def test_what_is_done_under_autocast_is_what_is_done_without(case, tiny_config, tmp_path):
+    """Autocast keeps rounded copies of weights, and would go on using those of initial values."""
+    config = {"dora": LoraConfig(r=2, use_dora=True),
+              "pissa": LoraConfig(r=2, init_lora_weights="pissa", use_dora=True),
+              "ptuning": PromptEncoderConfig(num_virtual_tokens=3), "vera": VeraConfig(r=4)}[case]
+    base = build(GPT2LMHeadModel, tiny_config)
+
+    def adapted(under_autocast):
+        torch.manual_seed(1)
+        model, folder = copy.deepcopy(base), tmp_path / str(under_autocast)
+        with torch.autocast("cpu", torch.bfloat16, enabled=under_autocast):
+            inject(model, config)
+            with torch.no_grad():
+                for parameter in (parameter for parameter in model.parameters() if parameter.requires_grad):
+                    parameter.add_(0.1)
+            save_adapter(model, folder)
+            loaded = load_adapter(copy.deepcopy(base), folder)
+        return model, loaded, load_file(folder / "adapter_model.safetensors")
+
+    (model, loaded, saved), (with_it, loaded_with_it, saved_with_it) = adapted(False), adapted(True)
+    assert saved.keys() == saved_with_it.keys()
+    for name, tensor in saved.items():
+        assert tensor.dtype == saved_with_it[name].dtype == torch.float32 and torch.equal(tensor, saved_with_it[name])
+    assert torch.equal(model(IDS), with_it(IDS)) and torch.equal(loaded(IDS), loaded_with_it(IDS))

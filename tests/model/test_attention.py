@@ -98,6 +98,23 @@ def test_second_derivatives_are_those_of_the_formula(dropout, monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("trained", ["q", "k", "v", "qk", "qv", "kv"])
+def test_second_derivatives_may_be_of_some_alone(trained):
+    """As those of a prefix are, in the first block of a frozen base: its queries need no gradient."""
+    tensors = dict(zip("qkv", inputs(21, 21)))
+    for name, tensor in tensors.items():
+        tensor.requires_grad_(name in trained)
+    q, k, v = tensors.values()
+    scores = (q @ k.transpose(2, 3) / 8**0.5).masked_fill(torch.ones(21, 21, dtype=torch.bool).triu(1), -torch.inf)
+    second = []
+    for y in (attention._InBlocks.apply(q, k, v, None, 0.0), scores.softmax(dim=3) @ v):
+        wanted = [tensors[name] for name in trained]
+        first = torch.autograd.grad(y.square().sum(), wanted, create_graph=True)
+        second.append(torch.autograd.grad(sum(g.square().sum() for g in first), wanted))
+    for ours, theirs in zip(*second):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("dtype, dropout, blocks", [
     (torch.float32, 0.0, False), (torch.float32, 0.1, True), (torch.bfloat16, 0.0, True), (torch.bfloat16, 0.1, True)])
 def test_training_goes_in_blocks_where_that_is_faster(dtype, dropout, blocks):

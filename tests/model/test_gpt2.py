@@ -457,6 +457,26 @@ def test_the_cache_gives_what_one_full_pass_gives(make_model, make_ids, make_mas
     close(torch.cat(parts, dim=1)[real], expected[real])
 
 
+@pytest.mark.parametrize("modes", ["nngngnn", "gnnggnn", "iinnign", "inginin"])
+def test_a_cache_may_go_through_calls_with_gradients_without_and_in_inference_mode(make_model, make_ids, modes):
+    model, ids, cache = make_model(GPT2LMHeadModel), make_ids(2, 7), KVCache()
+    mode = {"n": torch.no_grad, "g": torch.enable_grad, "i": torch.inference_mode}
+    for number, letter in enumerate(modes):
+        with mode[letter]():
+            if letter == "g" and "i" in modes[:number]:  # what was made in inference mode cannot be trained through
+                model.requires_grad_(False)
+            found = model(ids[:, number:number + 1], cache=cache)
+    close(found[:, 0], model(ids)[:, -1])
+
+
+def test_position_ids_are_one_for_each_token(make_model, make_ids):
+    model, ids = make_model(GPT2LMHeadModel), make_ids(2, 5)
+    assert torch.equal(model(ids, position_ids=torch.arange(5)), model(ids))
+    for positions in (torch.zeros(2, 1, dtype=torch.long), torch.arange(6).expand(2, 6)):
+        with pytest.raises(ConfigError, match=f"position_ids are for {positions.shape[1]} tokens, and 5 are read"):
+            model(ids, position_ids=positions)
+
+
 def test_a_cache_that_is_given_keys_and_values_is_attended_to(make_model, make_ids, tiny_config):
     """What prefix tuning builds on: the cache may start with vectors that no token produced."""
     model, ids = make_model(GPT2Model), make_ids(2, 5)

@@ -125,3 +125,9 @@ def test_bfloat16_is_onednns_only_where_it_can_multiply_it():
 def test_double_precision_is_torchs():
     layer, x = Linear(4, 3).double(), torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: linear(x, layer.weight, layer.bias), x)
+
+
+def test_autocast_leaves_float64_alone_as_torchs_does():
+    layer, x = Linear(4, 3).double(), torch.randn(2, 4, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == F.linear(x, layer.weight, layer.bias).dtype == torch.float64

@@ -196,6 +196,17 @@ def test_a_model_that_its_configuration_does_not_describe_is_not_saved(tmp_path,
     assert not (tmp_path / "new").exists()
 
 
+def test_a_head_that_is_no_longer_the_embeddings_is_not_lost_in_saving(tmp_path, make_model):
+    model = make_model(GPT2LMHeadModel)
+    model.lm_head.weight = torch.nn.Parameter(model.transformer.wte.weight.detach().clone())
+    model.save_pretrained(tmp_path / "equal")  # another tensor, of the same values
+    with torch.no_grad():
+        model.lm_head.weight[3, 4] += 1
+    with pytest.raises(WeightsError, match=r"lm_head\.weight is another tensor than transformer\.wte\.weight, of"):
+        model.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 def test_saving_leaves_the_random_generator_as_it_was(tmp_path, make_model):
     model, before = make_model(GPT2LMHeadModel), torch.get_rng_state()
     model.save_pretrained(tmp_path)

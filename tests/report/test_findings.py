@@ -48,18 +48,18 @@ def test_without_tests_nothing_is_said_of_ranks(comparison, tuning):
 
 def test_costs_are_held_against_full_fine_tuning(comparison, tuning):
     text, = said(comparison, tuning, "core seconds per 1,000 examples")
-    assert "takes 31.0 core seconds" in text and "prefix 0.68" in text and "lora 0.97" in text
+    assert "takes 31.0 core seconds" in text and "prefix (20 tokens) 0.68" in text and "lora (r 8) 0.97" in text
 
 
 def test_a_missed_rate_costs_the_worse_of_its_two_neighbors(comparison, tuning):
-    assert said(comparison, tuning, "half a decade beside the best one costs 10.00 %")
+    assert said(comparison, tuning, "half a decade beside the best one costs 10.00 percentage points")
 
 
 def test_what_a_comparison_lacks_is_not_spoken_of(comparison):
     less = json.loads(json.dumps(comparison))
     less["datasets"]["imdb"] |= {"few_examples": {}, "best": {}, "baselines": {}}
     texts = " ".join(finding.text for finding in findings(less, {"datasets": {}}))
-    assert not [word for word in ("prompt, without", "half a decade", "size matters", "number of training examples",
+    assert not [word for word in ("prompt, without", "half a decade", "size mattered", "number of training examples",
                                   "without the common budget") if word in texts]
 
 
@@ -101,4 +101,4 @@ def test_one_size_alone_is_neither_most_nor_least(comparison, tuning):
     one = copy.deepcopy(tuning)
     methods = one["datasets"]["imdb"]["methods"]
     methods["adapter"]["trials"] = [trial for trial in methods["adapter"]["trials"] if trial["size"] is None]
-    assert said(comparison, tuning, "size matters most for adapter") and not said(comparison, one, "size matters")
+    assert said(comparison, tuning, "size mattered most for adapter") and not said(comparison, one, "size mattered")

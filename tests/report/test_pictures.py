@@ -35,11 +35,17 @@ def test_findings_point_at_pictures_that_are_drawn(drawn, comparison, tuning):
 
 def test_the_front_holds_what_no_other_method_beats_with_fewer_parameters(comparison):
     figure = parameters("imdb", comparison["datasets"]["imdb"])
-    front, = (line for line in figure.axes[0].get_lines() if line.get_label() == "best for its parameters")
+    front, = (line for line in figure.axes[0].get_lines() if line.get_label() == "highest mean so far")
     rows = comparison["datasets"]["imdb"]["methods"].values()
     expected = sorted((row["trained_parameters"], round(100 * row["mean"], 6)) for row in rows if not any(
         other["mean"] >= row["mean"] and other["trained_parameters"] < row["trained_parameters"] for other in rows))
     assert [(x, round(y, 6)) for x, y in zip(*front.get_data())] == expected
+
+
+def test_one_method_alone_is_no_picture_of_parameters(comparison):
+    content = copy.deepcopy(comparison["datasets"]["imdb"])
+    content["methods"] = {"lora": content["methods"]["lora"]}
+    assert parameters("imdb", content) is None
 
 
 def test_no_name_covers_another_one(comparison):

@@ -42,14 +42,16 @@ def test_what_had_no_common_budget_is_in_a_table_of_its_own(results):
 
 def test_in_short_are_five_rows(results):
     table = block("imdb in short", Comparison(results))
-    assert names(table) == ["baseline: zero-shot by prompt", "prompt", "adapter", "lora", "full"]
+    assert names(table) == ["baseline: zero-shot by prompt", "prompt (20 tokens)", "adapter (reduction 8)",
+                            "lora (r 8)", "full"]
     assert "| full | 7,000,000 (100.00 %) | 3 | 94.50 % ± 0.50 % |" in table
 
 
 def test_what_a_method_costs_is_a_table_of_its_own_the_fastest_first(results):
     head, _, *rows = block("imdb costs", Comparison(results)).splitlines()
     assert names(block("imdb costs", Comparison(results))) == [
-        "prefix", "ptuning", "prompt", "head", "bitfit", "ia3", "adapter", "vera", "dora", "lora", "full"]
+        "prefix (20 tokens)", "ptuning (20 tokens)", "prompt (20 tokens)", "head", "bitfit", "ia3",
+        "adapter (reduction 8)", "vera (r 64)", "dora (r 8)", "lora (r 8)", "full"]
     assert head == ("| method | core s per 1,000 examples | MiB that training adds | adapter, kB | extra inference | "
                     "merged | merges | forgotten, nats |")
     assert rows[-1] == "| full | 31.0 | 20 | 0 | +25 % | +0 % | yes | +0.500 |"
@@ -69,7 +71,7 @@ def test_a_methods_chapter_has_it_beside_the_best_baseline_and_full_on_every_dat
     assert head == "| dataset | best without training | full; rank | lora; rank |"
     assert films.startswith("| films: accuracy | zero-shot by prompt: 60.00 % | 94.50 % ± 0.50 %; 1 to ")
     assert imdb.startswith("| imdb: accuracy |") and " | 93.50 % ± 0.50 %; 1 to " in imdb
-    assert reading.startswith("Means over seeds, their standard deviation, and the places among all methods")
+    assert reading.startswith('Means over seeds ± their standard deviation; rank "2 to 4" is second, third or')
     assert block("all datasets by full", Comparison(results)).startswith(
         "| dataset | best without training | full; rank |\n")
     with pytest.raises(OutputError, match="the comparison has no lara: its methods are adapter, "):

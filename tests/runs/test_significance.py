@@ -39,15 +39,19 @@ def test_seeds_that_agree_by_chance_and_one_seed_alone_are_taken_to_differ_as_th
     assert beside["same"].std() > 3 * alone and beside["one"].std() > 1.5 * beside["same"].std()
 
 
-@pytest.mark.parametrize(("deviations", "at_most"), [([0.02] * 11, 0.2), ([0.01] * 8 + [0.02, 0.04, 0.06], 0.3)],
-                         ids=["alike", "unlike"])
-def test_methods_that_are_equal_are_rarely_told_apart_however_their_seeds_fall(deviations, at_most):
+UNLIKE = [0.0006, 0.0014, 0.002, 0.0022, 0.0029, 0.0034, 0.0041, 0.0053, 0.0063, 0.0077, 0.0162]  # as on SST-2
+
+
+@pytest.mark.parametrize(("deviations", "seeds", "at_most"), [
+    ([0.02] * 11, 3, 0.05), ([0.01] * 8 + [0.02, 0.04, 0.06], 3, 0.08), (UNLIKE, 3, 0.08), ([0.02] * 11, 2, 0.05),
+    (UNLIKE, 2, 0.15)], ids=["alike", "some vary more", "unlike", "alike, two seeds", "unlike, two seeds"])
+def test_methods_that_are_equal_are_rarely_told_apart_however_their_seeds_fall(deviations, seeds, at_most):
     """Three seeds lie all above another method's three once in ten pairs: that must not count as a difference. Here
     seeds are all that differs, as if there were endless test examples; fewer make it rarer."""
-    rng, families = np.random.default_rng(0), 60
+    rng, families = np.random.default_rng(0), 100
     told_apart = 0
     for _ in range(families):
-        each = {str(number): [np.full((5, 1), 0.8 + deviation * rng.standard_normal()) for _ in range(3)]
+        each = {str(number): [np.full((5, 1), 0.8 + deviation * rng.standard_normal()) for _ in range(seeds)]
                 for number, deviation in enumerate(deviations)}
         means = {method: float(np.mean(runs)) for method, runs in each.items()}
         told_apart += any(test["significant"] for test in compared(means, resampled(each, accuracy, samples=4000)))

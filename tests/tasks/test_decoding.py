@@ -205,3 +205,10 @@ def test_more_tokens_than_positions_is_refused_before_any_work(model, make_ids):
 def test_padding_on_the_right_is_refused(model, make_ids, make_mask):
     with pytest.raises(ConfigError, match="padded on the left"):
         generate(model, make_ids(4, 7), attention_mask=make_mask(LENGTHS), max_new_tokens=3)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_what_is_generated_can_be_trained_on(model, num_beams):
+    found = generate(model, torch.tensor([[5, 17, 80]]), max_new_tokens=3, num_beams=num_beams)
+    model(found).sum().backward()
+    assert model.transformer.wpe.weight.grad.abs().sum() > 0

@@ -71,6 +71,7 @@ def add_trace_options(group: argparse._ArgumentGroup) -> None:
 
 def main(words: Sequence[str], program: str) -> None:
     arguments = parse(words, program)
+    check_view(arguments)
     if arguments.all:
         for path in gallery(arguments.output, arguments.model or "mini"):
             print(f"wrote {path}")
@@ -98,6 +99,25 @@ def main(words: Sequence[str], program: str) -> None:
         print(f"{name} before:\n{before}\n")
         print(f"{name} with {method}, what is trained marked *:\n{render(tree(model), color)}\n")
         print(trainable_parameters(model))
+
+
+def check_view(arguments: argparse.Namespace) -> None:
+    """Refuse two things to show at once, and options of what is not asked for.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    traced = arguments.trace or arguments.trace_page
+    shown = {"--all": arguments.all, "--memory": arguments.memory, "--traffic": arguments.traffic,
+             "--trace": traced, "--spectrum": arguments.spectrum}
+    asked = [name for name, wanted in shown.items() if wanted]
+    if len(asked) > 1:
+        raise ConfigError(f"{' and '.join(asked)} show different things: choose one")
+    of_trace = {"--adapter": arguments.adapter, "--text": arguments.text != TEXT, "--block": arguments.block,
+                "--token": arguments.token is not None}
+    if not traced and any(of_trace.values()):
+        given_ones = [name for name, wanted in of_trace.items() if wanted]
+        raise ConfigError(f"{', '.join(given_ones)}: only with --trace or --trace-page")
 
 
 def show_trace(arguments: argparse.Namespace, values: dict[str, Any]) -> None:

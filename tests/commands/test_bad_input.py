@@ -619,6 +619,8 @@ def test_an_adapter_of_another_method_cannot_be_taken_for_this_one(refused, adap
     (("--method", "lora", "--target-modules", "nothing"), "match nothing"),
     (("--memory", "--batch-size", 0), "batch_size and length must be at least 1, got 0"),
     (("--memory", "--length", 513), "length=513 is more than the 512 tokens that fit mini with lora"),
+    (("--memory", "--trace"), "--memory and --trace show different things: choose one"),
+    (("--adapter", "nowhere", "--token", 3), "--adapter, --token: only with --trace or --trace-page"),
 ])
 def test_a_request_anatomy_cannot_meet_is_refused(refused, options, said):
     assert said in refused("anatomy.py", *options)

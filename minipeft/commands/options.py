@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
-from typing import Any
+from typing import Any, NoReturn
 
 from minipeft.data.datasets import KNOWN
 from minipeft.data.tables import FILE_TYPES
+from minipeft.errors import ConfigError
 from minipeft.methods import METHODS
 from minipeft.runs.defaults import table
 from minipeft.runs.plan import Options, check_method
@@ -24,16 +26,67 @@ from minipeft.training.loop import TrainingConfig
 DROPOUT_HELP = "in the base model; default 0, whatever its config.json says"
 LENGTH_HELP = f"tokens kept of a text; default {MAX_LENGTH}, of one to summarize {MAX_SUMMARY_LENGTH}"
 
+# What others call an option by, where its name is not alike.
+CALLED = {"--lr": "--learning-rate", "--rank": "--r", "--use-dora": "--method dora"}
 
-def new_parser(program: str, description: str, **more: Any) -> argparse.ArgumentParser:
+
+class Parser(argparse.ArgumentParser):
+    """A parser that takes no option cut short, and whose errors are one line that says what may have been meant.
+
+    Attributes:
+        method: whose options it has; None where they have no part in the command.
+    """
+
+    method: str | None = None
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(allow_abbrev=False, **more)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+    def parse_args(self, words: Sequence[str], namespace: argparse.Namespace | None = None) -> argparse.Namespace:
+        arguments, unknown = self.parse_known_args(words, namespace)
+        if unknown and unknown[0].startswith("-"):
+            self.error(self._unknown_option(unknown[0].partition("=")[0]))
+        if unknown:
+            self.error(self._one_too_many(unknown[0], words))
+        return arguments
+
+    def _unknown_option(self, name: str) -> str:
+        """What to say of an option that there is not: whose it is, or which one may have been meant."""
+        field = name.lstrip("-").replace("-", "_")
+        owners = [method for method in METHODS if field in option_fields(METHODS[method].config_class)]
+        if self.method and owners and self.method not in owners:
+            return f"{name} is an option of {', '.join(owners)}, not of {self.method}"
+        options, meant = [known for known in self._option_string_actions if known != "-h"], CALLED.get(name, "")
+        if meant.split(" ")[0] not in options:
+            bare = [known.lstrip("-") for known in options]
+            meant = "".join(f"--{close}" for close in difflib.get_close_matches(name.lstrip("-"), bare, 1, cutoff=0.65))
+        return f"unknown option {name}: " + (f"did you mean {meant}?" if meant else "--help lists the options")
+
+    def _one_too_many(self, word: str, words: Sequence[str]) -> str:
+        """What to say of a word that no option takes: that the one before it takes names with commas, if it does."""
+        before = [known for known in words[:words.index(word)] if known.startswith("--")]
+        action = self._option_string_actions.get(before[-1]) if before else None
+        if action is not None and "list[" in getattr(action.type, "__name__", ""):
+            return f"unexpected {word!r} after {before[-1]}: separate by commas, without blanks, as in c_attn,c_proj"
+        return f"unexpected {word!r}: --help lists what the command takes"
+
+
+def new_parser(program: str, description: str, **more: Any) -> Parser:
     """A parser whose examples begin as the user began: with `minipeft train`, or with `python scripts/train.py`."""
     if program.endswith(".py"):
         description = re.sub(r"\bminipeft (\w+)", r"python scripts/\1.py", description)
-    return argparse.ArgumentParser(prog=program, description=description,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter, **more)
+    return Parser(prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **more)
 
 
-def add_method_options(parser: argparse.ArgumentParser, arguments: Sequence[str], also: Sequence[str] = ()) -> str:
+def option_fields(config_class: type[Settings]) -> list[str]:
+    """The fields of a configuration class that the command line offers."""
+    return [field.name for field in fields(config_class) if field.metadata["option"]]
+
+
+def add_method_options(parser: Parser, arguments: Sequence[str], also: Sequence[str] = ()) -> str:
     """Add the options of the method that the command line names, which is looked up ahead of all other options.
 
     Args:
@@ -46,11 +99,11 @@ def add_method_options(parser: argparse.ArgumentParser, arguments: Sequence[str]
     Raises:
         ConfigError: an unknown method.
     """
-    ahead = argparse.ArgumentParser(add_help=False)
+    ahead = Parser(add_help=False)
     ahead.add_argument("--method", default="lora")
-    method = ahead.parse_known_args(arguments)[0].method
+    parser.method = method = ahead.parse_known_args(arguments)[0].method
     check_method(method, also)
-    if method in METHODS and any(field.metadata["option"] for field in fields(METHODS[method].config_class)):
+    if method in METHODS and option_fields(METHODS[method].config_class):
         add_dataclass_options(parser.add_argument_group(f"method {method}"), METHODS[method].config_class,
                               table(method)["method"])
     return method
@@ -104,7 +157,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
                    method_values=given(arguments, method.config_class) if method else {})
 
 
-def add_data_options(parser: argparse.ArgumentParser, one: bool = True) -> None:
+def add_data_options(parser: Parser, one: bool = True) -> None:
     """Options that choose a dataset.
 
     Args:
@@ -136,7 +189,7 @@ def add_data_options(parser: argparse.ArgumentParser, one: bool = True) -> None:
                                                "them one, keep keeps them apart; default: they are refused")
 
 
-def add_machine_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+def add_machine_options(parser: Parser) -> argparse._ArgumentGroup:
     """Options that choose where and in which number format to run."""
     group = parser.add_argument_group("machine")
     group.add_argument("--device", help="cpu or cuda; default: cuda where there is one")

@@ -78,22 +78,6 @@ def model(tiny_model, folder):
     return shutil.copytree(tiny_model, folder / "model")
 
 
-@pytest.fixture
-def usage_error(script, folder):
-    """usage_error("train.py", *options): argparse refuses; its last line says why, and nothing is written."""
-
-    def run(name, *options):
-        before = files_below(folder)
-        outcome = script(name, *options)
-        assert outcome.code == 2
-        assert outcome.error_lines[0].startswith("usage: ") and "Traceback" not in outcome.err
-        assert sum("error: " in line for line in outcome.error_lines) == 1
-        assert files_below(folder) == before
-        return outcome.error_lines[-1]
-
-    return run
-
-
 # --- unknown names ----------------------------------------------------------------------------------------------------
 
 def test_an_unknown_method(train, refused):
@@ -128,13 +112,32 @@ def test_an_unknown_column(refused, adapter, tiny_model, option, column, script_
     assert repr(column) in line and "text, label" in line and option in line
 
 
-@pytest.mark.parametrize("option", ["--rank", "--lora-alhpa"])
-def test_an_unknown_option(usage_error, option):
-    assert option in usage_error("train.py", option, "8")
+@pytest.mark.parametrize(("option", "meant"), [
+    ("--rank", "--r"), ("--lora-alhpa", "--lora-alpha"), ("--lr", "--learning-rate"), ("-r", "--r"),
+    ("--learningrate", "--learning-rate"), ("--learning", "--learning-rate"), ("--use-dora", "--method dora")])
+def test_an_unknown_option(refused, option, meant):
+    assert refused("train.py", option, "8") == f"error: unknown option {option}: did you mean {meant}?"
+    assert refused("train.py", f"{option}=8") == f"error: unknown option {option}: did you mean {meant}?"
 
 
-def test_an_option_of_another_method(usage_error):
-    assert "--lora-alpha" in usage_error("train.py", "--method", "full", "--lora-alpha", 8)
+def test_an_unknown_option_that_is_like_none(refused):
+    assert refused("train.py", "--xyzzy") == "error: unknown option --xyzzy: --help lists the options"
+    assert refused("convert.py", "folder", "--lr", 3) == "error: unknown option --lr: --help lists the options"
+
+
+@pytest.mark.parametrize("script_name", ["train.py", "tune.py", "anatomy.py"])
+def test_an_option_of_another_method(refused, script_name):
+    needed = ("--try", "{}") if script_name == "tune.py" else ()
+    line = refused(script_name, "--method", "ia3", "--r", 4, *needed)
+    assert line == "error: --r is an option of lora, dora, vera, not of ia3"
+
+
+def test_an_option_that_is_needed(refused):
+    assert refused("tune.py") == "error: the following arguments are required: --try"
+
+
+def test_a_word_that_no_option_takes(refused):
+    assert refused("train.py", "sample") == "error: unexpected 'sample': --help lists what the command takes"
 
 
 # --- model files ------------------------------------------------------------------------------------------------------
@@ -442,8 +445,8 @@ def test_target_modules_that_match_nothing_list_the_nearest_names(train, wanted,
     ("--layers-to-transform", "first"), ("--layers-to-transform", "0,x"), ("--use-rslora", "maybe"),
     ("--epochs", "1.5"), ("--learning-rate", "fast"), ("--max-length", "long"), ("--truncation", "tail"),
     ("--test-size", "all")])
-def test_a_value_of_the_wrong_kind(usage_error, option, value):
-    line = usage_error("train.py", option, value)
+def test_a_value_of_the_wrong_kind(refused, option, value):
+    line = refused("train.py", option, value)
     assert option in line and value in line
 
 

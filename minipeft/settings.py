@@ -14,6 +14,7 @@ import re
 import types
 import typing
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -33,6 +34,7 @@ FINITE = Range("a finite number", math.isfinite)
 POSITIVE = Range("positive and finite", lambda value: 0 < value < math.inf)
 NOT_NEGATIVE = Range("finite and not negative", lambda value: 0 <= value < math.inf)
 SHARE = Range("a share in [0, 1]", lambda value: 0 <= value <= 1)
+TRUE, FALSE = ("true", "yes", "1"), ("false", "no", "0")  # what a command line's words mean
 SEED = Range("a number from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63)
 
 
@@ -127,8 +129,8 @@ def in_words(kind: Any) -> str:
 def parsed(text: str, kind: Any) -> Any:
     """The value that a text from the command line means, for a field of this type.
 
-    Numbers and true or false are taken as such first, {...} as JSON, a word or words with commas between as a list of
-    names where the type has one, and anything else as a text.
+    Numbers and true or false (yes or no, 1 or 0) are taken as such first, {...} as JSON, a word or words with commas
+    between as a list of names where the type has one, and anything else as a text.
 
     Raises:
         ValueError: the text means no value of this type.
@@ -140,11 +142,13 @@ def parsed(text: str, kind: Any) -> Any:
                 return number(text)
             except ValueError:
                 continue
-    if bool in options and text.lower() in ("true", "false"):
-        return text.lower() == "true"
+    if bool in options and text.lower() in TRUE + FALSE:
+        return text.lower() in TRUE
+    if kind is bool:
+        raise ValueError(f"{text!r} is neither true nor false")
     if any(typing.get_origin(option) is dict for option in options):
         return _json_object(text)
-    if list[int] in options:
+    if list[int] in options and re.fullmatch(r"\s*-?\d+(\s*,\s*-?\d+)*\s*", text):
         return [int(part) for part in text.split(",")]
     # Names have letters, digits, dots and underscores; anything else is a regular expression.
     if list[str] in options and text.lower() != "all-linear" and re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*", text):
@@ -160,7 +164,8 @@ def _options(kind: Any) -> tuple[Any, ...]:
 
 
 def _json_object(text: str) -> dict[str, Any]:
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError(f"{text!r} is not a JSON object")
-    return value
+    with suppress(ValueError):
+        value = json.loads(text)
+        if isinstance(value, dict):
+            return value
+    raise ValueError(f"{text!r} is not a JSON object: write it like '{{\"c_attn\": 4}}', in single quotes")

@@ -125,13 +125,17 @@ def add_dataclass_options(group: argparse._ArgumentGroup, config_class: type[Set
             group.add_argument(
                 f"--{field.name.replace('_', '-')}", dest=f"{config_class.__name__}.{field.name}", metavar="VALUE",
                 type=_reader(kinds[field.name]), default=None,
+                **({"nargs": "?", "const": True} if kinds[field.name] is bool else {}),
                 help=f"{field.metadata['help']}{listed}; default {default}".replace("%", "%%"))
 
 
 def _reader(kind: Any) -> Callable[[str], Any]:
-    """How to read a field of this type. argparse calls it by its name when it cannot read a text."""
+    """How to read a field of this type."""
     def read(text: str) -> Any:
-        return parsed(text, kind)
+        try:
+            return parsed(text, kind)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
 
     read.__name__ = in_words(kind)
     return read

@@ -136,6 +136,12 @@ def test_an_option_that_is_needed(refused):
     assert refused("tune.py") == "error: the following arguments are required: --try"
 
 
+def test_names_without_commas_and_json_without_quotes(refused):
+    line = refused("train.py", "--target-modules", "c_attn", "c_proj")
+    assert line.startswith("error: unexpected 'c_proj' after --target-modules: separate by commas")
+    assert "like '{\"c_attn\": 4}'" in refused("train.py", "--rank-pattern", "{c_attn:4}")
+
+
 def test_a_word_that_no_option_takes(refused):
     assert refused("train.py", "sample") == "error: unexpected 'sample': --help lists what the command takes"
 

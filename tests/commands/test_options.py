@@ -22,6 +22,7 @@ class Recipe(Settings):
     names: str | list[str] | None = setting(None, "which ones")
     blocks: int | list[int] | None = setting(None, "where")
     shares: dict[str, float] = setting({}, "JSON: name -> share")
+    warm: bool = setting(False, "whether warm")
     start: bool | str = setting(True, "from where", choices=(True, False, "middle"))
     inner: int = setting(3, "not offered", option=False)
     kind: str = setting("fixed", init=False)
@@ -39,7 +40,10 @@ def parsed(*options):
     (("--names", r"a\.\d+"), {"names": r"a\.\d+"}), (("--names", "all-linear"), {"names": "all-linear"}),
     (("--blocks", 1), {"blocks": 1}), (("--blocks", "1,2"), {"blocks": [1, 2]}),
     (("--shares", '{"a": 0.5}'), {"shares": {"a": 0.5}}), (("--start", "false"), {"start": False}),
-    (("--start", "middle"), {"start": "middle"})], ids=str)
+    (("--start", "middle"), {"start": "middle"}), (("--warm", "true"), {"warm": True}), (("--warm",), {"warm": True}),
+    (("--warm", "--size", 3), {"size": 3, "warm": True}), (("--warm", "Yes"), {"warm": True}),
+    (("--warm", 1), {"warm": True}), (("--warm", "no"), {"warm": False}), (("--warm", 0), {"warm": False}),
+    (("--blocks", "0, 1"), {"blocks": [0, 1]}), (("--blocks", "-1"), {"blocks": -1})], ids=str)
 def test_what_is_given_has_the_type_of_its_field_and_nothing_else_is_there(options, expected):
     found = parsed(*options)
     assert found == expected and [type(value) for value in found.values()] == [
@@ -47,9 +51,14 @@ def test_what_is_given_has_the_type_of_its_field_and_nothing_else_is_there(optio
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    (("--size", "x"), "argument --size: invalid int value: 'x'"),
-    (("--blocks", "1,x"), "argument --blocks: invalid int or list[int] or None value: '1,x'"),
-    (("--shares", "[1]"), "argument --shares: invalid dict[str, float] value: '[1]'"),
+    (("--size", "x"), "argument --size: 'x' is not int"),
+    (("--blocks", "1,x"), "argument --blocks: '1,x' is not int or list[int] or None"),
+    (("--warm", "maybe"), "argument --warm: 'maybe' is neither true nor false"),
+    (("--shares", "[1]"), "argument --shares: '[1]' is not a JSON object: write it like '{\"c_attn\": 4}', in single "
+                          "quotes"),
+    (("--names", "a", "b"), "unexpected 'b' after --names: separate by commas, without blanks, as in c_attn,c_proj"),
+    (("--blocks", "0", "1"), "unexpected '1' after --blocks: separate by commas, without blanks, as in c_attn,c_proj"),
+    (("--size", "1", "2"), "unexpected '2': --help lists what the command takes"),
     (("--inner", 1), "unknown option --inner: --help lists the options"),
     (("--kind", "x"), "unknown option --kind: --help lists the options"),
     (("--rat", 2), "unknown option --rat: did you mean --rate?")])

@@ -119,14 +119,15 @@ def add_dataclass_options(group: argparse._ArgumentGroup, config_class: type[Set
     kinds = typing.get_type_hints(config_class)
     for field in fields(config_class):
         if field.metadata["option"]:
-            default = shown.get(field.name, "none" if field.default is MISSING else field.default)
+            words, _, described = field.metadata["help"].partition("; default ")
+            default = shown.get(field.name, described or ("none" if field.default is MISSING else field.default))
             choices = field.metadata["choices"]
             listed = f" ({','.join(map(str, choices))})" if choices else ""
             group.add_argument(
                 f"--{field.name.replace('_', '-')}", dest=f"{config_class.__name__}.{field.name}", metavar="VALUE",
                 type=_reader(kinds[field.name]), default=None,
                 **({"nargs": "?", "const": True} if kinds[field.name] is bool else {}),
-                help=f"{field.metadata['help']}{listed}; default {default}".replace("%", "%%"))
+                help=f"{words}{listed}; default {default}".replace("%", "%%"))
 
 
 def _reader(kind: Any) -> Callable[[str], Any]:

@@ -19,8 +19,8 @@ class Recipe(Settings):
 
     size: int = setting(8, "how much, in %", POSITIVE_INTEGER)
     rate: float = setting(0.5, "how fast")
-    names: str | list[str] | None = setting(None, "which ones")
-    blocks: int | list[int] | None = setting(None, "where")
+    names: str | list[str] | None = setting(None, "which ones; default the first")
+    blocks: int | list[int] | None = setting(None, "where; default all")
     shares: dict[str, float] = setting({}, "JSON: name -> share")
     warm: bool = setting(False, "whether warm")
     start: bool | str = setting(True, "from where", choices=(True, False, "middle"))
@@ -30,7 +30,7 @@ class Recipe(Settings):
 
 def parsed(*options):
     parser = Parser(prog="program")
-    add_dataclass_options(parser.add_argument_group("recipe"), Recipe, {"rate": 0.25})
+    add_dataclass_options(parser.add_argument_group("recipe"), Recipe, {"rate": 0.25, "names": "all"})
     return given(parser.parse_args([str(option) for option in options]), Recipe)
 
 
@@ -73,7 +73,8 @@ def test_help_shows_choices_and_the_defaults_that_count(capsys):
     shown = " ".join(capsys.readouterr().out.split())
     assert "how much, in %; default 8" in shown and "how fast; default 0.25" in shown
     assert "from where (True,False,middle); default True" in shown and "JSON: name -> share; default none" in shown
-    assert "not offered" not in shown
+    assert "which ones; default all --blocks" in shown  # the one that counts
+    assert "where; default all --shares" in shown and "not offered" not in shown
 
 
 @pytest.mark.parametrize(("command", "method", "option"), [

@@ -14,7 +14,7 @@ from minipeft.data.datasets import load_dataset
 from minipeft.methods.saving import load_adapter, save_adapter
 from minipeft.tasks.classification import Classification
 
-steps = int(sys.argv[1]) if len(sys.argv) > 1 else 60
+steps = int(word) if (word := [*sys.argv, "60"][1]).isdecimal() else sys.exit(__doc__)
 torch.manual_seed(0)
 data, tokenizer = load_dataset("sample", Classification), get_tokenizer("mini")
 batches = BucketedBatches(tokenizer.encode_batch(data.train.texts), data.train.labels, batch_size=16)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from minipeft.commands.options import add_data_options, add_machine_options, new_parser, options_of
+from minipeft.errors import OutputError
 from minipeft.files import check_writable, write_json_file
 from minipeft.runs.inference import chosen_adapter, evaluate, load
 from minipeft.runs.record import headline
@@ -37,6 +38,9 @@ def main(words: Sequence[str], program: str) -> None:
     arguments = parse(words, program)
     options = options_of(arguments)
     if arguments.json:
+        if arguments.json.is_dir():
+            raise OutputError(f"--json {arguments.json} is a folder: name a file, such as "
+                              f"{arguments.json / 'metrics.json'}")
         check_writable(arguments.json.parent)
     trained = load(chosen_adapter(arguments.adapter, print), options)
     found = evaluate(trained, options, print)

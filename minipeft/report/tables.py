@@ -53,11 +53,24 @@ def read_comparison(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     if not (folder / COMPARISON_FILE).is_file():
         raise OutputError(f"{folder} holds no {COMPARISON_FILE}: run scripts/compare.py, or name a --results-dir")
-    tuning, found = folder / TUNING_FILE, read_json_file(folder / COMPARISON_FILE)["datasets"]
-    trained = {name: content for name, content in found.items() if content["methods"]}
+    tuning = folder / TUNING_FILE
+    trained = {name: content for name, content in _datasets_in(folder / COMPARISON_FILE).items() if content["methods"]}
     if not trained:
         raise OutputError(f"{folder / COMPARISON_FILE} holds baselines alone: compare some methods")
-    return {"datasets": trained}, read_json_file(tuning) if tuning.is_file() else {"datasets": {}}
+    return {"datasets": trained}, {"datasets": _datasets_in(tuning) if tuning.is_file() else {}}
+
+
+def _datasets_in(path: Path) -> dict[str, dict[str, Any]]:
+    """What a file of a comparison holds on each dataset.
+
+    Raises:
+        OutputError: it is another file.
+    """
+    found = read_json_file(path).get("datasets")
+    if not isinstance(found, dict) or not all(isinstance(content, dict) and "methods" in content
+                                              for content in found.values()):
+        raise OutputError(f"{path} holds no comparison: make it anew by scripts/compare.py, or name a --results-dir")
+    return found
 
 
 class Comparison:

@@ -67,6 +67,8 @@ BASELINES = {
     "word_dictionary": "word-by-word dictionary"}
 # Baselines that need the training examples.
 COUNTED_ON_TRAIN = ("most_frequent_label", "most_frequent_tag", "word_dictionary")
+# What every results file has.
+WRITTEN = {"method", "dataset", "base_model", "metrics", "parameters", "seconds"}
 
 
 class Test(NamedTuple):
@@ -144,13 +146,14 @@ def overview_table(folder: Path, datasets: Sequence[str]) -> str:
 
 
 def _results(folder: Path, dataset: str) -> list[dict[str, Any]]:
-    """What the results files on a dataset hold.
+    """What the results files on a dataset hold. Files of others that are called like one are left out.
 
     Raises:
         OutputError: there is none, or they are about different contents of that name.
     """
     files = [read_json_file(path) for path in sorted(folder.glob("*_results.json"))]
-    found = [results for results in files if results["dataset"]["name"] == dataset]
+    found = [results for results in files if results.keys() >= WRITTEN and isinstance(results["dataset"], dict)
+             and results["dataset"].get("name") == dataset]
     if not found:
         raise OutputError(f"{folder} holds no results on {dataset}")
     contents = [results["request"]["dataset"]["fingerprints"] for results in found if "request" in results]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minipeft.errors import ConfigError
+from minipeft.errors import ConfigError, OutputError
 from minipeft.files import check_writable, read_json_file, write_json_file
 from minipeft.methods import METHODS
 from minipeft.runs.finetune import Run, prepare, train
@@ -41,6 +41,8 @@ def tune(options: Options, trials: Sequence[dict[str, Any]], say: Say = silent) 
     path = Path(options.results_dir or own_results()) / f"tuning_{options.method}.json"
     check_writable(path.parent)
     results = read_json_file(path) if path.is_file() else {"trials": []}
+    if not isinstance(results.get("trials"), list):
+        raise OutputError(f"{path} holds no list of trials to append to: move it away, or name another --results-dir")
     for trial, request in zip(trials, requests):
         run = prepare(dataclasses.replace(choose(request), folder=None))
         history = train(run)

@@ -508,10 +508,17 @@ def test_a_results_folder_that_cannot_be_written_by_the_baseline(train):
     assert "cannot write to films.csv" in train("--method", "baseline", "--results-dir", "films.csv/below")
 
 
-@pytest.mark.parametrize("place", ["films.csv/metrics.json", "adapter"])
+@pytest.mark.parametrize("place", ["films.csv/metrics.json", "films.csv/far/metrics.json"])
 def test_a_metrics_file_that_cannot_be_written(refused, adapter, place):
     line = refused("evaluate.py", "--adapter", "adapter", "--dataset", "films.csv", "--json", place)
     assert "cannot write to" in line and place.split("/")[0] in line
+
+
+@pytest.mark.parametrize("place", [".", "/", "", "adapter"])
+def test_a_metrics_file_that_is_a_folder(refused, adapter, monkeypatch, place):
+    monkeypatch.setattr("minipeft.commands.evaluate.load", lambda *a: pytest.fail("found out only after the loading"))
+    line = refused("evaluate.py", "--adapter", "adapter", "--dataset", "films.csv", "--json", place)
+    assert line.startswith(f"error: --json {place or '.'} is a folder: name a file, such as ")
 
 
 def partly_written(error):

@@ -36,6 +36,15 @@ def test_a_dataset_with_baselines_alone_is_not_shown_yet(comparison, tmp_path):
         read_comparison(tmp_path)
 
 
+@pytest.mark.parametrize("file", ["comparison.json", "comparison_tuning.json"])
+@pytest.mark.parametrize("content", [{}, {"datasets": []}, {"datasets": {"x": {}}}, {"datasets": {"x": 1}}], ids=str)
+def test_a_file_that_is_no_comparison_is_refused(comparison, tmp_path, file, content):
+    write_json_file(tmp_path / "comparison.json", comparison)
+    write_json_file(tmp_path / file, content)
+    with pytest.raises(OutputError, match=f"{file} holds no comparison: make it anew by scripts/compare.py"):
+        read_comparison(tmp_path)
+
+
 def test_what_had_no_common_budget_is_in_a_table_of_its_own(results):
     assert names(block("imdb without the budget", Comparison(results))) == ["lora, best without the budget"]
 

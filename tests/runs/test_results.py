@@ -92,6 +92,15 @@ def test_without_results_there_is_no_table(tmp_path):
         results_table(tmp_path)
 
 
+@pytest.mark.parametrize("foreign", [{}, {"dataset": "imdb"}, {"dataset": {"name": "imdb"}, "accuracy": 1}])
+def test_a_file_of_others_that_is_called_like_results_is_left_out(tmp_path, foreign):
+    (tmp_path / "other_results.json").write_text(json.dumps(foreign))
+    with pytest.raises(OutputError, match="holds no results on imdb"):
+        results_table(tmp_path)
+    write(tmp_path, "fine_tuned_lora", "lora", "imdb", {"test": found(0.9)}, 500, {"train": 90})
+    assert len(results_table(tmp_path).splitlines()) == 3
+
+
 @pytest.mark.kind("7: compare matches results by content")
 def test_results_on_different_contents_of_one_name_are_in_no_table(tmp_path):
     for method, content in (("lora", "a"), ("ia3", "a"), ("full", "b")):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers import files_below, read_json
 
-from minipeft.errors import ConfigError
+from minipeft.errors import ConfigError, OutputError
 from minipeft.runs.sweep import tune
 from minipeft.tasks.task import Task
 
@@ -49,6 +49,15 @@ def test_beside_published_results_trials_of_ones_own_go_to_results_mine(shared, 
 def test_later_trials_are_appended(shared):
     tune(shared, [{"epochs": 1}])
     assert len(tune(shared, [{"epochs": 1, "r": 2}])["trials"]) == 2
+
+
+@pytest.mark.parametrize("content", ["{}", '{"trials": {}}'])
+def test_a_file_that_holds_no_trials_is_refused_before_the_first_is_trained(shared, tmp_path, content):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "tuning_lora.json").write_text(content)
+    with pytest.raises(OutputError, match=r"tuning_lora\.json holds no list of trials to append to: move it away"):
+        tune(shared, [{"epochs": 1}])
+    assert (tmp_path / "results" / "tuning_lora.json").read_text() == content
 
 
 def test_a_trial_leaves_what_the_trials_share_alone(shared):

@@ -40,6 +40,12 @@ def test_it_trains_what_is_declared_and_comes_back_from_disk(tmp_path, monkeypat
         "adapter_config.json", "adapter_model.safetensors", "minipeft.json"}
 
 
+@pytest.mark.parametrize("word", ["--help", "many", "-1", ""])
+def test_what_is_no_number_of_steps_is_answered_by_how_to_run_it(monkeypatch, capsys, word):
+    with pytest.raises(SystemExit, match=r"python scripts/minimal\.py \[STEPS\]"):
+        run(monkeypatch, capsys, word)
+
+
 @pytest.mark.slow
 def test_by_default_it_learns(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from minipeft.errors import ConfigError, OutputError
 from minipeft.files import check_writable, read_json_file, write_json_file
-from minipeft.methods import METHODS
+from minipeft.methods import METHODS, inject
 from minipeft.runs.finetune import Run, prepare, train
 from minipeft.runs.places import own_results
-from minipeft.runs.plan import Options, Say, check_options, choose, silent
+from minipeft.runs.plan import Options, RunPlan, Say, check_options, choose, for_method, make_task, silent
 from minipeft.training.hardware import machine
 from minipeft.training.loop import TrainingConfig
 from minipeft.training.progress import History
@@ -43,6 +44,8 @@ def tune(options: Options, trials: Sequence[dict[str, Any]], say: Say = silent) 
     results = read_json_file(path) if path.is_file() else {"trials": []}
     if not isinstance(results.get("trials"), list):
         raise OutputError(f"{path} holds no list of trials to append to: move it away, or name another --results-dir")
+    check_trials(choose(options), requests)
+    scores = []
     for trial, request in zip(trials, requests):
         run = prepare(dataclasses.replace(choose(request), folder=None))
         history = train(run)
@@ -50,8 +53,27 @@ def tune(options: Options, trials: Sequence[dict[str, Any]], say: Say = silent) 
             raise Stopped(history.stopped_by)
         results["trials"].append({"trial": trial, **described_trial(run, history)})
         write_json_file(path, results)
-        say(f"{history.best[run.plan.best_by]:.4f} after {history.core_seconds:.0f} core seconds: {trial}")
+        by, score = run.plan.best_by, history.best[run.plan.best_by]
+        scores.append(math.inf if math.isnan(score) else score if by == "loss" else -score)
+        say(f"validation {by} {score:.4f} after {history.core_seconds:.0f} core seconds: {trial}")
+    if scores:
+        say(f"best: {trials[scores.index(min(scores))]}; wrote {path}")
     return results
+
+
+def check_trials(plan: RunPlan, requests: Sequence[Options]) -> None:
+    """Refuse trials that the model cannot carry, or whose texts do not fit it.
+
+    Args:
+        plan: of what all trials share.
+
+    Raises:
+        MinipeftError: what is wrong with the first such trial.
+    """
+    for request in requests:
+        trial = for_method(plan, request)
+        model = plan.data.task.load_model(plan.model_name, plan.data.label_names)
+        make_task(trial, inject(model, trial.method_config))
 
 
 def with_trial(options: Options, trial: dict[str, Any]) -> Options:

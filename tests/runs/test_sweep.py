@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from helpers import files_below, read_json
 
-from minipeft.errors import ConfigError, OutputError
+from minipeft.errors import ConfigError, MinipeftError, OutputError
+from minipeft.runs import sweep
 from minipeft.runs.sweep import tune
 from minipeft.tasks.task import Task
 
@@ -46,6 +47,16 @@ def test_beside_published_results_trials_of_ones_own_go_to_results_mine(shared, 
     assert read_json(Path("results/tuning_lora.json")) == {"trials": []}
 
 
+def test_each_trial_says_by_what_it_is_judged_and_the_last_line_which_is_the_best(shared, tmp_path):
+    said, trials = [], [{"epochs": 1}, {"epochs": 1, "r": 2}]
+    found = tune(shared, trials, said.append)["trials"]
+    by = found[0]["best_by"]
+    assert [line.partition(" after ")[0] for line in said[:-1]] == [
+        f"validation {by} {trial['validation'][by]:.4f}" for trial in found]
+    best = (min if by == "loss" else max)(found, key=lambda trial: trial["validation"][by])["trial"]
+    assert said[-1] == f"best: {best}; wrote {tmp_path / 'results' / 'tuning_lora.json'}"
+
+
 def test_later_trials_are_appended(shared):
     tune(shared, [{"epochs": 1}])
     assert len(tune(shared, [{"epochs": 1, "r": 2}])["trials"]) == 2
@@ -73,5 +84,16 @@ def test_a_trial_leaves_what_the_trials_share_alone(shared):
     ({"dropout": "much"}, "dropout must be float")])
 def test_a_trial_that_cannot_be_is_refused_before_the_first_is_trained(shared, tmp_path, trial, message):
     with pytest.raises(ConfigError, match=message):
+        tune(shared, [{"epochs": 1}, trial])
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(("trial", "message"), [
+    ({"r": 9999}, "r=9999"), ({"target_modules": ["nowhere"]}, "nowhere"), ({"max_length": 9999}, "max_length=9999"),
+    ({"truncation": "middle"}, "middle")])
+def test_a_trial_that_the_model_cannot_carry_is_refused_before_the_first_is_trained(
+        shared, tmp_path, monkeypatch, trial, message):
+    monkeypatch.setattr(sweep, "train", lambda run: pytest.fail("found out only after a training"))
+    with pytest.raises(MinipeftError, match=message):
         tune(shared, [{"epochs": 1}, trial])
     assert not (tmp_path / "results").exists()

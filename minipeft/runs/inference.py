@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from minipeft.data.datasets import KNOWN, Dataset, is_one_file, load_dataset, load_whole
+from minipeft.data.datasets import KNOWN, SPLITS, Dataset, is_one_file, load_dataset, load_whole
 from minipeft.data.examples import together
 from minipeft.errors import ConfigError, DataError
 from minipeft.runs import defaults
@@ -148,12 +148,18 @@ def _to_test(trained: Trained, details: dict[str, Any], options: Options, own: b
     name, task = options.dataset, task_for(options.dataset, options.task or trained.task.name)
     label_names = trained.task.label_names if details.get("label_names") else None
     trained_on = details.get("request", {}).get("dataset", {}).get("fingerprints")
+    held_out = "the rows held out when the model was trained on the others"
     if not own and is_one_file(name, options):
         whole = load_whole(name, task, label_names, options)
+        train, validation, test = (trained_on[split] for split in SPLITS) if trained_on else [""] * 3
         fingerprint = whole.test.fingerprint()
-        if trained_on is None or fingerprint != together(trained_on.values()):
-            seen = trained_on and fingerprint in (trained_on["train"], trained_on["validation"])
-            return whole, "all rows" + ", which the model was trained on" * bool(seen)
+        if trained_on and fingerprint in (together((train, test)), together((train, validation, test))):
+            data = load_dataset(name, task, label_names=label_names, reading=options)
+            if data.test.fingerprint() == test:
+                return data, held_out
+            return whole, "all rows, most of which the model was trained on (they stand in another order now)"
+        seen = trained_on and fingerprint in (train, validation, together((train, validation)))
+        return whole, "all rows" + ", which the model was trained on" * bool(seen)
     data = load_dataset(name, task, options.data_dir, label_names=label_names, reading=options)
     if own and trained_on is not None and data.fingerprints() != trained_on:
         if name not in (*KNOWN, "sample"):
@@ -161,7 +167,7 @@ def _to_test(trained: Trained, details: dict[str, Any], options: Options, own: b
                             "test all of its rows")
         return data, "its test split, which has changed since the model was trained"
     carved = is_one_file(name, options) and data.fingerprints() == trained_on
-    return data, "the rows held out when the model was trained on the others" * carved
+    return data, held_out * carved
 
 
 def predict(trained: Trained, texts: Sequence[str], **decoding: Any) -> Iterator[str]:

@@ -58,6 +58,23 @@ def test_all_rows_of_another_file_are_tested_however_few_and_training_rows_are_t
     assert evaluate(model, Options(), said.append).examples == 2
 
 
+def test_of_the_training_file_held_out_rows_are_tested_also_where_another_split_had_a_file(options, tmp_path):
+    films, few, said = str(tmp_path / "films.csv"), write_csv(tmp_path / "few.csv", rows(1)), []
+    results = finetune(options(validation_file=few, training_values={"epochs": 1}))
+    model = load(tmp_path / "output" / "lora", Options(precision="fp32"))
+    found = evaluate(model, Options(dataset=films), said.append)
+    assert (found.metrics, found.available) == (results["metrics"]["test"], 4)
+    assert said[-1] == "tested     the rows held out when the model was trained on the others"
+    write_csv(tmp_path / "other.csv", rows()[::-1])
+    assert evaluate(model, Options(dataset=str(tmp_path / "other.csv")), said.append).available == 40
+    assert said[-1].startswith("tested     all rows, most of which the model was trained on")
+    finetune(options(test_file=few, output=str(tmp_path / "b"), training_values={"epochs": 1}, overwrite=True))
+    model = load(tmp_path / "b", Options(precision="fp32"))
+    assert evaluate(model, Options(dataset=films), said.append).available == 40
+    assert said[-1] == "tested     all rows, which the model was trained on"
+    assert evaluate(model, Options(dataset=few), said.append).available == 2 and said[-1] == "tested     all rows"
+
+
 def test_without_a_dataset_it_is_tested_on_what_it_was_trained_on_if_that_has_a_name(trained, tmp_path):
     said, details = [], tmp_path / "output" / "lora" / "minipeft.json"
     details.write_text(json.dumps({**json.loads(details.read_text()), "dataset": "sample"}))

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from minipeft.data.examples import Examples
-from minipeft.data.labels import by_name, check_classes, unified, untested
+from minipeft.data.examples import Examples, repeated
+from minipeft.data.labels import by_name, check_classes, contradictory, unified, untested
 from minipeft.data.tables import FILE_TYPES, Reading, file_type, read_parquet, read_rows, read_table
 from minipeft.errors import DataError
 from minipeft.model.hub import hub_is_reachable
@@ -88,7 +88,7 @@ class Dataset:
     """A dataset ready to use: its task, three splits, the labels' names by number, and where it came from.
 
     Attributes:
-        remarks: what its user should know of how it was read, by a word for each.
+        how_read: what its user should know of how it was read, by a word for each.
     """
 
     name: str
@@ -98,7 +98,17 @@ class Dataset:
     train: Examples
     validation: Examples
     test: Examples
-    remarks: dict[str, str] = field(default_factory=dict)
+    how_read: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def remarks(self) -> dict[str, str]:
+        """`how_read`, and what its user should know of the examples that are in it now."""
+        splits = {split: getattr(self, split) for split in SPLITS}
+        found = {"repeated": repeated(splits)}
+        if self.task.one_label_each:
+            found |= {"conflicts": contradictory(splits),
+                      "rare": untested(splits, self.label_names) if self.train.labels else ""}
+        return self.how_read | {key: remark for key, remark in found.items() if remark}
 
     def fingerprints(self) -> dict[str, str]:
         """Each split's fingerprint: a dataset is known by what it holds, whatever it is called."""
@@ -296,9 +306,7 @@ def _own_files(name: str, files: dict[str, Path], task: Reader, reading: Reading
             if not held_out.size:
                 raise DataError(f"{files['train']}: {total} rows are too few to hold out a {split} split; there should "
                                 "be at least ten, of each label where a text has one")
-    rare = untested(found, names) if task.one_label_each else ""
-    return Dataset(name_of(name), ", ".join(map(str, files.values())), task, names, **found,
-                   remarks={**remarks, **({"rare": rare} if rare else {})})
+    return Dataset(name_of(name), ", ".join(map(str, files.values())), task, names, **found, how_read=remarks)
 
 
 def _read_own(files: dict[str, Path], task: Reader, reading: Reading,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,16 @@ class Examples:
 def together(fingerprints: Iterable[str]) -> str:
     """The fingerprint that sets of examples have together."""
     return f"{sum(int(digits, 16) for digits in fingerprints) % 2**64:016x}"
+
+
+def repeated(splits: Mapping[str, Examples]) -> str:
+    """In words how many texts of validation and test are in train, too, or in both of them; empty where none is."""
+    texts = {split: set(map(str, examples.texts)) for split, examples in splits.items()}
+    told = []
+    for split, other in (("validation", "train"), ("test", "train"), ("test", "validation")):
+        if count := sum(str(text) in texts[other] for text in splits[split].texts):
+            told.append(f"{count:,} of {len(splits[split]):,} {split} texts are also in {other}")
+    return "; ".join(told)
 
 
 def clean(text: str) -> str:

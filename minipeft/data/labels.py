@@ -101,6 +101,15 @@ def untested(splits: Mapping[str, Examples], names: Sequence[str]) -> str:
     return f"too few rows to be judged: {_in_words(told)}" if told else ""
 
 
+def contradictory(splits: Mapping[str, Examples]) -> str:
+    """In words how many equal texts have different labels, in one split or in several; empty where none has."""
+    first: dict[str, Any] = {}
+    found = dict.fromkeys(text for examples in splits.values() for text, label in zip(examples.texts, examples.labels)
+                          if first.setdefault(text, label) != label)
+    return f"{len(found):,} of the texts are there with different labels, such as {next(iter(found))[:40]!r}" if (
+        found) else ""
+
+
 def rows(number: int) -> str:
     """A number of rows in words."""
     return f"{number:,} row{'s' * (number != 1)}"

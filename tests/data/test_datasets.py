@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 
 from minipeft.data import datasets as data
 from minipeft.data.datasets import choose_dataset, stratified_split
+from minipeft.data.examples import Examples, repeated
 from minipeft.errors import DataError
 from minipeft.model.hub import hub_is_reachable
 
@@ -437,6 +438,24 @@ def test_a_label_that_train_lacks_is_named(tmp_path, labels, shown):
     files = split_files(tmp_path, train=marked("train", 30), test=marked("test", 6, labels))
     with pytest.raises(DataError, match=rf"test.csv: label {shown} is none of negative, positive \(.* rows have"):
         load(files["train"], test_file=files["test"])
+
+
+@pytest.mark.parametrize("task", [None, "translation"])
+def test_texts_that_are_in_two_splits_are_told(tmp_path, task):
+    columns = dict(zip(("text_column", "label_column"), ("text", "label")))
+    files = split_files(tmp_path, train=marked("train", 30), test=[*marked("train", 5), *marked("test", 3)])
+    found = load(files["train"], task=task, test_file=files["test"], validation_file=files["test"], **columns)
+    assert found.remarks == {"repeated": "5 of 8 validation texts are also in train; 5 of 8 test texts are also in "
+                                         "train; 8 of 8 test texts are also in validation"}
+    found = load(files["train"], task=task, test_file=files["train"], **columns)
+    assert "of 30 test texts are also in train" in found.remarks["repeated"]
+
+
+def test_texts_that_are_lists_of_words_are_compared_too():
+    splits = dict.fromkeys(("train", "validation", "test"), Examples([["a", "b"]], [[0, 0]]))
+    assert repeated(splits).startswith("1 of 1 validation texts are also in train; 1 of 1 test")
+    splits["train"] = Examples([["a b"]], [[0]])
+    assert repeated(splits) == "1 of 1 test texts are also in validation"
 
 
 def test_labels_are_compared_over_all_files(tmp_path):

@@ -112,3 +112,8 @@ def test_a_label_with_too_few_rows_to_be_judged_is_told(tmp_path):
     assert found.label_names == ["negative", "positive", "rare"]
     assert found.remarks == {"rare": "too few rows to be judged: 'rare' (2 rows) has none in validation and test"}
     assert load(write_csv(tmp_path / "y.csv", rows(20))).remarks == {}
+
+
+def test_equal_texts_with_different_labels_are_told(tmp_path):
+    found = load(write_csv(tmp_path / "x.csv", [*rows(20), ("a", "negative"), ("a", "positive"), ("b", "negative")]))
+    assert found.remarks["conflicts"] == "1 of the texts are there with different labels, such as 'a'"

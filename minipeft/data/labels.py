@@ -90,15 +90,16 @@ def unified(labels: Mapping[str, Sequence[Any]], names: Sequence[str], similar: 
 
 
 def untested(splits: Mapping[str, Examples], names: Sequence[str]) -> str:
-    """In words which labels a split lacks that should judge them; empty where it has all."""
+    """In words which labels a split lacks that should teach or judge them; empty where each has all."""
     counts = {split: Counter(examples.labels) for split, examples in splits.items()}
-    told = []
+    told, unlearned = [], False
     for number, name in enumerate(names):
-        lacking = [split for split in ("validation", "test") if not counts[split][number]]
+        lacking = [split for split in ("train", "validation", "test") if not counts[split][number]]
+        unlearned |= "train" in lacking
         if lacking:
             told.append(f"{name!r} ({rows(sum(found[number] for found in counts.values()))}) has none in "
                         f"{' and '.join(lacking)}")
-    return f"too few rows to be judged: {_in_words(told)}" if told else ""
+    return f"too few rows to be {'learned or ' * unlearned}judged: {_in_words(told)}" if told else ""
 
 
 def contradictory(splits: Mapping[str, Examples]) -> str:

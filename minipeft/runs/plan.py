@@ -157,17 +157,17 @@ def choose(options: Options, say: Say = silent, baseline: bool = False) -> RunPl
 
     tokenizer = get_tokenizer(folder if (folder / VOCABULARY_FILE).is_file() else "gpt2")
     whole = _load(dataset, options, tokenizer)
-    remarks = {"task": whole.task.name, **whole.remarks}
-    best_by, imbalance = whole.task.best_by, whole.task.imbalance(whole.train, whole.label_names)
+    data, sizes_in_words = _cut(whole, options, small=device.type == "cpu" and not options.full)
+    remarks = {"task": data.task.name, **data.remarks}
+    best_by, imbalance = data.task.best_by, data.task.imbalance(data.train, data.label_names)
     if imbalance:
         best_by = "macro_f1" if best_by == "accuracy" else best_by
         remarks["imbalance"] = (f"{imbalance}; the best is kept by {best_by}; --class-weights balanced makes all "
                                 "labels count the same in training")
+    remarks["sizes"] = sizes_in_words
     choices.update(remarks)
     say("\n".join(_line(*remark) for remark in remarks.items()))
-    data, choices["sizes"] = _cut(whole, options, small=device.type == "cpu" and not options.full)
     sizes = {split: len(getattr(data, split)) for split in SPLITS}
-    say(_line("sizes", choices["sizes"]))
     plan = RunPlan(options, model_name, device, precision, data, whole.fingerprints(), sizes, tokenizer, None,
                    TrainingConfig(), best_by, None, choices)
     return for_method(plan, options, say, baseline)

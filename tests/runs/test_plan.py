@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import files_below, write_imdb
+from helpers import files_below, rows, write_csv, write_imdb
 
 from minipeft import GPT2ForSequenceClassification, LoraConfig, PromptTuningConfig, inject
 from minipeft.errors import ConfigError, DataError
@@ -112,6 +112,20 @@ def test_a_plan_is_complete_and_cannot_be_changed(options, tmp_path):
     assert [line.split()[0] for line in "\n".join(said).splitlines()] == list(plan.choices)
     with pytest.raises(dataclasses.FrozenInstanceError):
         plan.folder = None
+
+
+def test_remarks_are_of_the_part_that_is_taken_and_name_the_split_that_lacks_a_label(options, tmp_path):
+    write_csv(tmp_path / "films.csv", [(f"a {'bad' if i % 20 == 0 else 'good'} film {i}", "ok" if i % 20 else "fraud")
+                                       for i in range(200)])
+    whole, part = choose(options()).choices, choose(options(train_size=3)).choices
+    assert "rare" not in whole and "'ok' 154, 'fraud' 8 rows" in whole["imbalance"]
+    assert part["rare"] == "too few rows to be learned or judged: 'fraud' (2 rows) has none in train"
+    assert "imbalance" not in part and part["sizes"].startswith("3 train")
+    write_csv(tmp_path / "test.csv", [*rows()[:2], ("another", "positive")])
+    write_csv(tmp_path / "films.csv")
+    asked = {"test_file": str(tmp_path / "test.csv")}
+    assert choose(options(**asked)).choices["repeated"] == "2 of 3 test texts are also in train"
+    assert "repeated" not in choose(options(**asked, train_size=1, test_size=1)).choices
 
 
 def test_on_little_data_more_epochs_are_taken_up_to_a_limit_unless_their_number_is_given(options):

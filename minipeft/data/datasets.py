@@ -305,7 +305,7 @@ def _own_files(name: str, files: dict[str, Path], task: Reader, reading: Reading
             found["train"], found[split] = found["train"].take(kept), found["train"].take(held_out)
             if not held_out.size:
                 raise DataError(f"{files['train']}: {total} rows are too few to hold out a {split} split; there should "
-                                "be at least ten, of each label where a text has one")
+                                f"be at least ten{' of each label' * task.one_label_each}")
     return Dataset(name_of(name), ", ".join(map(str, files.values())), task, names, **found, how_read=remarks)
 
 

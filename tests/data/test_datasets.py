@@ -383,6 +383,16 @@ def test_an_unknown_dataset_is_refused_with_what_there_is(name):
         load(name)
 
 
+def test_how_many_rows_are_enough_is_said_per_label(tmp_path):
+    for split, count in (("test", 5), ("validation", 6)):
+        with pytest.raises(DataError, match=rf"{2 * count} rows are too few to hold out a {split} split; there should "
+                                            "be at least ten of each label$"):
+            load(write_csv(tmp_path / "x.csv", rows(count)))
+    assert len(load(write_csv(tmp_path / "x.csv", rows(10))).test) == 2
+    with pytest.raises(DataError, match="3 rows are too few to hold out a test split; there should be at least ten$"):
+        load(write_csv(tmp_path / "y.csv", rows(2)[:3], ("source", "target")), task="translation")
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(DataError, match=r"no file .*films\.csv"):
         load(str(tmp_path / "films.csv"))

@@ -22,7 +22,7 @@ from minipeft.data.examples import check_texts
 from minipeft.data.tables import FILE_TYPES, Table, file_type, read_table, write_table
 from minipeft.errors import ConfigError, DataError, OutputError
 from minipeft.files import check_writable
-from minipeft.runs.inference import chosen_adapter, load, predict, predict_table
+from minipeft.runs.inference import chosen_adapter, columns_noted, load, predict, predict_table
 from minipeft.tasks.generation import source_text
 from minipeft.training.hardware import matmul_precision
 
@@ -41,7 +41,7 @@ def parse(words: Sequence[str], program: str) -> argparse.Namespace:
     kinds = f"{', '.join(FILE_TYPES)} (.gz behind it or not)"
     table.add_argument("--input", type=Path, help=f"a file of texts: {kinds}")
     table.add_argument("--output", type=Path, help=f"write a table, of these kinds too: {kinds}")
-    table.add_argument("--text-column", help="of --input; default: the task's, such as text")
+    table.add_argument("--text-column", help="of --input; default: training's where it has that, else the task's")
     table.add_argument("--delimiter", help="between the columns of --input; default: what its header shows")
     table.add_argument("--encoding", help="of --input; default utf-8, or what a mark at its beginning shows")
     table.add_argument("--overwrite", action="store_true", help="replace an --output that is there")
@@ -70,7 +70,8 @@ def answer(arguments: argparse.Namespace) -> None:
     texts = read_texts(arguments) if table is None else []
     trained = load(chosen_adapter(arguments.adapter, partial(print, file=sys.stderr)), options_of(arguments))
     if table is not None:
-        texts = texts_of(table, arguments.input, arguments.text_column or trained.task.columns[0])
+        column = arguments.text_column or columns_noted(trained, table.names).get("text_column")
+        texts = texts_of(table, arguments.input, column or trained.task.columns[0])
     decoding = {name: getattr(arguments, name) for name in DECODING if getattr(arguments, name) is not None}
     if arguments.output is None:
         for part in predict(trained, texts, **decoding):

@@ -284,6 +284,15 @@ def is_one_file(name: str, reading: Reading) -> bool:
     return file_type(name) is not None and reading.test_file is None and not Path(name).is_dir()
 
 
+def column_names(name: str, reading: Reading) -> list[str]:
+    """The columns of a file of the user's own or, of several, of train's.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    return read_table(_files_of(name, reading)["train"], reading.delimiter, reading.encoding).names
+
+
 def load_whole(name: str, task: Reader, label_names: list[str] | None, reading: Reading) -> Dataset:
     """A single file of the user's own, all of its rows in the test split.
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from minipeft.data.datasets import KNOWN, SPLITS, Dataset, is_one_file, load_dataset, load_whole
+from minipeft.data.datasets import KNOWN, SPLITS, Dataset, column_names, is_one_file, load_dataset, load_whole
 from minipeft.data.examples import together
 from minipeft.errors import ConfigError, DataError
 from minipeft.runs import defaults
@@ -99,6 +99,11 @@ def evaluate(trained: Trained, options: Options, say: Say = silent) -> Evaluatio
     own = options.dataset is None
     options = _where_it_was_trained(trained.folder, details, options) if own else options
     say(f"dataset    {options.dataset} ({'which the model was trained on' if own else 'asked for'})")
+    if not own and options.dataset not in (*KNOWN, "sample") and columns_noted(trained):
+        noted = columns_noted(trained, column_names(options.dataset, options))
+        if noted := {key: column for key, column in noted.items() if getattr(options, key) is None}:
+            options = dataclasses.replace(options, **noted)
+            say(f"columns    {', '.join(noted.values())} (as in training)")
     data, what = _to_test(trained, details, options, own)
     for remark in data.remarks.items():
         say("{:10} {}".format(*remark))
@@ -119,6 +124,18 @@ def evaluate(trained: Trained, options: Options, say: Say = silent) -> Evaluatio
     with matmul_precision(options.matmul_precision):
         metrics = task.test(trained.model, test, trained.device, trained.precision, progress="testing")
     return Evaluation(options.dataset, len(test), len(data.test), metrics)
+
+
+def columns_noted(trained: Trained, among: Sequence[str] | None = None) -> dict[str, str]:
+    """The `text_column` and `label_column` that a user named in training.
+
+    Args:
+        among: a file's columns; others are left out.
+    """
+    noted = details_of(trained.folder).get("data")
+    found = {key: noted.get(key) for key in ("text_column", "label_column")} if isinstance(noted, dict) else {}
+    return {key: column for key, column in found.items()
+            if isinstance(column, str) and (among is None or column in among)}
 
 
 def _where_it_was_trained(folder: Path, details: dict[str, Any], options: Options) -> Options:

@@ -93,6 +93,24 @@ def test_labels_that_are_spelled_in_two_ways_and_rare_ones_are_told_before_train
     assert "rare       too few rows to be judged: 'neutral' (2 rows) has none in validation and test" in outcome.out
 
 
+def test_columns_that_were_named_in_training_are_found_again_in_other_files(train, script):
+    write_csv("named.csv", rows(), ("review", "sentiment"))
+    assert train("--dataset", "named.csv", "--text-column", "review", "--label-column", "sentiment", "--output", "nm"
+                 ).code == 0
+    write_csv("more.csv", rows(3), ("review", "sentiment"))
+    predicted = script("predict.py", "--adapter", "nm", "--input", "more.csv")
+    assert predicted.code == 0 and len(predicted.out.splitlines()) == 6, predicted.err
+    for file, count in (("named.csv", 4), ("more.csv", 6)):
+        tested = script("evaluate.py", "--adapter", "nm", "--dataset", file)
+        assert "columns    review, sentiment (as in training)\n" in tested.out, tested.err
+        assert f"{count} of {count} test examples" in tested.out
+    given = script("evaluate.py", "--adapter", "nm", "--dataset", "more.csv", "--text-column", "sentiment")
+    assert given.code == 2 and "columns    sentiment (as in training)" in given.out
+    write_csv("other.csv", rows(3))  # whose columns are the task's
+    assert script("predict.py", "--adapter", "nm", "--input", "other.csv").code == 0
+    assert "6 of 6 test examples" in script("evaluate.py", "--adapter", "nm", "--dataset", "other.csv").out
+
+
 def test_files_of_splits_compressed_and_with_semicolons(train, script, folder):
     (folder / "own").mkdir()
     for split, size in (("train", 20), ("validation", 3), ("test", 4)):

@@ -389,7 +389,7 @@ def test_how_many_rows_are_enough_is_said_per_label(tmp_path):
                                             "be at least ten of each label$"):
             load(write_csv(tmp_path / "x.csv", rows(count)))
     assert len(load(write_csv(tmp_path / "x.csv", rows(10))).test) == 2
-    with pytest.raises(DataError, match="3 rows are too few to hold out a test split; there should be at least ten$"):
+    with pytest.raises(DataError, match=r"3 rows are too few to hold out a test split; there should be at least ten$"):
         load(write_csv(tmp_path / "y.csv", rows(2)[:3], ("source", "target")), task="translation")
 
 

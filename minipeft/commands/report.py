@@ -1,6 +1,7 @@
 """Make tables, pictures and a page from what was measured, or write all that Markdown files ask for:
 
-    minipeft report --dataset multi30k
+    minipeft report
+    minipeft report --dataset multi30k --results-dir results/mine
     minipeft report --write results/README.md docs/methods/*.md
     minipeft report --comparison                        # from comparison.json: pictures in comparison/, report.html
 """
@@ -18,7 +19,7 @@ from minipeft.explain.chapters import refreshed
 from minipeft.report.page import write_page
 from minipeft.report.pictures import draw_comparison
 from minipeft.report.tables import PICTURES, read_comparison
-from minipeft.runs.results import results_table, rewrite
+from minipeft.runs.results import datasets_in, results_table, rewrite
 
 PAGE = "report.html"
 
@@ -26,7 +27,7 @@ PAGE = "report.html"
 def parse(words: Sequence[str], program: str) -> argparse.Namespace:
     parser = new_parser(program, __doc__)
     parser.add_argument("--results-dir", type=Path, default=Path("results"), help="folder of results files")
-    parser.add_argument("--dataset", default="imdb", help="results on this dataset; default imdb")
+    parser.add_argument("--dataset", help="results on this dataset; default: on each that there is")
     parser.add_argument("--write", type=Path, nargs="+", metavar="FILE",
                         help="replace the tables in these Markdown files instead of printing one; in the methods' "
                              "chapters the equations and the lines of code, too")
@@ -51,4 +52,8 @@ def main(words: Sequence[str], program: str) -> None:
                 raise
             print(f"{page}: {error}")
     if not (arguments.comparison or arguments.write):
-        print(results_table(folder, arguments.dataset))
+        if arguments.dataset is not None:
+            print(results_table(folder, arguments.dataset))
+            return
+        for number, dataset in enumerate(datasets_in(folder)):
+            print("\n" * (number > 0) + f"{dataset}\n\n{results_table(folder, dataset)}")

@@ -59,8 +59,8 @@ def parse(words: Sequence[str], program: str) -> argparse.Namespace:
     output = parser.add_argument_group("output")
     output.add_argument("--output", help="folder of the trained adapter; default "
                                           "checkpoints/METHOD_DATASET_finetuned, on IMDb checkpoints/METHOD_finetuned")
-    output.add_argument("--results-dir", help="folder of the results file; default results, or results/mine in a "
-                                              "clone whose results are of another run")
+    output.add_argument("--results-dir", help="folder of the results file; default results, in a clone "
+                                              "results/mine")
     output.add_argument("--overwrite", action="store_true", help="replace the adapter and the results of another "
                                                                  "request; those of the same one are replaced anyway")
     output.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")

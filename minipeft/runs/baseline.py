@@ -32,7 +32,7 @@ def baseline(options: Options, say: Say = silent) -> dict[str, Any]:
     say = say if parallel.rank() == 0 else silent
     plan = choose(options, say, baseline=True)
     model = base_of(plan)
-    plan = check_places(plan, request_of(plan, fingerprint(model)), say)
+    check_places(plan, request_of(plan, fingerprint(model)), say)
     if parallel.rank() == 0:
         check_writable(plan.results_file.parent)
     results = tested(plan, model, say)

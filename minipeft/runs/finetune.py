@@ -112,7 +112,7 @@ def prepare(plan: RunPlan, say: Say = silent) -> Run:
     model = data.task.load_model(plan.model_name, data.label_names, **dropouts)
     request = request_of(plan, fingerprint(model))
     if plan.folder is not None:
-        plan = check_places(plan, request, say)
+        check_places(plan, request, say)
     inject(model, plan.method_config)
     counts = trainable_parameters(model)  # before a tied head gets weights of its own
     cast_frozen(model.to(plan.device), plan.precision)

@@ -21,7 +21,7 @@ from minipeft.model.hub import find
 from minipeft.model.tokenizer import VOCABULARY_FILE, Tokenizer, get_tokenizer
 from minipeft.model.weights import read_config
 from minipeft.runs import defaults
-from minipeft.runs.places import RESULTS, default_folder, results_path
+from minipeft.runs.places import default_folder, own_results, results_path
 from minipeft.runs.trained import check_vocabulary
 from minipeft.settings import POSITIVE, POSITIVE_INTEGER, PROBABILITY, SEED, setting
 from minipeft.tasks import task_for
@@ -124,7 +124,7 @@ class RunPlan:
     @property
     def results_file(self) -> Path:
         """Where the run's results go."""
-        return results_path(self.options.results_dir or RESULTS, self.name, self.data.name)
+        return results_path(self.options.results_dir or own_results(), self.name, self.data.name)
 
 
 def choose(options: Options, say: Say = silent, baseline: bool = False) -> RunPlan:

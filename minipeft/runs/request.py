@@ -125,12 +125,10 @@ def has_results(plan: RunPlan, request: dict[str, Any]) -> bool:
     return plan.results_file.is_file() and not differences(request_in(read_json_file(plan.results_file)), request)
 
 
-def check_places(plan: RunPlan, request: dict[str, Any], say: Say = silent) -> RunPlan:
+def check_places(plan: RunPlan, request: dict[str, Any], say: Say = silent) -> None:
     """Refuse to take the place of what a run of another request left, unless that is asked for.
 
-    Returns:
-        The plan. In a clone of this project `results` holds published results: where no folder is named, those of
-        another request than the published one go to results/mine.
+    Where results go is said in a clone of this project if no folder is named: see `own_results`.
 
     Raises:
         OutputError: naming the places, the differences, and the ways out; or a folder that `check_is_ours` refuses.
@@ -139,12 +137,10 @@ def check_places(plan: RunPlan, request: dict[str, Any], say: Say = silent) -> R
         check_is_ours(plan.folder, plan.model_name)
         if is_bundled(plan.folder):
             say(f"output     {plan.folder} (in place of the bundled adapter; git restore {plan.folder} undoes that)")
-    taken = plan.results_file.is_file() and not has_results(plan, request)
-    if taken and plan.options.results_dir is None and own_results() != RESULTS:
+    if plan.options.results_dir is None and own_results() != RESULTS:
         say(f"results    {own_results()} ({RESULTS} holds the published ones)")
-        plan = dataclasses.replace(plan, options=dataclasses.replace(plan.options, results_dir=own_results()))
     if plan.options.overwrite:
-        return plan
+        return
     noted = {(plan.folder, "--output"): noted_in(plan.folder)} if plan.folder is not None else {}
     if plan.results_file.is_file():
         noted[plan.results_file, "--results-dir"] = request_in(read_json_file(plan.results_file))
@@ -157,7 +153,6 @@ def check_places(plan: RunPlan, request: dict[str, Any], say: Say = silent) -> R
         raise OutputError(f"{' and '.join(map(str, places))} hold{'s' * (len(places) == 1)} another run "
                           f"({'; '.join(found[:_NAMED])}{more}): give this one another {' and '.join(options)}, or "
                           "replace that one with --overwrite")
-    return plan
 
 
 def check_is_ours(folder: Path, model_name: str) -> None:

@@ -90,6 +90,18 @@ def results_table(folder: Path, dataset: str = "imdb") -> str:
     return table_of(_results(folder, dataset))
 
 
+def datasets_in(folder: Path) -> list[str]:
+    """The datasets that `folder` holds results on.
+
+    Raises:
+        OutputError: there are no results.
+    """
+    found = {read_json_file(path)["dataset"]["name"] for path in folder.glob("*_results.json")}
+    if not found:
+        raise OutputError(f"{folder} holds no results: train first, or name a folder with --results-dir")
+    return sorted(found)
+
+
 def shown_parameters(trained: int, share: float) -> str:
     """How many parameters are trained, and their share of all."""
     return f"{trained:,} ({100 * share:.2f} %)"

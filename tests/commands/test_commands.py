@@ -158,6 +158,17 @@ def test_report_makes_a_table_of_the_results(train, script):
     assert "untrained head" in outcome.out and "zero-shot" in outcome.out and lines[-1].startswith("| lora |")
 
 
+def test_report_without_a_dataset_shows_each_that_there_are_results_on(train, script, folder):
+    assert script("report.py").error_lines == [
+        "error: results holds no results: train first, or name a folder with --results-dir"]
+    train("--results-dir", "mine")
+    write_csv("books.csv", rows())
+    train("--dataset", "books.csv", "--results-dir", "mine")
+    lines = script("report.py", "--results-dir", "mine").out.splitlines()
+    assert [line for line in lines if not line.startswith("|")] == ["books", "", "", "films", ""]
+    assert sum(line.startswith("| lora |") for line in lines) == 2
+
+
 def test_report_says_which_of_several_pages_has_nothing_to_write_and_refuses_one_alone(script):
     start, end = EQUATION
     Path("method.py").write_text('"""A method.\n\n    y = x W^T\n\nSymbols\n    x\n"""\n')

@@ -218,6 +218,19 @@ def test_where_no_folder_is_named_a_trial_beside_published_results_has_its_own_i
         run(dataclasses.replace(asked, train_size=6, overwrite=True))
     (Path("results/mine") / name).unlink()
     assert contents("results") == published
+    run(dataclasses.replace(asked, results_dir="results", overwrite=True))  # only where it is named
+    assert not (Path("results/mine") / name).exists() and contents("results") != published
+
+
+def test_in_a_clone_results_on_what_nothing_is_published_of_are_in_results_mine_too(options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("results").mkdir()
+    (Path("results") / "README.md").write_text("published")
+    said = []
+    finetune(options(results_dir=None, training_values={"epochs": 1}), said.append)
+    assert [path.name for path in Path("results").iterdir() if path.is_file()] == ["README.md"]
+    assert Path("results/mine/fine_tuned_lora_films_results.json").is_file()
+    assert "results    results/mine (results holds the published ones)" in said
 
 
 def test_a_file_that_holds_no_results_is_not_taken_for_any(options, tmp_path, refused):

@@ -56,7 +56,7 @@ def finetune(options: Options, say: Say = silent) -> dict[str, Any]:
     plan = choose(options, say)
     with locked(plan.folder) if parallel.rank() == 0 else nullcontext():
         run = prepare(plan, say)
-        history = train(run)
+        history = train(run, say)
         if history.stopped_by:
             say(f"interrupted: {plan.folder} holds the best model so far; --resume goes on from here")
             raise Stopped(history.stopped_by)
@@ -132,7 +132,7 @@ def prepare(plan: RunPlan, say: Say = silent) -> Run:
     return Run(plan, model, task, material, counts, request, tokenizing_seconds)
 
 
-def train(run: Run) -> History:
+def train(run: Run, say: Say = silent) -> History:
     """Train on the training split, and leave the model with the values of its best validation."""
     plan, model, task = run.plan, run.model, run.task
     options, data = plan.options, plan.data
@@ -147,7 +147,7 @@ def train(run: Run) -> History:
         history = loop.train(
             run.material.model, run.material.batches, loss_sum, run.material.validate, plan.training, plan.precision,
             options.compile, save_best, state_folder=plan.folder and plan.folder / STATE_FOLDER, resume=options.resume,
-            request=run.request, best_by=plan.best_by, save_minutes=options.save_minutes,
+            request=run.request, best_by=plan.best_by, save_minutes=options.save_minutes, say=say,
             # A sharded model computes in step, and processes may have a row more or less.
             tokens_per_micro_batch=None if options.shard else tokens_per_micro_batch(plan.device, model.config.n_embd))
     model.eval()

@@ -128,7 +128,8 @@ def has_results(plan: RunPlan, request: dict[str, Any]) -> bool:
 def check_places(plan: RunPlan, request: dict[str, Any], say: Say = silent) -> None:
     """Refuse to take the place of what a run of another request left, unless that is asked for.
 
-    Where results go is said in a clone of this project if no folder is named: see `own_results`.
+    Where results go is said in a clone of this project if no folder is named (see `own_results`); and, if it is to be
+    resumed, that the run has ended.
 
     Raises:
         OutputError: naming the places, the differences, and the ways out; or a folder that `check_is_ours` refuses.
@@ -139,6 +140,9 @@ def check_places(plan: RunPlan, request: dict[str, Any], say: Say = silent) -> N
             say(f"output     {plan.folder} (in place of the bundled adapter; git restore {plan.folder} undoes that)")
     if plan.options.results_dir is None and own_results() != RESULTS:
         say(f"results    {own_results()} ({RESULTS} holds the published ones)")
+    if plan.options.resume and plan.folder and not saved_settings(plan.folder / STATE_FOLDER) and (
+            has_results(plan, request)):
+        say(f"this run has ended: {plan.results_file} holds what it found")
     if plan.options.overwrite:
         return
     noted = {(plan.folder, "--output"): noted_in(plan.folder)} if plan.folder is not None else {}

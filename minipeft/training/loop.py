@@ -276,8 +276,8 @@ def _targets_in(batches: list[Batch]) -> int:
 def train(model: nn.Module, batches: BucketedBatches, loss_sum: LossSum, validate: Callable[[], dict[str, Any]],
           config: TrainingConfig, precision: torch.dtype = torch.float32, compile_model: bool = False,
           save_best: Callable[[], None] = lambda: None, state_folder: Path | None = None, resume: bool = False,
-          request: dict[str, Any] | None = None, best_by: str = "accuracy",
-          tokens_per_micro_batch: int | None = None, save_minutes: float = 10.0) -> History:
+          request: dict[str, Any] | None = None, best_by: str = "accuracy", tokens_per_micro_batch: int | None = None,
+          save_minutes: float = 10.0, say: Callable[[str], None] = lambda line: None) -> History:
     """Train the parameters that require a gradient, in place, and leave the model with its best validation's values.
 
     Of N processes each computes every Nth row of each batch; all take the same step, and all call `validate`.
@@ -290,9 +290,8 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: LossSum, validat
         precision: of the forward pass; parameters and optimizer stay float32.
         compile_model: run the forward and backward pass through torch.compile.
         save_best: called whenever a validation is the best so far, and at an interruption before the first one.
-        state_folder: where to keep what resuming needs; None keeps nothing.
-        save_minutes: the state is saved after each validation, and between two where so many minutes have passed.
-        resume: go on from `state_folder`, if it holds anything. Without it a state there is replaced by the first save.
+        state_folder, save_minutes: where the state is saved, after each validation and so often between; None: nowhere.
+        resume, say: go on from `state_folder` if it holds a state, and say so. Else the first save replaces that.
         request: what else must be the same in a resumed run: data, base model, method.
         best_by: the metric that decides which validation is the best: the highest, or the lowest "loss".
         tokens_per_micro_batch: larger batches are computed in micro-batches of about so many tokens, whose gradients
@@ -312,7 +311,7 @@ def train(model: nn.Module, batches: BucketedBatches, loss_sum: LossSum, validat
     progress = Progress(model, learner.optimizer, learner.scaler, best_by, state_folder,
                         {**asdict(config), "precision": str(precision), **(request or {})}, save_minutes)
     if resume:
-        progress.resume()
+        say(progress.resumed(schedule.steps, schedule.ends_at))
     # Not in the first process, which keeps the random state that its caller, or `resume`, gave it.
     parallel.seed_by_rank(config.seed + progress.step * parallel.world_size())
     stopped_by = _take_steps(learner, schedule, progress, batches, validate, save_best)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,6 +186,18 @@ class Progress:
             self._take_over(step, extra, tensors)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise damaged(self.folder, f"{type(error).__name__}: {error}") from error
+
+    def resumed(self, steps: int, ends_at: Callable[[int, int], bool]) -> str:
+        """`resume`, and in words where a run of so many steps goes on, or that its training has ended.
+
+        Args:
+            ends_at: (step, validations since the best one) -> whether it has: see `loop.Schedule`.
+        """
+        self.resume()
+        if not self.step:
+            return f"nothing to resume in {self.folder}: training from the start"
+        ended = ends_at(self.step, self.since_best())
+        return f"resumed at step {self.step} of {steps}" + ": this training has ended" * ended
 
     def _take_over(self, step: int, extra: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Go on from a state's content, whatever is wrong with it raising one of Python's errors."""

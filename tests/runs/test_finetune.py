@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -140,6 +141,28 @@ def test_ctrl_c_leaves_a_model_that_loads_and_resuming_ends_as_if_uninterrupted(
     assert (tmp_path / "cut" / tensors).read_bytes() == (tmp_path / "whole" / tensors).read_bytes()
     assert results["metrics"] == expected["metrics"]
     assert not (tmp_path / "cut" / "training_state").exists()
+
+
+def test_resuming_says_where_it_goes_on_or_that_there_is_nothing_or_that_the_run_has_ended(options, ctrl_c, tmp_path,
+                                                                                         monkeypatch):
+    def said(**more):
+        lines = []
+        finetune(options(training_values={"epochs": 3}, resume=True, **more), lines.append)
+        return [line for line in lines if "resume" in line or "ended" in line]
+
+    nothing = f"nothing to resume in {tmp_path / 'output' / 'lora' / 'training_state'}: training from the start"
+    assert said() == [nothing]
+    results = tmp_path / "results" / "fine_tuned_lora_films_results.json"
+    assert said() == [f"this run has ended: {results} holds what it found", nothing]
+    ctrl_c(4)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(options())
+    ctrl_c(None)
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):  # cut off in its test
+        patch.setattr(Classification, "test", Mock(side_effect=MemoryError))
+        finetune(options(resume=True), (lines := []).append)
+    assert "resumed at step 4 of 24" in lines
+    assert said() == ["resumed at step 24 of 24: this training has ended"]
 
 
 def test_an_interrupted_run_writes_no_results_file(options, ctrl_c, tmp_path):

@@ -97,6 +97,19 @@ def test_the_best_values_come_back_and_later_ones_do_not(tmp_path):
     assert resumed.curve[-1]["train_loss"] == round(1.25 / 3, 4), "the sums since the last validation came along"
 
 
+def test_where_a_run_goes_on_is_said(tmp_path):
+    progress, asked = new_progress(tmp_path), []
+    assert progress.resumed(8, ends_at=None) == f"nothing to resume in {tmp_path}: training from the start"
+    progress.count([BATCH], [torch.ones(2)])
+    progress.validated(found(0.5, 0.7), 0.1, 4)
+    progress.save()
+    ended = " of 8: this training has ended"
+    told = new_progress(tmp_path).resumed(8, ends_at=lambda *at: asked.append(at) or True)
+    assert told == f"resumed at step 1{ended}"
+    assert new_progress(tmp_path).resumed(8, ends_at=lambda *at: False) == "resumed at step 1 of 8"
+    assert asked == [(1, 0)]
+
+
 def test_nothing_is_resumed_from_nothing_or_from_a_run_with_other_settings(tmp_path):
     for folder in (None, tmp_path / "empty"):
         progress = new_progress(folder)

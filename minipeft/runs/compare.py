@@ -125,7 +125,7 @@ def compare(request: Request, command: Callable[[Job], list[str]], say: Say = si
     write_comparison(folder)  # should the costs be interrupted
     with alone(folder, request.output, say):
         last = timed(_trained(folder, subjects))
-        _keep_one_machine([job(cell).file for cell in last])
+        _keep_one_machine(list(map(job, last)), request.retry)
         timing = Queue(job, lambda: last, estimate.beforehand, lambda: sum(map(estimate.beforehand, last)), command,
                        workers=1, threads=1, say=say, retry=request.retry)
         timing.run()
@@ -232,7 +232,7 @@ def _folder(request: Request, subjects: list[Subject]) -> Path:
         OutputError: it holds cells of other terms, or cannot be written.
     """
     folder = request.results_dir or own_results()
-    if request.results_dir is None and all(_holds_all(RESULTS, subject) for subject in subjects):
+    if request.results_dir is None and all(_holds_all(RESULTS, subject, request.output) for subject in subjects):
         folder = RESULTS  # nothing is to be trained, so nothing published is changed
     for subject in subjects:
         others = _of_other_terms(folder, subject)
@@ -255,22 +255,32 @@ def _trained(folder: Path, subjects: list[Subject]) -> list[Cell]:
     return sorted(cells, key=lambda cell: ALL.index(cell.method))
 
 
-def _keep_one_machine(files: list[Path]) -> None:
-    """Delete what was measured of costs on another machine, where something is missing: they are compared with each
-    other, so all are measured on this one then."""
-    there = [file for file in files if file.is_file()]
-    if len(there) < len(files):
-        this = machine()
-        for file in there:
-            if read_json_file(file)["machine"] != this:
-                file.unlink()
+def _keep_one_machine(jobs: list[Job], retry: bool) -> None:
+    """Delete what was measured of a dataset's costs on another machine, where some are still to be measured: they are
+    compared with each other, so all are measured on this one then."""
+    this = machine()
+    for dataset in {job.cell.dataset for job in jobs}:
+        its = [job for job in jobs if job.cell.dataset == dataset]
+        if any(job.found() is None and (retry or not job.error_file.is_file()) for job in its):
+            for file in [job.file for job in its if job.file.is_file()]:
+                if read_json_file(file)["machine"] != this:
+                    file.unlink()
 
 
-def _holds_all(folder: Path, subject: Subject) -> bool:
-    """Whether all of a dataset's trainings on all examples are there, of the same terms."""
-    named = [f"{track.method}_seed{seed}.json" for track in subject.tracks for seed in range(track.seeds)]
-    return (all((folder / "cells" / subject.name / name).is_file() for name in named)
-            and not _of_other_terms(folder, subject))
+def _holds_all(folder: Path, subject: Subject, output: Path) -> bool:
+    """Whether nothing of a dataset is left to run there, its costs included, and all is of the same terms. What failed
+    there is left to run."""
+    def found(cell: Cell) -> dict[str, Any] | None:
+        return job_of(cell, subject.options, subject.budget, subject.terms, folder, output).found()
+
+    def score(cell: Cell) -> float | None:
+        content = found(cell)
+        return None if content is None else score_of(content)
+
+    if _of_other_terms(folder, subject):
+        return False
+    asked = [cell for track in subject.tracks for cell in wanted(track, score, lambda cell: found(cell) is not None)]
+    return all(found(cell) is not None for cell in asked + timed(_trained(folder, [subject])))
 
 
 def _cells_in(folder: Path, subject: Subject) -> list[Path]:

@@ -14,6 +14,7 @@ from helpers import read_json, rows, write_csv, write_tiny_model
 
 from minipeft.errors import ConfigError, DataError, OutputError
 from minipeft.files import is_locked, locked
+from minipeft.runs.cells import Job
 from minipeft.runs.compare import Request, alone, compare
 from minipeft.runs.plan import Options
 
@@ -108,6 +109,33 @@ def test_costs_are_measured_at_the_end_in_turns_and_all_on_one_machine(comparing
         ("costs", method) for method in ("head", "bitfit", "ia3")], "also those that are not asked for now"
 
 
+def test_costs_of_another_machine_stay_where_nothing_of_the_dataset_is_measured_anew(comparing):
+    write_csv("plays.csv")
+    both = {"tuned": False, "datasets": ["films.csv", "plays.csv"]}
+    comparing("ia3", **both)
+    for file in Path("results/cells").glob("*/costs/*"):
+        file.write_text(json.dumps(read_json(file) | {"machine": {"cores": 1000}}))
+    comparing("bitfit", tuned=False, datasets=["plays.csv"])
+    films, plays = ({read_json(file)["machine"]["cores"] for file in Path("results/cells", name, "costs").iterdir()}
+                    for name in ("films", "plays"))
+    assert films == {1000} and 1000 not in plays
+    Path("results/cells/plays/costs/ia3_turn0.json").unlink()
+    ran = comparing("ia3", **both)[1]
+    assert [str(cell) for cell in ran] == ["plays/costs/ia3_turn0"], "and nothing of films is deleted"
+
+
+def test_costs_of_another_machine_stay_where_what_is_missing_has_failed(comparing, monkeypatch):
+    comparing("ia3", tuned=False)
+    other = Path("results/cells/films/costs/ia3_turn1.json")
+    other.write_text(json.dumps(read_json(other) | {"machine": {"cores": 1000}}))
+    job = Path("results/cells/films/costs/ia3_turn0.json")
+    job.unlink()
+    monkeypatch.setattr(Job, "error_file", property(lambda job: job.file.with_suffix(".error")))
+    job.with_suffix(".error").write_text("killed by signal 9")
+    assert comparing("ia3", tuned=False)[:2] == (1, []) and read_json(other)["machine"] == {"cores": 1000}
+    assert [cell.seed for cell in comparing("ia3", tuned=False, retry=True)[1]] == [0, 1]
+
+
 @pytest.mark.parametrize("busy", ["results/cells", "checkpoints/cells/films/lora_seed0"])
 def test_costs_wait_until_no_other_start_is_at_work(tmp_path, monkeypatch, busy):
     """Neither one that measures costs, too, nor one that still trains."""
@@ -185,6 +213,24 @@ def test_beside_published_results_those_of_ones_own_go_to_results_mine(comparing
     assert "results    results\n" in comparing("ia3", tuned=False, results_dir=None)[2] + "\n", "the published request"
     _, ran, said = comparing("ia3", "bitfit", tuned=False, results_dir=None, replace=True)
     assert "results    results/mine" in said and {cell.method for cell in ran} == {"ia3", "bitfit"}, "one more method"
+
+
+@pytest.mark.kind("7: committed results are not overwritten by a trial")
+@pytest.mark.parametrize("more", [{"few_examples": True, "changes": {"epochs": 3}}, {"seeds": 2}, {"costs": "gone"},
+                                  {"trial": "gone"}], ids=str)
+def test_published_results_serve_only_if_nothing_at_all_is_left_to_run(comparing, more):
+    """Neither a training with fewer examples, nor a trial or costs."""
+    comparing("lora", changes={"epochs": 3})
+    Path("results/README.md").write_text("published")
+    assert "results    results\n" in comparing("lora", results_dir=None, changes={"epochs": 3})[2]
+    for kind, pattern in (("costs", "costs/lora_turn2.json"), ("trial", "tuning/lora_0.0015.json")):
+        if kind in more:
+            more = {}
+            next(Path("results/cells/films").glob(pattern)).unlink()
+    there = {path: path.read_bytes() for path in Path("results").rglob("*.json")}
+    _, ran, said = comparing("lora", results_dir=None, **{"changes": {"epochs": 3}, **more})
+    assert ran and "results    results/mine" in said
+    assert {path: path.read_bytes() for path in Path("results").rglob("*.json") if "mine" not in path.parts} == there
 
 
 @pytest.mark.kind("7: compare refuses a file that is not there")

@@ -5,7 +5,7 @@
     RESULTS/cells/DATASET/size/METHOD_16_seed0.json      the same, of a training with 16 examples
     RESULTS/cells/DATASET/tuning/METHOD_RATE_SIZE.json   what `described_trial` says
     RESULTS/cells/DATASET/costs/METHOD_turn0.json        time and memory of a short training, time at inference
-    OUTPUT/cells/DATASET/METHOD_seed0-DIGEST/            the trained model, the log and, while it runs, state and lock
+    OUTPUT/cells/DATASET/METHOD_seed0-DIGEST/            the trained model, the log and, while it runs, state and locks
 
 The digest is of all that was asked for, so that no cell ever meets what another one left.
 """

@@ -14,13 +14,13 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from minipeft.data.datasets import name_of
-from minipeft.errors import ConfigError, OutputError
+from minipeft.errors import ConfigError, InUseError, OutputError
 from minipeft.files import LOCK_FILE, check_writable, is_locked, locked, read_json_file
 from minipeft.methods.injection import fingerprint, trainable_parameters
 from minipeft.runs.budget import (
@@ -119,7 +119,7 @@ def compare(request: Request, command: Callable[[Job], list[str]], say: Say = si
     workers = request.workers or (cores if device == "cpu" else 1)
     estimate, threads = Estimate(by_name), max(1, cores // workers)
     queue = Queue(job, cells, lambda cell: estimate.cost(cell, queue.results), lambda: estimate.total(
-        tracks, cells(), queue.results), command, workers, threads, say, request.retry)
+        tracks, cells(), queue.results), command, workers, threads, say, request.retry, measuring=folder / "cells")
     say(_plan_in_words(queue, cells(), tracks, folder, workers, estimate))
     queue.run()
     write_comparison(folder)  # should the costs be interrupted
@@ -137,21 +137,30 @@ def alone(folder: Path, output: Path, say: Say) -> Iterator[None]:
     """Wait until no other start is at work here, and keep others waiting for the length of the block: of two that
     measure at once, each slows the other down.
 
+    The lock comes first: while it is held, no queue starts anything, so what is at work then is all there is.
+
     Raises:
         Stopped: a signal.
     """
-    def others() -> bool:
-        locks = (output / "cells").rglob(LOCK_FILE)
-        return is_locked(folder / "cells") or any(is_locked(lock.parent) for lock in locks)
+    def taken() -> bool:
+        with suppress(InUseError):
+            held.enter_context(locked(folder / "cells"))
+            return True
+        return False
 
-    with stop_between_steps() as signal_that_came:
-        if others():
-            say("waiting for another start to end, as the costs are measured with nothing else running")
-        while others() and not signal_that_came():
-            time.sleep(PAUSE)
-        if signal_that_came():
-            raise Stopped(signal_that_came())
-    with locked(folder / "cells"):
+    def at_work() -> bool:
+        return any(LOCK_FILE in files and is_locked(place) for place, _, files in os.walk(output / "cells"))
+
+    with ExitStack() as held:
+        with stop_between_steps() as signal_that_came:
+            is_ours = has_waited = False
+            while not signal_that_came() and (not (is_ours := is_ours or taken()) or at_work()):
+                if not has_waited:
+                    say("waiting for another start to end, as the costs are measured with nothing else running")
+                has_waited = True
+                time.sleep(PAUSE)
+            if signal_that_came():
+                raise Stopped(signal_that_came())
         yield
 
 

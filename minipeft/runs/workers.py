@@ -1,8 +1,9 @@
 """A queue of jobs, a process each, several at a time: what has ended decides what is to be run next.
 
 A job's result is its file. What is there is never run again; what failed leaves its last line in an error file and
-stops nothing else; what another start of the queue is at, by its lock, is waited for. Asked to stop, the queue lets
-its processes save their states.
+stops nothing else; what another start of the queue is at, by its lock, is waited for. There are two locks: the queue
+claims a job before it starts the process, which locks the job's folder once it has imported. The operating system takes
+both away when their process ends, also in a crash. Asked to stop, the queue lets its processes save their states.
 """
 
 from __future__ import annotations
@@ -12,14 +13,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from minipeft.files import is_locked, write_text_file
+from minipeft.errors import InUseError
+from minipeft.files import is_locked, locked, write_text_file
 from minipeft.runs.budget import Cell
 from minipeft.runs.cells import Job
 from minipeft.runs.plan import Say
@@ -30,6 +32,7 @@ IN_USE = 75   # a process's exit code: another one is at its job
 PAUSE = 0.2   # seconds between looks
 AGAIN = 20    # seconds after which a process that was asked to stop is asked again: a library in C may lose a signal
 ASKED = 15    # so many times, then it is killed
+CLAIM = "claim"  # in a job's folder: the folder that a queue locks
 
 
 @dataclass
@@ -38,6 +41,7 @@ class Running:
 
     job: Job
     process: subprocess.Popen
+    claim: ExitStack  # to be closed when it has ended
     started: float = field(default_factory=time.monotonic)
 
     def share_done(self) -> float:
@@ -61,7 +65,8 @@ class Queue:
 
     def __init__(self, job_of: Callable[[Cell], Job], wanted: Callable[[], Iterable[Cell]],
                  cost: Callable[[Cell], float], total: Callable[[], float], command: Callable[[Job], list[str]],
-                 workers: int, threads: int, say: Say, retry: bool = False) -> None:
+                 workers: int, threads: int, say: Say, retry: bool = False,
+                 measuring: Path | None = None) -> None:
         """
         Args:
             wanted: the cells that are known by now; asked again whenever one has ended.
@@ -69,9 +74,10 @@ class Queue:
             command: what runs a job, in a process of its own.
             threads: of each process.
             retry: run again what has failed before.
+            measuring: a folder; while another start has its lock, to measure costs, nothing is started.
         """
         self.job_of, self.wanted, self.cost, self.total, self.command = job_of, wanted, cost, total, command
-        self.workers, self.threads, self.say = workers, threads, say
+        self.workers, self.threads, self.say, self.measuring = workers, threads, say, measuring
         self.results: dict[Cell, dict[str, Any]] = {}
         self.failed: dict[Cell, str] = {}
         self.running: dict[Cell, Running] = {}
@@ -124,25 +130,36 @@ class Queue:
                 del self.running[cell]
                 self._has_ended(running, bar)
         left = [cell for cell in self.wanted() if not self.ended(cell)]
-        for cell in left:
-            if len(self.running) < self.workers and cell not in self.running and not is_locked(self._jobs[cell].folder):
-                self.running[cell] = self._start(self._jobs[cell])
+        for cell in left if not self._has_to_wait() else ():
+            if len(self.running) < self.workers and cell not in self.running:
+                self._start(self._jobs[cell])
         self._show(bar)
         return bool(left or self.running)
 
-    def _start(self, job: Job) -> Running:
-        job.folder.mkdir(parents=True, exist_ok=True)
-        threads = {name: str(self.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        with job.log_file.open("w", encoding="utf-8") as log:
-            # A session of its own: Ctrl-C reaches this process alone, which asks the others. They notice by the pipe
-            # to their standard input if it dies.
-            return Running(job, subprocess.Popen(self.command(job), stdin=subprocess.PIPE, stdout=log, stderr=log,
-                                                 env={**os.environ, **threads}, start_new_session=True))
+    def _has_to_wait(self) -> bool:
+        return self.measuring is not None and is_locked(self.measuring)
+
+    def _start(self, job: Job) -> None:
+        """Start a job's process, if no other start is at it. The claim comes before the looks: whoever measures costs
+        takes that lock first, then looks for claims, so that one of the two always sees the other."""
+        with suppress(InUseError), ExitStack() as claim:
+            claim.enter_context(locked(job.folder / CLAIM))
+            # A folder may be locked without a claim, if a queue has died and its process has not yet.
+            if self._has_to_wait() or is_locked(job.folder) or job.found() is not None:
+                return
+            threads = {name: str(self.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+            with job.log_file.open("w", encoding="utf-8") as log:
+                # A session of its own: Ctrl-C reaches this process alone, which asks the others. They notice by the
+                # pipe to their standard input if it dies.
+                process = subprocess.Popen(self.command(job), stdin=subprocess.PIPE, stdout=log, stderr=log,
+                                           env={**os.environ, **threads}, start_new_session=True)
+            self.running[job.cell] = Running(job, process, claim.pop_all())
 
     def _has_ended(self, running: Running, bar: tqdm) -> None:
         """Say how a process ended, and note if it failed."""
         job, code = running.job, running.process.returncode
         running.process.stdin.close()
+        running.claim.close()
         if (found := job.found()) is not None:
             seconds = time.monotonic() - running.started
             self.ended(job.cell)
@@ -198,6 +215,7 @@ class Queue:
             for running in self.running.values():
                 running.process.kill()
                 running.process.wait()
+                running.claim.close()
             self.running.clear()
 
 

@@ -6,14 +6,16 @@ import json
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from cell_files import baseline_content, costs_content, final_content, trial_content
 from helpers import read_json, rows, write_csv, write_tiny_model
 
-from minipeft.errors import ConfigError, DataError, OutputError
+from minipeft.errors import ConfigError, DataError, InUseError, OutputError
 from minipeft.files import is_locked, locked
+from minipeft.runs import compare as runs_compare
 from minipeft.runs.cells import Job
 from minipeft.runs.compare import Request, alone, compare
 from minipeft.runs.plan import Options
@@ -157,6 +159,42 @@ def test_costs_wait_until_no_other_start_is_at_work(tmp_path, monkeypatch, busy)
         assert is_locked("results/cells"), "and keeps others waiting"
     other.join()
     assert order == ["the other", "this one"] and said[0].startswith("waiting for another start to end")
+
+
+def test_costs_wait_where_another_start_takes_the_lock_between_a_look_and_the_lock(tmp_path, monkeypatch):
+    """Then locking fails though nothing seemed to be locked."""
+    tries = []
+
+    @contextmanager
+    def taken_at_first(folder):
+        tries.append(folder)
+        if len(tries) < 3:
+            raise InUseError("another start has it")
+        yield
+
+    monkeypatch.setattr(runs_compare, "locked", taken_at_first)
+    said = []
+    with alone(tmp_path / "results", tmp_path / "checkpoints", said.append):
+        pass
+    assert len(tries) == 3 and len(said) == 1
+
+
+def test_nothing_is_trained_while_another_start_measures_costs(comparing):
+    Path("results/cells").mkdir(parents=True)
+    begun, order = threading.Event(), []
+
+    def measure():
+        with locked("results/cells"):
+            begun.set()
+            time.sleep(1)
+            order.extend(Path("results/cells").rglob("*.json"))
+
+    other = threading.Thread(target=measure)
+    other.start()
+    begun.wait()
+    assert len(comparing("ia3", tuned=False)[1]) == 1 + 3
+    other.join()
+    assert order == []
 
 
 def test_cells_know_how_float32_was_rounded_unless_it_was_not(comparing):

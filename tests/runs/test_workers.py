@@ -43,7 +43,7 @@ def queue(tmp_path):
     """queue(*methods, **options): a queue of a job each, what it started, and what it printed."""
     (tmp_path / "cells").mkdir()
 
-    def make(*methods, wanted=None, workers=2, retry=False):
+    def make(*methods, wanted=None, workers=2, retry=False, measuring=None):
         names = [Cell("films", method, 0, "final") for method in methods]
 
         def command(job):
@@ -53,7 +53,8 @@ def queue(tmp_path):
 
         made = Queue(lambda cell: Job(cell, Options(output=str(tmp_path / cell.method)),
                                       tmp_path / "cells" / f"{cell.method}.json", {}),
-                     wanted or (lambda: names), lambda cell: 1.0, lambda: 4.0, command, workers, 1, print, retry)
+                     wanted or (lambda: names), lambda cell: 1.0, lambda: 4.0, command, workers, 1, print, retry,
+                     measuring)
         made.started = []
         return made
 
@@ -121,14 +122,17 @@ def test_what_is_wanted_may_depend_on_what_has_ended(queue):
     assert work.started == ["well", "slowly"]
 
 
-def test_a_job_that_another_process_is_at_is_waited_for(queue, tmp_path):
-    work = queue("well")
+@pytest.mark.parametrize("place", ["well", "well/claim", "results"])
+def test_a_job_waits_while_another_start_is_at_it_or_measures_costs(queue, tmp_path, place):
+    """At it by its process, or by the claim of one that has not imported yet."""
+    work, seen = queue("well", measuring=tmp_path / "results"), []
     held = threading.Event()
 
     def hold():
-        with locked(tmp_path / "well"):
+        with locked(tmp_path / place):
             held.set()
             time.sleep(1)
+            seen.extend([*work.started, *tmp_path.rglob("log.txt")])
 
     other = threading.Thread(target=hold)
     other.start()
@@ -136,7 +140,26 @@ def test_a_job_that_another_process_is_at_is_waited_for(queue, tmp_path):
     started = time.monotonic()
     work.run()
     other.join()
-    assert time.monotonic() - started > 0.7 and work.started == ["well"]
+    assert time.monotonic() - started > 0.7 and not seen and work.started == ["well"]
+
+
+def test_two_starts_never_run_the_same_job_and_leave_no_claim(queue, tmp_path):
+    both = [queue("slowly", "well", workers=1) for _ in range(2)]
+    others = [threading.Thread(target=work.run) for work in both]
+    for other in others:
+        other.start()
+    for other in others:
+        other.join()
+    assert sorted(both[0].started + both[1].started) == ["slowly", "well"]
+    assert not list(tmp_path.rglob(".lock")) and not list(tmp_path.rglob("claim"))
+
+
+def test_a_claim_that_a_crash_left_behind_holds_nothing_up(queue, tmp_path):
+    (tmp_path / "well" / "claim").mkdir(parents=True)
+    (tmp_path / "well" / "claim" / ".lock").write_text("process 1 on nowhere")
+    work = queue("well")
+    work.run()
+    assert work.started == ["well"] and not (tmp_path / "well" / "claim" / ".lock").exists()
 
 
 def test_a_process_that_finds_another_one_at_its_job_has_not_failed(queue, tmp_path):

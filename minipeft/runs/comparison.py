@@ -130,7 +130,7 @@ def _row(folder: Path, cells: Sequence[tuple[Path, dict[str, Any]]], headline: s
     tested, costs = [run["metrics"]["test"] for run in runs], [run["costs"] for run in runs]
     scores, first = [metrics[headline] for metrics in tested], runs[0]
     numbers = [key for key in tested[0] if all(isinstance(metrics.get(key), (int, float)) for metrics in tested)]
-    if len({json.dumps(run["cell"]["values"]) for run in runs}) > 1:
+    if len({_settings_in(run) for run in runs}) > 1:
         raise OutputError(f"the seeds of {first['method']} below {cells[0][0].parent} were trained with different "
                           "settings: run scripts/compare.py again, which trains those anew that are not the best's")
     lost = [run["forgetting"]["after"] - run["forgetting"]["before"] for run in costs]
@@ -153,6 +153,12 @@ def _row(folder: Path, cells: Sequence[tuple[Path, dict[str, Any]]], headline: s
                        "nats": round(fmean(lost), 5), "deviation": _deviation(lost),
                        "tokens": costs[0]["forgetting"]["tokens"], "texts": costs[0]["forgetting"]["texts"]},
         "curves": [run["curve"] for run in runs]}
+
+
+def _settings_in(run: dict[str, Any]) -> str:
+    """All that a cell says it was trained with, but for its seed."""
+    training = {key: value for key, value in run.get("training_config", {}).items() if key != "seed"}
+    return json.dumps([run["cell"]["values"], run.get("method_config"), training], sort_keys=True)
 
 
 def _few_examples(finals: Sequence[dict[str, Any]], sized: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -116,6 +116,22 @@ def test_seeds_with_different_settings_are_never_in_one_mean(folder):
         comparison(folder)
 
 
+@pytest.mark.parametrize("name", ["method_config", "training_config"])
+def test_seeds_of_different_configurations_are_never_in_one_mean(folder, name):
+    """What a change of the defaults between two starts leaves behind: the cells' own values are the same."""
+    for seed in range(3):
+        path = folder / "cells" / "films" / f"lora_seed{seed}.json"
+        content = read_json_file(path)
+        content["training_config"]["seed"] = seed
+        content["method_config"] = {"r": 2}
+        write_json_file(path, content)
+    comparison(folder)
+    content[name]["another"] = 1
+    write_json_file(path, content)
+    with pytest.raises(OutputError, match=r"the seeds of lora below .*films were trained with different settings"):
+        comparison(folder)
+
+
 def test_trials_that_failed_are_named(folder):
     (folder / "cells/films/tuning/lora_0.0001-abc.error").write_text("killed by signal 9")
     assert tuning(folder)["datasets"]["films"]["failed"] == ["lora_0.0001-abc"]

@@ -18,6 +18,7 @@ from typing import Any
 
 from minipeft.methods import METHODS
 from minipeft.runs import defaults
+from minipeft.tasks.task import Task
 
 COMPARED = ("baseline", "full", "lora", "prefix", "prompt", "adapter", "ia3", "bitfit")
 ALL = ("baseline", *METHODS)
@@ -183,17 +184,17 @@ class Track:
 Score = Callable[[Cell], float | None]
 
 
-def tracks_of(dataset: str, task: str, methods: list[str], seeds: int, tuned: bool, best: bool,
+def tracks_of(dataset: str, task: type[Task], methods: list[str], seeds: int, tuned: bool, best: bool,
               budget: Budget, sizes: tuple[int, ...] = ()) -> list[Track]:
-    """One dataset's tracks. A baseline has no settings, and one seed; language models have no head to train alone."""
+    """One dataset's tracks. A baseline has no settings, and one seed; a head is trained alone only if it is new."""
     found = []
     for method in methods:
-        if method == "head" and task in ("summarization", "translation"):
+        if method == "head" and not getattr(task.model_class, "has_new_head", False):
             continue
         own = seeds if method in EVERY_SEED or budget.seeds is None else min(seeds, budget.seeds)
         values = BEST.get(dataset, {}).get(method) if best else None
         found.append(Track(dataset, method, 0.0, 1, tuned=False) if method == "baseline" else
-                     Track(dataset, method, defaults.table(method, task)["training"]["learning_rate"], own, tuned,
+                     Track(dataset, method, defaults.table(method, task.name)["training"]["learning_rate"], own, tuned,
                            None if values is None else tuple(values.items()),
                            sizes if method in FEW_EXAMPLES.methods else ()))
     return found

@@ -228,8 +228,9 @@ def _subject(request: Request, dataset: str) -> Subject:
     if options.matmul_precision not in (None, "highest"):  # torch's own
         terms["matmul_precision"] = options.matmul_precision
     seeded = dataclasses.replace(budget, seeds=None) if request.every_seed else budget
-    tracks = tracks_of(plan.data.name, task, request.methods, request.seeds, request.tuned, request.best, seeded,
-                       tuple(size for size in FEW_EXAMPLES.sizes if size < plan.sizes["train"]) * request.few_examples)
+    sizes = tuple(size for size in FEW_EXAMPLES.sizes if size < plan.sizes["train"]) * request.few_examples
+    tracks = tracks_of(plan.data.name, plan.data.task, request.methods, request.seeds, request.tuned, request.best,
+                       seeded, sizes)
     return Subject(plan.data.name, options, budget, json.loads(json.dumps(terms)), tracks,
                    trainable_parameters(model).total / MINI_PARAMETERS)
 

@@ -24,6 +24,8 @@ from minipeft.runs.budget import (
 )
 from minipeft.runs.plan import Options, check_method
 from minipeft.runs.sweep import with_trial
+from minipeft.tasks import TASKS
+from minipeft.tasks.generation import Generation
 
 
 def followed(track, score, fails=()):
@@ -76,15 +78,24 @@ def test_without_tuning_the_defaults_are_trained():
 
 
 def test_seeds_heads_baselines_and_the_best_are_as_the_budget_says():
-    tracks = {track.method: track for track in tracks_of("scitldr", "summarization", list(ALL), 3, True, False,
+    tracks = {track.method: track for track in tracks_of("scitldr", TASKS["summarization"], list(ALL), 3, True, False,
                                                          BUDGETS["scitldr"])}
     assert {method: track.seeds for method, track in tracks.items()} == {
         method: 3 if method in ("lora", "full") else 1 for method in ALL if method != "head"}
     assert tracks["bitfit"].rate == defaults.table("bitfit", "summarization")["training"]["learning_rate"]
     assert tracks["baseline"].trials == 0 and tracks["bitfit"].trials == 5 and tracks["lora"].trials == 7
-    best = tracks_of("imdb", "classification", ["lora", "ia3"], 1, True, True, BUDGETS["imdb"])
+    best = tracks_of("imdb", TASKS["classification"], ["lora", "ia3"], 1, True, True, BUDGETS["imdb"])
     assert best[0].best == tuple(BEST["imdb"]["lora"].items()) and best[1].best is None
     assert followed(best[0], rate_of)[5].kind == "best"
+
+
+@pytest.mark.parametrize(("base", "has_head"), [(Generation, False), (TASKS["tagging"], True)])
+def test_the_head_of_a_task_of_ones_own_is_trained_alone_only_if_it_is_new(base, has_head):
+    class Mine(base):
+        name = "mine"
+
+    tracks = tracks_of("films", Mine, ["head", "lora"], 1, True, False, BUDGETS["sample"])
+    assert [track.method for track in tracks] == ["head"] * has_head + ["lora"]
 
 
 def test_the_tables_name_what_there_is():

@@ -120,6 +120,9 @@ def compare(request: Request, command: Callable[[Job], list[str]], say: Say = si
     estimate, threads = Estimate(by_name), max(1, cores // workers)
     queue = Queue(job, cells, lambda cell: estimate.cost(cell, queue.results), lambda: estimate.total(
         tracks, cells(), queue.results), command, workers, threads, say, request.retry, measuring=folder / "cells")
+    if nothing := [subject.name for subject in subjects if request.best and not any(
+            track.best for track in subject.tracks)]:
+        say(f"best       nothing on {', '.join(nothing)}: BEST in minipeft/runs/budget.py names none of these methods")
     say(_plan_in_words(queue, cells(), tracks, folder, workers, estimate))
     queue.run()
     write_comparison(folder)  # should the costs be interrupted

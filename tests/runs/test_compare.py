@@ -16,6 +16,7 @@ from helpers import read_json, rows, write_csv, write_tiny_model
 from minipeft.errors import ConfigError, DataError, InUseError, OutputError
 from minipeft.files import is_locked, locked
 from minipeft.runs import compare as runs_compare
+from minipeft.runs.budget import BEST
 from minipeft.runs.cells import Job
 from minipeft.runs.compare import Request, alone, compare
 from minipeft.runs.plan import Options
@@ -74,6 +75,15 @@ def test_every_method_is_tuned_then_trained_and_the_table_shows_it(comparing):
     assert read_json("results/comparison.json")["datasets"]["films"]["methods"]["ia3"]["seeds"] == [0, 1]
     assert read_json("results/comparison_tuning.json")["datasets"]["films"]["methods"]["ia3"]["chosen"] == {
         "learning_rate": 0.005}
+
+
+def test_that_there_is_no_best_on_a_dataset_is_said_before_the_first_run(comparing, monkeypatch):
+    said = "best       nothing on films: BEST in minipeft/runs/budget.py names none of these methods\n"
+    _, ran, words = comparing("bitfit", tuned=False, best=True)
+    assert words.startswith(said) and {cell.kind for cell in ran} == {"final", "costs"}
+    assert said not in comparing("bitfit", tuned=False)[2]
+    monkeypatch.setitem(BEST, "films", {"bitfit": {"epochs": 5}})
+    assert said not in comparing("bitfit", tuned=False, best=True)[2]
 
 
 def test_few_examples_are_trained_with_the_settings_that_were_chosen(comparing):

@@ -9,7 +9,8 @@ import numpy as np
 from minipeft.runs.cells import packed
 from minipeft.training.hardware import machine
 
-TERMS = {"dataset": {"name": "films", "sizes": {"train": 32, "validation": 4, "test": 200}}, "budget": {"tuned": True}}
+TERMS = {"dataset": {"name": "films", "sizes": {"train": 32, "validation": 4, "test": 200}}, "budget": {"tuned": True},
+         "task": "classification"}
 HEADER = {"headline": "accuracy", "task": "classification"}
 
 

@@ -182,6 +182,7 @@ class Track:
 
 
 Score = Callable[[Cell], float | None]
+Values = tuple[tuple[str, Any], ...]
 
 
 def tracks_of(dataset: str, task: type[Task], methods: list[str], seeds: int, tuned: bool, best: bool,
@@ -220,6 +221,13 @@ def wanted(track: Track, score: Score, ended: Callable[[Cell], bool]) -> list[Ce
     best = [] if track.best is None else [Cell(track.dataset, track.method, 0, "best", track.best)]
     if not track.tuned:
         return _finals(track, ()) + best
+    trials, chosen = tuning_of(track, score, ended)
+    return trials + ([] if chosen is None else _finals(track, chosen)) + best
+
+
+def tuning_of(track: Track, score: Score, ended: Callable[[Cell], bool]) -> tuple[list[Cell], Values | None]:
+    """The trials of a track that are known by now, and the values of the best one, of equals the first. These are None
+    while a trial is left to run, or if all have failed."""
     steps = list(range(-(RATES // 2), RATES // 2 + 1))
     rates = {step: _trial(track, step) for step in steps}
     for _ in range(MOST_WIDENINGS):
@@ -230,16 +238,14 @@ def wanted(track: Track, score: Score, ended: Callable[[Cell], bool]) -> list[Ce
         rates[beyond] = _trial(track, beyond)
     cells = list(rates.values())
     if not all(map(ended, cells)) or _best(rates, score) is None:
-        return cells + best
+        return cells, None
     step = _best(rates, score)
     sizes = {number: _trial(track, step, size) for number, size in enumerate(SIZES.get(track.method, ()))}
-    if sizes:
-        sizes[len(sizes) // 2] = rates[step]  # the default size was tried with the rates
-        cells += [cell for cell in sizes.values() if cell != rates[step]]
-        if not all(map(ended, sizes.values())):
-            return cells + best
-    chosen = sizes[_best(sizes, score)] if sizes else rates[step]
-    return cells + _finals(track, chosen.values) + best
+    if not sizes:
+        return cells, rates[step].values
+    sizes[len(sizes) // 2] = rates[step]  # the default size was tried with the rates
+    cells += [cell for cell in sizes.values() if cell != rates[step]]
+    return cells, sizes[_best(sizes, score)].values if all(map(ended, sizes.values())) else None
 
 
 def timed(cells: list[Cell]) -> list[Cell]:

@@ -41,7 +41,7 @@ comparison_tuning.json
         "size":        the name of the size that was tried, or `NO_SIZE`; "default_size": its value with the rates
         "trials":      [{"learning_rate", "size": its value, None for the default, "validation": {metrics}, "score":
                        higher is better, None for what is no number, "core_seconds", "curve"}], rates first
-        "chosen":      {"learning_rate", ...}: of the best trial}}}}}
+        "chosen":      {"learning_rate", ...}: of the best trial, see `budget.tuning_of`; None until all have ended}}}}}
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ from typing import Any
 
 from minipeft.errors import OutputError
 from minipeft.files import read_json_file, write_json_file
-from minipeft.runs.budget import ALL, NO_SIZE, SIZES
-from minipeft.runs.cells import score_of, unpacked, without_nan
+from minipeft.runs.budget import ALL, NO_SIZE, SIZES, Track, tuning_of
+from minipeft.runs.cells import cell_in, score_of, unpacked, without_nan
+from minipeft.runs.defaults import table
 from minipeft.runs.results import METRICS, Metric, markdown_table, shown_parameters
 from minipeft.runs.significance import compared, interval, ranks, resampled
 from minipeft.tasks import TASKS
@@ -214,21 +215,24 @@ def tuning(folder: Path) -> dict[str, Any]:
                 methods.setdefault(results["cell"]["method"], []).append(results)
             datasets[place.name] = {
                 "terms": _terms(cells), "failed": sorted(path.stem for path in (place / "tuning").glob("*.error")),
-                "methods": {method: _tuned(method, trials) for method, trials in methods.items()}}
+                "methods": {method: _tuned(place, method, trials) for method, trials in methods.items()}}
     return without_nan({"datasets": datasets})
 
 
-def _tuned(method: str, cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _tuned(place: Path, method: str, cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
     sizes = SIZES.get(method, ())
     size = next(iter(sizes[0])) if sizes else None
     trials = [{"learning_rate": cell["trial"]["learning_rate"], "size": cell["trial"].get(size),
                "validation": cell["validation"], "score": score_of(cell), "core_seconds": cell["core_seconds"],
                "curve": cell["curve"]} for cell in cells]
     trials.sort(key=lambda trial: (trial["size"] is not None, trial["size"], trial["learning_rate"]))
-    scored = [cell for cell in cells if score_of(cell) is not None]
+    scores = {cell_in(cell): score_of(cell) for cell in cells}
+    _, chosen = tuning_of(
+        Track(place.name, method, table(method, cells[0]["terms"]["task"])["training"]["learning_rate"], 1), scores.get,
+        lambda cell: cell in scores or any((place / "tuning").glob(f"{Path(cell.name).name}-*.error")))
     return {"best_by": cells[0]["best_by"], "size": size or NO_SIZE,
             "default_size": sizes[len(sizes) // 2][size] if sizes else None, "trials": trials,
-            "chosen": max(scored, key=score_of)["trial"] if scored else None}
+            "chosen": None if chosen is None else dict(chosen)}
 
 
 def _places(folder: Path) -> list[Path]:

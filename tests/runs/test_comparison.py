@@ -10,7 +10,7 @@ from cell_files import TERMS, baseline_content, costs_content, final_content, tr
 
 from minipeft.errors import OutputError
 from minipeft.files import read_json_file, write_json_file
-from minipeft.runs.budget import NO_SIZE, Cell
+from minipeft.runs.budget import NO_SIZE, Cell, Track, grid, wanted
 from minipeft.runs.comparison import comparison, table_of, tuning, write_comparison
 
 SCORES = {"lora": (0.90, 0.91, 0.92), "full": (0.89, 0.91, 0.93), "head": (0.7,)}
@@ -88,9 +88,27 @@ def test_the_grid_and_its_scores_are_kept(folder):
     methods = tuning(folder)["datasets"]["films"]["methods"]
     assert [(trial["learning_rate"], trial["size"], trial["score"]) for trial in methods["lora"]["trials"]] == [
         (1e-4, None, 0.7), (1e-3, None, 0.8), (1e-2, None, None), (1e-3, 2, 0.9)]
-    assert methods["lora"]["chosen"] == {"learning_rate": 1e-3, "r": 2, "lora_alpha": 4}
     assert (methods["lora"]["size"], methods["lora"]["default_size"]) == ("r", 8)
     assert (methods["ia3"]["size"], methods["ia3"]["default_size"]) == (NO_SIZE, None)
+
+
+def test_what_is_chosen_is_what_is_trained_and_nothing_before_all_trials_have_ended(tmp_path):
+    """Of equals the lower rate, though its file's name comes later; a trial that failed has ended, too."""
+    place, track = tmp_path / "cells" / "films", Track("films", "full", 3e-4, 1)
+    score = {3e-4: 0.8, 9.49e-5: 0.8, 9.49e-4: 0.5, 3e-5: 0.7}.get
+
+    def rate_of(cell):
+        return dict(cell.values)["learning_rate"]
+
+    *trials, trained = wanted(track, lambda cell: score(rate_of(cell)), lambda cell: True)
+    assert sorted(map(rate_of, trials)) == grid(3e-4) and rate_of(trained) == 9.49e-5
+    for cell in trials:
+        assert not place.exists() or tuning(tmp_path)["datasets"]["films"]["methods"]["full"]["chosen"] is None
+        if score(rate_of(cell)) is None:
+            (place / f"{cell.name}-abc.error").write_text("killed by signal 9")
+        else:
+            write_json_file(place / f"{cell.name}.json", trial_content(cell, TERMS, score(rate_of(cell))))
+    assert tuning(tmp_path)["datasets"]["films"]["methods"]["full"]["chosen"] == dict(trained.values)
 
 
 def test_both_files_are_strict_json_and_the_same_each_time(folder):

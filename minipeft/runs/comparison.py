@@ -57,7 +57,7 @@ from minipeft.files import read_json_file, write_json_file
 from minipeft.runs.budget import ALL, NO_SIZE, SIZES, Track, tuning_of
 from minipeft.runs.cells import cell_in, score_of, unpacked, without_nan
 from minipeft.runs.defaults import table
-from minipeft.runs.results import METRICS, Metric, markdown_table, shown_parameters
+from minipeft.runs.results import BASELINES, METRICS, Metric, markdown_table, shown_parameters
 from minipeft.runs.significance import compared, interval, ranks, resampled
 from minipeft.tasks import TASKS
 
@@ -280,7 +280,7 @@ def table_of(content: dict[str, Any], kinds: Sequence[str] = ("methods", "best")
 
     rows = untrained(others, "-")
     if "methods" in kinds:
-        rows += untrained([(name.replace("_", " "), values[metric.key])
+        rows += untrained([(BASELINES.get(name, name), values[metric.key])
                            for name, values in content["baselines"].items()], "0")
     for kind in kinds:
         named = "{}" if kind == "methods" else "{}, best without the budget"

@@ -31,7 +31,7 @@ def test_compare_runs_cells_in_processes_writes_the_comparison_and_runs_nothing_
     first = compare(roomy_model, *options)
     said, errors = first.communicate(timeout=500)
     assert first.returncode == 0, errors
-    assert "| ia3 | learning_rate 0.005 | " in said and "| zero shot | - |" in said
+    assert "| ia3 | learning_rate 0.005 | " in said and "| zero-shot by prompt | - |" in said
     found = read_json("results/comparison.json")["datasets"]["films"]
     assert found["methods"].keys() == {"ia3", "bitfit"} and found["methods"]["ia3"]["seeds"] == [0, 1]
     left = {path.name.partition("-")[0] for path in folder.glob("checkpoints/cells/films/*-*")}

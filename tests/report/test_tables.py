@@ -19,10 +19,10 @@ def names(table):
 
 def test_a_datasets_table_has_outside_figures_then_baselines_then_methods_from_worse_to_better(results):
     table = block("imdb compared", Comparison(results))
-    assert names(table) == [*(name for name, _ in ELSEWHERE["imdb"]), "zero shot", "head", "prompt", "ptuning",
-                            "prefix", "bitfit", "ia3", "vera", "adapter", "dora", "lora", "full"]
+    assert names(table) == [*(name for name, _ in ELSEWHERE["imdb"]), "zero-shot by prompt", "head", "prompt",
+                            "ptuning", "prefix", "bitfit", "ia3", "vera", "adapter", "dora", "lora", "full"]
     assert "91.88 %" in table and all("reported elsewhere" in name for name, _ in ELSEWHERE["imdb"])
-    assert names(block("films compared", Comparison(results)))[0] == "zero shot"
+    assert names(block("films compared", Comparison(results)))[0] == "zero-shot by prompt"
 
 
 def test_a_dataset_with_baselines_alone_is_not_shown_yet(comparison, tmp_path):

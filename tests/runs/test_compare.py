@@ -71,7 +71,7 @@ def test_every_method_is_tuned_then_trained_and_the_table_shows_it(comparing):
     assert [cell.kind for cell in ran if cell.method == "ia3"] == ["tuning"] * 5 + ["final"] * 2 + ["costs"] * 3
     assert "cells      11, or a few more where a best rate is at an end; 0 of them there; " in said
     assert "core hours" in said
-    assert "| ia3 | learning_rate 0.005 |" in said and "| zero shot |" in said
+    assert "| ia3 | learning_rate 0.005 |" in said and "| zero-shot by prompt |" in said
     assert read_json("results/comparison.json")["datasets"]["films"]["methods"]["ia3"]["seeds"] == [0, 1]
     assert read_json("results/comparison_tuning.json")["datasets"]["films"]["methods"]["ia3"]["chosen"] == {
         "learning_rate": 0.005}

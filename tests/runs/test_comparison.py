@@ -158,6 +158,6 @@ def test_trials_that_failed_are_named(folder):
 def test_the_table_for_people_goes_from_worse_to_better(folder):
     lines = table_of(comparison(folder)["datasets"]["films"]).splitlines()
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == [
-        "zero shot", "head", "full", "lora", "lora, best without the budget"]
+        "zero-shot by prompt", "head", "full", "lora", "lora, best without the budget"]
     assert "| 91.00 % ± 1.00 % |" in lines[5] and "| 1 to 2 | 6.0 | +0.200 | +25 % |" in lines[5]
     assert "| 3 |" in lines[3]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from minipeft.errors import ConfigError
 from minipeft.settings import Settings
 
 if TYPE_CHECKING:
@@ -13,12 +12,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from minipeft.methods.layers import AdapterLayer
-
-# Arguments of peft's configurations that have no place here, and what says the same.
-PEFTS = {"task_type": "the model's class says it, such as GPT2ForSequenceClassification",
-         "modules_to_save": "a new head is trained and saved without being named",
-         "fan_in_fan_out": "weights are (out, in) here, and in files it is written for peft",
-         "inference_mode": "for use, load_adapter and model.eval() are enough"}
 
 
 @dataclass
@@ -45,12 +38,6 @@ class MethodConfig(Settings):
     harmless: ClassVar[tuple[str, ...]] = ()
     more_fields: ClassVar[tuple[str, ...]] = ()
     needs_task: ClassVar[bool] = False
-
-    def __new__(cls, *values: Any, **named: Any) -> Self:
-        for name in named:
-            if name in PEFTS:
-                raise ConfigError(f"{cls.__name__} takes no {name}, unlike peft's: leave it out, as {PEFTS[name]}")
-        return super().__new__(cls)
 
     def to_saved(self, model: nn.Module, layers: dict[str, AdapterLayer]) -> dict[str, Any]:
         """What adapter_config.json says beyond, or other than, the configuration's fields."""

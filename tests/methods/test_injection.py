@@ -22,8 +22,6 @@ from minipeft import (
     unmerge,
 )
 from minipeft.errors import ConfigError, InjectionError
-from minipeft.methods import METHODS
-from minipeft.methods.config import PEFTS
 from minipeft.methods.injection import active_injections, base_parameters, fingerprint
 from minipeft.methods.targets import find_targets
 from minipeft.model.linear import Linear
@@ -170,15 +168,6 @@ def test_a_bad_value_is_refused_when_the_configuration_is_made():
     for fields in ({"target_modules": 5}, {"exclude_modules": 5}, {"layers_to_transform": "0"}, {"r": 0}):
         with pytest.raises(ConfigError, match=f"{next(iter(fields))} must be"):
             LoraConfig(**fields)
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", PEFTS)
-def test_what_only_pefts_configurations_take_is_refused_with_what_to_do_here(method, name):
-    config_class = METHODS[method].config_class
-    with pytest.raises(ConfigError, match=f"{config_class.__name__} takes no {name}, unlike peft's: leave it out, as "):
-        config_class(**{name: None})
-    assert copy.deepcopy(config_class()) == config_class()
 
 
 def test_all_linear_keeps_to_the_chosen_blocks(tiny_config):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -47,13 +48,19 @@ def draw_comparison(comparison: dict[str, Any], tuning: dict[str, Any], folder: 
         "tuning": sensitivity(main, content, tuning["datasets"].get(main, {}).get("methods", {}))}
     drawn |= {f"parameters_{name}": parameters(name, other) for name, other in datasets.items() if name != main}
     figures = {name: figure for name, figure in drawn.items() if figure is not None}
-    with replacing_folder(folder) as temporary:
+    with replacing_folder(folder) as temporary, _same_each_time():
         for name, figure in figures.items():
             figure.savefig(temporary / f"{name}.png", dpi=DPI, facecolor="white")
             figure.savefig(temporary / f"{name}.svg", facecolor="white", metadata={"Date": None})
     for path in (path for kind in ("png", "svg") for path in folder.glob(f"*.{kind}") if path.stem not in figures):
         path.unlink()
     return list(figures)
+
+
+def _same_each_time() -> AbstractContextManager[None]:
+    """Within it the parts of an SVG have the same names whenever it is drawn."""
+    from matplotlib import rc_context
+    return rc_context({"svg.hashsalt": "minipeft"})
 
 
 # --- quality beside something -----------------------------------------------------------------------------------------

@@ -32,6 +32,8 @@ from minipeft.runs.finetune import Run, check_result, prepare, results_of, train
 from minipeft.runs.plan import Options, Say, choose, silent
 from minipeft.runs.request import STATE_FOLDER
 from minipeft.runs.sweep import described_trial, with_trial
+from minipeft.tasks import TASKS
+from minipeft.tasks.task import Task
 from minipeft.training.hardware import (
     machine,
     matmul_precision,
@@ -172,7 +174,15 @@ def _training(job: Job, say: Say) -> dict[str, Any]:
     results = results_of(run, history, metrics, tested_from.seconds)
     say("measuring what the base has forgotten")
     return {**results, "adapter_folder": str(job.folder), "each": None if each is None else packed(each),
+            "counted_as": counted_as(run.task),
             "costs": {"adapter_bytes": adapter_bytes(plan.folder), "forgetting": forgotten(run)}}
+
+
+def counted_as(task: Task) -> str | None:
+    """The task of this library that counts each example, and makes the headline of it, as this one does: itself, or the
+    one from which a user's own inherits both."""
+    return next((name for name, known in TASKS.items() if known.headline == task.headline
+                 and known.headline_of.__func__ is type(task).headline_of.__func__), None)
 
 
 def _costs(job: Job, say: Say) -> dict[str, Any]:

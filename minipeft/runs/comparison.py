@@ -106,13 +106,13 @@ def _dataset(folder: Path, cells: Sequence[tuple[Path, dict[str, Any]]],
     rows = {kind: {method: _row(folder, found, some["headline"], [
         turn["costs"] for turn in timed if kind == "final" and turn["method"] == method]) for method, found in sorted(
             methods.items(), key=lambda item: ALL.index(item[0]))} for kind, methods in by_kind.items()}
-    pairs = []
+    pairs, counted = [], next((results["counted_as"] for _, results in cells if "counted_as" in results), some["task"])
     for kind, methods in by_kind.items():
         each = {method: [unpacked(results["each"]) for _, results in methods[method]] for method in rows[kind]
                 if all(results.get("each") for _, results in methods[method])}
-        if some["task"] not in TASKS or not each:
+        if counted not in TASKS or not each:
             continue
-        samples = resampled(each, TASKS[some["task"]].headline_of)
+        samples = resampled(each, TASKS[counted].headline_of)
         for method in each:
             rows[kind][method]["interval_95"] = interval(samples[method])
         if kind == "final" and len(each) > 1:

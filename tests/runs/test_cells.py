@@ -16,10 +16,12 @@ from minipeft.files import locked
 from minipeft.methods import METHODS
 from minipeft.runs import cells
 from minipeft.runs.budget import FEW_EXAMPLES, Budget, Cell
-from minipeft.runs.cells import Job, job_of, packed, run_cell, score_of, unpacked, without_nan
+from minipeft.runs.cells import Job, counted_as, job_of, packed, run_cell, score_of, unpacked, without_nan
 from minipeft.runs.costs import language_loss
 from minipeft.runs.plan import Options, choose
 from minipeft.runs.trained import load_finetuned
+from minipeft.tasks import TASKS
+from minipeft.tasks.tagging import Tagging
 from minipeft.tasks.task import Task
 from minipeft.training.hardware import machine
 from minipeft.training.stopping import Stopped
@@ -205,3 +207,23 @@ def test_what_is_no_number_is_null_in_a_file():
     assert without_nan({"a": [float("nan"), 1.5], "b": (float("inf"), "x", None, True)}) == {
         "a": [None, 1.5], "b": [None, "x", None, True]}
     assert score_of({"best_by": "loss", "validation": {"loss": None}}) is None
+
+
+def test_a_task_counts_as_the_one_that_it_inherits_from():
+    class Truecasing(Tagging):
+        name = "truecasing"
+
+    class Other(Tagging):
+        name, headline = "other", "precision"
+
+    class Counting(Tagging):
+        name = "counting"
+
+        @classmethod
+        def headline_of(cls, sums, examples):
+            return sums[..., 0] / examples
+
+    assert [counted_as(object.__new__(kind)) for kind in (Tagging, Truecasing, Other, Counting)] == [
+        "tagging", "tagging", None, None]
+    assert {name for name, task in TASKS.items() if counted_as(object.__new__(task)) == name} >= {
+        "classification", "tagging"}

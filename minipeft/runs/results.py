@@ -96,10 +96,16 @@ def datasets_in(folder: Path) -> list[str]:
     Raises:
         OutputError: there are no results.
     """
-    found = {read_json_file(path)["dataset"]["name"] for path in folder.glob("*_results.json")}
+    found = {results["dataset"].get("name", "") for results in _written_in(folder)}
     if not found:
         raise OutputError(f"{folder} holds no results: train first, or name a folder with --results-dir")
     return sorted(found)
+
+
+def _written_in(folder: Path) -> list[dict[str, Any]]:
+    """What the results files of a folder hold. Files of others that are called like one are left out."""
+    files = [read_json_file(path) for path in sorted(folder.glob("*_results.json"))]
+    return [results for results in files if results.keys() >= WRITTEN and isinstance(results["dataset"], dict)]
 
 
 def shown_parameters(trained: int, share: float) -> str:
@@ -158,14 +164,12 @@ def overview_table(folder: Path, datasets: Sequence[str]) -> str:
 
 
 def _results(folder: Path, dataset: str) -> list[dict[str, Any]]:
-    """What the results files on a dataset hold. Files of others that are called like one are left out.
+    """What the results files on a dataset hold.
 
     Raises:
         OutputError: there is none, or they are about different contents of that name.
     """
-    files = [read_json_file(path) for path in sorted(folder.glob("*_results.json"))]
-    found = [results for results in files if results.keys() >= WRITTEN and isinstance(results["dataset"], dict)
-             and results["dataset"].get("name") == dataset]
+    found = [results for results in _written_in(folder) if results["dataset"].get("name") == dataset]
     if not found:
         raise OutputError(f"{folder} holds no results on {dataset}")
     contents = [results["request"]["dataset"]["fingerprints"] for results in found if "request" in results]

@@ -9,6 +9,7 @@ from minipeft.report.tables import replace_tables
 from minipeft.runs.results import (
     BLOCK_END,
     BLOCK_START,
+    datasets_in,
     overview_table,
     replace_blocks,
     results_table,
@@ -97,8 +98,10 @@ def test_a_file_of_others_that_is_called_like_results_is_left_out(tmp_path, fore
     (tmp_path / "other_results.json").write_text(json.dumps(foreign))
     with pytest.raises(OutputError, match="holds no results on imdb"):
         results_table(tmp_path)
+    with pytest.raises(OutputError, match="holds no results: train first"):
+        datasets_in(tmp_path)
     write(tmp_path, "fine_tuned_lora", "lora", "imdb", {"test": found(0.9)}, 500, {"train": 90})
-    assert len(results_table(tmp_path).splitlines()) == 3
+    assert len(results_table(tmp_path).splitlines()) == 3 and datasets_in(tmp_path) == ["imdb"]
 
 
 @pytest.mark.kind("7: compare matches results by content")

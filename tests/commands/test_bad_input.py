@@ -424,7 +424,7 @@ def test_no_text_and_no_pipe(refused, adapter, monkeypatch):
     (("--lora-dropout", 1), "lora_dropout"), (("--lora-dropout", -0.5), "lora_dropout"),
     (("--bias", "some"), "none, lora_only, all"), (("--init-lora-weights", "zeros"), "gaussian"),
     (("--target-modules", "("), "not a regular expression"), (("--exclude-modules", "("), "not a regular expression"),
-    (("--exclude-modules", "c_attn,c_proj,c_fc"), "match nothing"),
+    (("--exclude-modules", "c_attn,c_proj,c_fc"), "leave nothing of what target_modules 'all-linear' match"),
     (("--target-modules", "wte"), "only linear layers"), (("--target-modules", ""), "match nothing"),
     (("--target-modules", "score"), "match nothing"),
     (("--target-modules", "c_attn", "--layers-to-transform", 9), "[9]: this model has the blocks 0 to 1"),

@@ -743,7 +743,7 @@ NO_TYPE = {"a list": [3], "text": "3", "a boolean": True, "nothing": None}
     (partial(IA3Config, target_modules=["q_proj"]), InjectionError, "'q_proj' match nothing"),
     (partial(IA3Config, target_modules=["wte"]), InjectionError, "is of class Embedding; only linear"),
     (partial(IA3Config, target_modules=5), ConfigError, "target_modules must be"),
-    (partial(IA3Config, exclude_modules=["c_attn", "c_proj"]), InjectionError, "match nothing"),
+    (partial(IA3Config, exclude_modules=["c_attn", "c_proj"]), InjectionError, "leave nothing of what target_modules"),
     (partial(IA3Config, feedforward_modules="("), ConfigError, r"feedforward_modules '\(' is not a regular expression"),
     (partial(IA3Config, feedforward_modules=7), ConfigError, "feedforward_modules must be"),
     (partial(IA3Config, target_modules=["c_attn"], feedforward_modules=["c_fc"]), ConfigError,

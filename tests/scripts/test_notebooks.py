@@ -70,7 +70,8 @@ def test_the_comparison_takes_a_comparison_s_file_where_there_is_one(tmp_path):
         return {"mean": score, "interval_95": [score - 0.01, score + 0.01], "seeds": [0, 1, 2], "trained_share": 0.1,
                 "trained_parameters": trained, "curves": [[{"step": 5, "validation_loss": 0.4}]] * 3}
 
-    methods = {"lora": row(0.93, 100), "full": row(0.92, 1000), "head": row(0.8, 10)}
+    methods = {"lora": row(0.93, 100) | {"better_than": ["head"]}, "full": row(0.92, 1000),
+               "head": row(0.8, 10) | {"worse_than": ["lora"]}}
     (tmp_path / "comparison.json").write_text(json.dumps({"datasets": {
         "own": {"task": "classification", "headline": "accuracy", "methods": methods}}}))
     (path,) = [path for path in NOTEBOOKS if path.stem == "comparing_results"]

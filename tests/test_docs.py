@@ -134,7 +134,7 @@ def test_the_signatures_of_bleu_and_chrf_are_those_of_every_result():
 
 
 def test_the_gain_from_cached_features_is_what_was_measured():
-    once, each_epoch = (json.loads(read(f"results/head_features/{run}/fine_tuned_head_results.json"))
+    once, each_epoch = (json.loads(read(f"results/head_features/{run}/fine_tuned_head_sst2_results.json"))
                         ["seconds"]["train_on_cores"] for run in ("once", "each_epoch"))
     for figure in (once, each_epoch, each_epoch / once):
         assert f"{figure:.1f}" in read("results/README.md")

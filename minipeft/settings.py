@@ -85,6 +85,11 @@ class Settings:
                 raise ConfigError(f"{self.where}{wrong}")
 
 
+def option_fields(config_class: type[Settings]) -> list[dataclasses.Field]:
+    """The fields of a configuration class that the command line offers."""
+    return [field for field in dataclasses.fields(config_class) if field.metadata["option"]]
+
+
 def _complaint(field: dataclasses.Field, kind: Any, value: Any) -> str | None:
     """What is wrong with a field's value, if anything."""
     choices, within = field.metadata.get("choices"), field.metadata.get("within")

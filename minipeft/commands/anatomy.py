@@ -115,9 +115,9 @@ def check_view(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"{' and '.join(asked)} show different things: choose one")
     of_trace = {"--adapter": arguments.adapter, "--text": arguments.text != TEXT, "--block": arguments.block,
                 "--token": arguments.token is not None}
-    if not traced and any(of_trace.values()):
-        given_ones = [name for name, wanted in of_trace.items() if wanted]
-        raise ConfigError(f"{', '.join(given_ones)}: only with --trace or --trace-page")
+    unused = [name for name, wanted in of_trace.items() if wanted and not traced]
+    if unused:
+        raise ConfigError(f"{', '.join(unused)}: only with --trace or --trace-page")
 
 
 def show_trace(arguments: argparse.Namespace, values: dict[str, Any]) -> None:

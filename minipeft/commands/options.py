@@ -16,7 +16,7 @@ from minipeft.errors import ConfigError
 from minipeft.methods import METHODS
 from minipeft.runs.defaults import table
 from minipeft.runs.plan import Options, check_method
-from minipeft.settings import Settings, in_words, parsed
+from minipeft.settings import Settings, in_words, option_fields, parsed
 from minipeft.tasks import TASKS
 from minipeft.tasks.generation import MAX_SUMMARY_LENGTH
 from minipeft.tasks.task import MAX_LENGTH
@@ -55,8 +55,9 @@ class Parser(argparse.ArgumentParser):
 
     def _unknown_option(self, name: str) -> str:
         """What to say of an option that there is not: whose it is, or which one may have been meant."""
-        field = name.lstrip("-").replace("-", "_")
-        owners = [method for method in METHODS if field in option_fields(METHODS[method].config_class)]
+        asked = name.lstrip("-").replace("-", "_")
+        owners = [method for method in METHODS
+                  if any(field.name == asked for field in option_fields(METHODS[method].config_class))]
         if self.method and owners and self.method not in owners:
             return f"{name} is an option of {', '.join(owners)}, not of {self.method}"
         options, meant = [known for known in self._option_string_actions if known != "-h"], CALLED.get(name, "")
@@ -79,11 +80,6 @@ def new_parser(program: str, description: str, **more: Any) -> Parser:
     if program.endswith(".py"):
         description = re.sub(r"\bminipeft (\w+)", r"python scripts/\1.py", description)
     return Parser(prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **more)
-
-
-def option_fields(config_class: type[Settings]) -> list[str]:
-    """The fields of a configuration class that the command line offers."""
-    return [field.name for field in fields(config_class) if field.metadata["option"]]
 
 
 def add_method_options(parser: Parser, arguments: Sequence[str], also: Sequence[str] = ()) -> str:
@@ -117,17 +113,16 @@ def add_dataclass_options(group: argparse._ArgumentGroup, config_class: type[Set
         shown: defaults to print where they differ from the class's.
     """
     kinds = typing.get_type_hints(config_class)
-    for field in fields(config_class):
-        if field.metadata["option"]:
-            words, _, described = field.metadata["help"].partition("; default ")
-            default = shown.get(field.name, described or ("none" if field.default is MISSING else field.default))
-            choices = field.metadata["choices"]
-            listed = f" ({','.join(map(str, choices))})" if choices else ""
-            group.add_argument(
-                f"--{field.name.replace('_', '-')}", dest=f"{config_class.__name__}.{field.name}", metavar="VALUE",
-                type=_reader(kinds[field.name]), default=None,
-                **({"nargs": "?", "const": True} if kinds[field.name] is bool else {}),
-                help=f"{words}{listed}; default {default}".replace("%", "%%"))
+    for field in option_fields(config_class):
+        words, _, described = field.metadata["help"].partition("; default ")
+        default = shown.get(field.name, described or ("none" if field.default is MISSING else field.default))
+        choices = field.metadata["choices"]
+        listed = f" ({','.join(map(str, choices))})" if choices else ""
+        group.add_argument(
+            f"--{field.name.replace('_', '-')}", dest=f"{config_class.__name__}.{field.name}", metavar="VALUE",
+            type=_reader(kinds[field.name]), default=None,
+            **({"nargs": "?", "const": True} if kinds[field.name] is bool else {}),
+            help=f"{words}{listed}; default {default}".replace("%", "%%"))
 
 
 def _reader(kind: Any) -> Callable[[str], Any]:

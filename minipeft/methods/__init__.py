@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from minipeft.methods.config import MethodConfig
 from minipeft.methods.injection import Plan, active_injections, all_injections, carry_out
 from minipeft.methods.symbols import Seen, Symbols
 from minipeft.methods.turn import check_is_free, making_plain_tensors
+from minipeft.settings import option_fields
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Method:
         Raises:
             ConfigError: a name the method does not know, or a bad value.
         """
-        known = [field.name for field in dataclasses.fields(self.config_class) if field.metadata["option"]]
+        known = [field.name for field in option_fields(self.config_class)]
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise ConfigError(f"{self.config_class.__name__} has no field {', '.join(unknown)}; it has "

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from minipeft.report.families import best_baseline, main_of, top_of
 from minipeft.report.findings import listed
 from minipeft.runs.comparison import metric_of, shown_share
+from minipeft.runs.results import BASELINES
 
 MOST_EXAMPLES_OF_FEW = 64
 
@@ -105,7 +106,7 @@ def few_examples(content: dict[str, Any]) -> Iterator[Choice]:
         said = f"{metric.shown(mean)}, the highest mean of {compared}; settings from more examples"
         if baseline and baseline[1] >= mean:
             best, said = baseline[0], f"{metric.shown(baseline[1])}; with {best} {said}"
-            said += "; the prompt was made for film reviews" if "prompt" in baseline[0] else ""
+            said += "; the prompt was made for film reviews" * (best == BASELINES["zero_shot"])
         yield Choice(f"to learn from {size} examples", (best,), said)
 
 

@@ -27,7 +27,8 @@ FAMILIES = (
     Family("layers and factors inside", ("adapter", "ia3"), "#d55e00", "s"),
     Family("virtual tokens", ("prompt", "ptuning", "prefix"), "#007a5a", "^"))
 MAIN = "imdb"
-SHORT = {"reduction_factor": "reduction"}
+# How a size is shown, by its field.
+SIZES_SHOWN = {"r": "r {:g}", "num_virtual_tokens": "{:g} tokens", "reduction_factor": "reduction {:g}"}
 
 
 def family_of(method: str) -> Family:
@@ -37,10 +38,8 @@ def family_of(method: str) -> Family:
 
 def sized(method: str, size: dict[str, Any]) -> str:
     """A method's name with its size, by field, on which its costs depend: "lora (r 8)", "prompt (80 tokens)"."""
-    for name, value in size.items():
-        shown = f"{value:g} tokens" if name == "num_virtual_tokens" else f"{SHORT.get(name, name)} {value:g}"
-        return f"{method} ({shown})"
-    return method
+    shown = ", ".join(SIZES_SHOWN[name].format(value) for name, value in size.items())
+    return f"{method} ({shown})" if shown else method
 
 
 def main_of(datasets: dict[str, Any]) -> str:

@@ -82,6 +82,13 @@ SIZES: dict[str, tuple[dict[str, Any], ...]] = {
     "prompt": _TOKENS, "ptuning": _TOKENS, "prefix": _TOKENS}
 NO_SIZE = "no size to choose"
 
+
+def default_size(method: str) -> dict[str, Any]:
+    """The field that makes a method larger or smaller, with its default; nothing where there is none."""
+    sizes = SIZES.get(method, ())
+    return dict(list(sizes[len(sizes) // 2].items())[:1]) if sizes else {}
+
+
 # The best that these reach without the budget, on all examples: trials, as `minipeft tune` takes them.
 _LONGER = {"epochs": 2, "evaluations_per_epoch": 2, "max_length": 512}
 BEST: dict[str, dict[str, dict[str, Any]]] = {

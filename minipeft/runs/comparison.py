@@ -54,7 +54,7 @@ from typing import Any
 
 from minipeft.errors import OutputError
 from minipeft.files import read_json_file, write_json_file
-from minipeft.runs.budget import ALL, NO_SIZE, SIZES, Track, tuning_of
+from minipeft.runs.budget import ALL, NO_SIZE, Track, default_size, tuning_of
 from minipeft.runs.cells import cell_in, score_of, unpacked, without_nan
 from minipeft.runs.defaults import table
 from minipeft.runs.results import BASELINES, METRICS, Metric, markdown_table, shown_parameters
@@ -135,11 +135,10 @@ def _row(folder: Path, cells: Sequence[tuple[Path, dict[str, Any]]], headline: s
         raise OutputError(f"the seeds of {first['method']} below {cells[0][0].parent} were trained with different "
                           "settings: run scripts/compare.py again, which trains those anew that are not the best's")
     lost = [run["forgetting"]["after"] - run["forgetting"]["before"] for run in costs]
-    chosen, sizes = dict(first["cell"]["values"]), SIZES.get(first["method"], ())
-    default = dict(list(sizes[len(sizes) // 2].items())[:1]) if sizes else {}
+    chosen = dict(first["cell"]["values"])
     return {
         "settings": {"learning_rate": first["training_config"]["learning_rate"], **chosen},
-        "size": {name: chosen.get(name, value) for name, value in default.items()},
+        "size": {name: chosen.get(name, value) for name, value in default_size(first["method"]).items()},
         "seeds": [run["seed"] for run in runs], "cells": sorted(str(path.relative_to(folder)) for path, _ in cells),
         "adapters": [run["adapter_folder"] for run in runs], **_scores(scores), "interval_95": None,
         "metrics": {key: round(fmean(metrics[key] for metrics in tested), 6) for key in numbers},
@@ -220,8 +219,7 @@ def tuning(folder: Path) -> dict[str, Any]:
 
 
 def _tuned(place: Path, method: str, cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    sizes = SIZES.get(method, ())
-    size = next(iter(sizes[0])) if sizes else None
+    (size, default), = default_size(method).items() or ((None, None),)
     trials = [{"learning_rate": cell["trial"]["learning_rate"], "size": cell["trial"].get(size),
                "validation": cell["validation"], "score": score_of(cell), "core_seconds": cell["core_seconds"],
                "curve": cell["curve"]} for cell in cells]
@@ -231,7 +229,7 @@ def _tuned(place: Path, method: str, cells: Sequence[dict[str, Any]]) -> dict[st
         Track(place.name, method, table(method, cells[0]["terms"]["task"])["training"]["learning_rate"], 1), scores.get,
         lambda cell: cell in scores or any((place / "tuning").glob(f"{Path(cell.name).name}-*.error")))
     return {"best_by": cells[0]["best_by"], "size": size or NO_SIZE,
-            "default_size": sizes[len(sizes) // 2][size] if sizes else None, "trials": trials,
+            "default_size": default, "trials": trials,
             "chosen": None if chosen is None else dict(chosen)}
 
 

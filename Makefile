@@ -9,7 +9,7 @@ train: .venv/run
 
 test: .venv/dev
 	$(VENV)/python -m ruff check .
-	OMP_NUM_THREADS=1 $(VENV)/python -m pytest -q -n auto
+	OMP_NUM_THREADS=1 $(VENV)/python -m pytest -q -n auto --dist worksteal
 
 lint: .venv/dev
 	$(VENV)/python -m ruff check .

@@ -243,19 +243,29 @@ def _bottleneck(canvas: Canvas, place: str, layer: BottleneckAdapter) -> None:
     canvas.line((SIDE, bottom + 0.9), (SIDE, plus), (CENTER + 0.23, plus))
 
 
-def _prompt(canvas: Canvas, place: str, layer: Prompt) -> None:
+def _vectors(canvas: Canvas, x: float, y: float, text: str = "", color: str = TRAINED) -> None:
+    """Three of them stand for all; x is the first one's center."""
     for i in range(3):
-        canvas.box(SIDE - 0.7 + 0.46 * i, 1.5, "", TRAINED, 0.38, 0.38)
-    canvas.line((SIDE - 0.95, 1.5), (CENTER + WIDTH / 2, 1.5))
-    made = "" if isinstance(layer.encoder, Table) else "\nmade by a small trained network"
-    canvas.text(SIDE + 0.6, 1.5, f"{layer.num_virtual_tokens} learned vectors\nbefore the text{made}", 11.5, left=True)
+        canvas.box(x + 0.46 * i, y, text, color, 0.38, 0.38, 11)
+
+
+def _prompt(canvas: Canvas, place: str, layer: Prompt) -> None:
+    y, count, learned = 1.5, layer.num_virtual_tokens, isinstance(layer.encoder, Table)
+    _vectors(canvas, SIDE - 0.7, y, color=TRAINED if learned else "white")
+    canvas.line((SIDE - 0.95, y), (CENTER + WIDTH / 2, y))
+    if learned:
+        canvas.text(SIDE + 0.6, y, f"{count} learned vectors\nbefore the text", 11.5, left=True)
+        return
+    canvas.line((SIDE + 2.35, y), (SIDE + 0.45, y))
+    canvas.box(SIDE + 1.4, y, "network", TRAINED, 1.2)
+    _vectors(canvas, SIDE + 2.6, y)
+    canvas.text(SIDE - 0.9, 0.98, f"{count} vectors before the text, made of {count} learned ones", 11.5, left=True)
 
 
 def _prefix(canvas: Canvas, place: str, layer: Prefix) -> None:
     y = 4.95
-    for row, text in ((0.24, "k"), (-0.24, "v")):
-        for i in range(3):
-            canvas.box(SIDE - 0.7 + 0.46 * i, y + row, text, TRAINED, 0.38, 0.38, 11)
+    _vectors(canvas, SIDE - 0.7, y + 0.24, "k")
+    _vectors(canvas, SIDE - 0.7, y - 0.24, "v")
     canvas.line((SIDE - 0.95, y), (CENTER + WIDTH / 2, y))
     canvas.text(SIDE + 0.6, y, f"{layer.num_virtual_tokens} learned keys and values\nbefore the text's own,\n"
                 "in every block", 11.5, left=True)

@@ -112,7 +112,8 @@ Errors
     is an InjectionError. Other dimensions than the model's, such as token_dim, are a ConfigError. A text with more
     tokens than positions is a ConfigError when the model reads it; values of a caller's own position_ids are not
     checked. With TEXT `inject` raises a ConfigError if the text is missing, empty or blank, or has ids that the model
-    does not have, and a WeightsError if the vocabulary is damaged, or GPT-2's neither cached nor to be downloaded.
+    does not have, and a WeightsError if the vocabulary is unknown or damaged, or GPT-2's neither cached nor to be
+    downloaded.
     PromptTuningConfig(prompt_tuning_init="random")
         ConfigError: prompt_tuning_init must be one of RANDOM, SAMPLE_VOCAB, TEXT, got 'random'
     inject(model, PromptTuningConfig(prompt_tuning_init="TEXT"))
@@ -250,7 +251,7 @@ def _initial_rows(model: nn.Module, config: PromptTuningConfig) -> Tensor:
         return wte[torch.randint(len(wte), (V,), device=wte.device)].float().clone()
     if not (config.prompt_tuning_init_text or "").strip():
         raise ConfigError("prompt_tuning_init TEXT needs a prompt_tuning_init_text, and it is empty")
-    tokenizer = get_tokenizer(config.tokenizer_name_or_path or getattr(model, "name_or_path", None))
+    tokenizer = get_tokenizer(config.tokenizer_name_or_path or getattr(model, "name_or_path", None) or "gpt2")
     ids = tokenizer.encode(config.prompt_tuning_init_text)
     if max(ids) >= len(wte):
         raise ConfigError(f"the tokenizer gives ids up to {max(ids)}, the model has {len(wte)} words: name the model's "

@@ -14,7 +14,7 @@ from pathlib import Path
 import tiktoken
 
 from minipeft.errors import WeightsError
-from minipeft.model.hub import MINI_FOLDER
+from minipeft.model.hub import HUB_NAMES, MINI_FOLDER
 
 VOCABULARY_FILE = "vocab.tiktoken"
 END_OF_TEXT = "<|endoftext|>"
@@ -47,19 +47,22 @@ class Tokenizer:
         return self.encoding.decode(list(ids))
 
 
-def get_tokenizer(folder: str | Path | None = None) -> Tokenizer:
+def get_tokenizer(name_or_folder: str | Path = "gpt2") -> Tokenizer:
     """The tokenizer of a model.
 
     Args:
-        folder: "mini", the name of an official GPT-2, or a model folder. A folder holding `vocab.tiktoken` uses it;
-            any other, and None, means GPT-2's own vocabulary.
+        name_or_folder: "mini", the name of an official GPT-2, or a model folder. A folder holding `vocab.tiktoken` uses
+            it; any other means GPT-2's own vocabulary.
 
     Raises:
-        WeightsError: a damaged vocabulary file, or GPT-2's vocabulary neither cached nor downloadable.
+        WeightsError: an unknown name, a damaged vocabulary file, or GPT-2's vocabulary neither cached nor downloadable.
     """
-    path = (MINI_FOLDER if folder == "mini" else Path(folder or "gpt2")) / VOCABULARY_FILE
-    if path.is_file():
-        return Tokenizer(_read_vocabulary(path))
+    folder = MINI_FOLDER if name_or_folder == "mini" else Path(name_or_folder)
+    if (folder / VOCABULARY_FILE).is_file():
+        return Tokenizer(_read_vocabulary(folder / VOCABULARY_FILE))
+    if not folder.is_dir() and str(name_or_folder) not in (*HUB_NAMES, *HUB_NAMES.values()):
+        raise WeightsError(f"vocabulary {str(name_or_folder)!r} is neither a folder nor one of mini, "
+                           f"{', '.join(HUB_NAMES)}")
     try:
         return Tokenizer(tiktoken.get_encoding("gpt2"))
     except Exception as error:  # whatever the HTTP client raises, or tiktoken's own hash check

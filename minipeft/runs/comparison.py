@@ -90,8 +90,7 @@ def comparison(folder: Path) -> dict[str, Any]:
             _terms(cells + sized + timed)
             content = _dataset(folder, cells, [results for _, results in timed])
             datasets[place.name] = {**content, "few_examples": _few_examples(
-                [results for _, results in cells if results["cell"]["kind"] == "final"],
-                [results for _, results in sized])}
+                [(path, results) for path, results in cells if results["cell"]["kind"] == "final"], sized)}
     return without_nan({"datasets": datasets})
 
 
@@ -131,9 +130,7 @@ def _row(folder: Path, cells: Sequence[tuple[Path, dict[str, Any]]], headline: s
     tested, costs = [run["metrics"]["test"] for run in runs], [run["costs"] for run in runs]
     scores, first = [metrics[headline] for metrics in tested], runs[0]
     numbers = [key for key in tested[0] if all(isinstance(metrics.get(key), (int, float)) for metrics in tested)]
-    if len({_settings_in(run) for run in runs}) > 1:
-        raise OutputError(f"the seeds of {first['method']} below {cells[0][0].parent} were trained with different "
-                          "settings: run scripts/compare.py again, which trains those anew that are not the best's")
+    _check_settings(cells)
     lost = [run["forgetting"]["after"] - run["forgetting"]["before"] for run in costs]
     chosen = dict(first["cell"]["values"])
     return {
@@ -155,23 +152,43 @@ def _row(folder: Path, cells: Sequence[tuple[Path, dict[str, Any]]], headline: s
         "curves": [run["curve"] for run in runs]}
 
 
+def _check_settings(cells: Sequence[tuple[Path, dict[str, Any]]]) -> None:
+    """Refuse a mean over runs of one method that were not trained alike.
+
+    Raises:
+        OutputError: they have different settings.
+    """
+    if len({_settings_in(run) for _, run in cells}) > 1:
+        path, run = cells[0]
+        raise OutputError(f"the seeds of {run['method']} below {path.parent} were trained with different settings: "
+                          "run scripts/compare.py again, which trains those anew that are not the best's")
+
+
 def _settings_in(run: dict[str, Any]) -> str:
     """All that a cell says it was trained with, but for its seed."""
     training = {key: value for key, value in run.get("training_config", {}).items() if key != "seed"}
     return json.dumps([run["cell"]["values"], run.get("method_config"), training], sort_keys=True)
 
 
-def _few_examples(finals: Sequence[dict[str, Any]], sized: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _few_examples(finals: Sequence[tuple[Path, dict[str, Any]]],
+                  sized: Sequence[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
     """The headline by how many examples a method was trained on."""
-    found: dict[str, dict[int, list[dict[str, Any]]]] = {}
-    methods = {results["method"] for results in sized}
-    for results in (*sized, *(results for results in finals if results["method"] in methods)):
-        size = results["dataset"]["sizes"]["train"]
-        found.setdefault(results["method"], {}).setdefault(size, []).append(results)
-    return {method: [{"train_size": size, "test_size": runs[0]["dataset"]["sizes"]["test"],
-                      "seeds": [run["seed"] for run in runs],
-                      **_scores([run["metrics"]["test"][run["headline"]] for run in runs])}
-                     for size, runs in sorted(sizes.items())] for method, sizes in sorted(found.items())}
+    found: dict[str, dict[int, list[tuple[Path, dict[str, Any]]]]] = {}
+    methods = {results["method"] for _, results in sized}
+    for path, results in (*sized, *finals):
+        if results["method"] in methods:
+            size = results["dataset"]["sizes"]["train"]
+            found.setdefault(results["method"], {}).setdefault(size, []).append((path, results))
+    return {method: [_of_size(size, cells) for size, cells in sorted(sizes.items())]
+            for method, sizes in sorted(found.items())}
+
+
+def _of_size(size: int, cells: Sequence[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
+    """What is said of one method that was trained on so many examples."""
+    _check_settings(cells)
+    runs = [run for _, run in cells]
+    return {"train_size": size, "test_size": runs[0]["dataset"]["sizes"]["test"], "seeds": [run["seed"] for run in runs],
+            **_scores([run["metrics"]["test"][run["headline"]] for run in runs])}
 
 
 def _scores(scores: Sequence[float]) -> dict[str, Any]:

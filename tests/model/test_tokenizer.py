@@ -127,9 +127,18 @@ def test_the_bundled_vocabulary_has_8192_entries(mini):
 
 # --- which vocabulary -------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", [None, *HUB_NAMES])
+@pytest.mark.parametrize("name", [*HUB_NAMES, "openai-community/gpt2-xl"])
 def test_official_names_mean_gpt2s_vocabulary(gpt2, name):
     assert get_tokenizer(name).encode("Hello world") == [15496, 995]
+
+
+def test_without_a_name_it_is_gpt2s(gpt2):
+    assert get_tokenizer().vocab_size == 50257
+
+
+def test_a_name_that_nobody_knows_does_not_mean_gpt2s():
+    with pytest.raises(WeightsError, match=r"^vocabulary 'minni' is neither a folder nor one of mini, gpt2, "):
+        get_tokenizer("minni")
 
 
 def test_a_folder_without_a_vocabulary_of_its_own_means_gpt2s(gpt2, tmp_path):

@@ -150,6 +150,20 @@ def test_seeds_of_different_configurations_are_never_in_one_mean(folder, name):
         comparison(folder)
 
 
+def test_of_few_examples_too_a_mean_is_of_one_setting(folder):
+    for seed in range(2):
+        cell = Cell("films", "lora", seed, "size", (("learning_rate", 1e-3),), size=16)
+        write_json_file(folder / "cells" / "films" / f"{cell.name}.json", final_content(cell, TERMS, 0.6 + seed / 10))
+    (few, whole) = comparison(folder)["datasets"]["films"]["few_examples"]["lora"]
+    assert (few["train_size"], few["mean"], few["seeds"]) == (16, 0.65, [0, 1])
+    assert (whole["train_size"], whole["mean"]) == (32, 0.91)
+    content = read_json_file(folder / "cells" / "films" / f"{cell.name}.json")
+    content["cell"]["values"][0][1] = 5e-3
+    write_json_file(folder / "cells" / "films" / f"{cell.name}.json", content)
+    with pytest.raises(OutputError, match=r"the seeds of lora below .*size were trained with different settings"):
+        comparison(folder)
+
+
 def test_trials_that_failed_are_named(folder):
     (folder / "cells/films/tuning/lora_0.0001-abc.error").write_text("killed by signal 9")
     assert tuning(folder)["datasets"]["films"]["failed"] == ["lora_0.0001-abc"]

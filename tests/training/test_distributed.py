@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -67,12 +68,19 @@ def test_every_example_is_somebodys_and_all_have_equally_many(monkeypatch, examp
     assert len({len(share) for share in shares}) == 1
 
 
-def train(folder, processes, *options):
-    """Train under torchrun, and return the results file and the trained tensors."""
+def train(folder, processes, *options, crashes_forgiven=1):
+    """Train under torchrun, and return the results file and the trained tensors.
+
+    Of hundreds of such runs one died in torch's own code (a segmentation fault in a process of gloo's, torch 2.13), and
+    nothing we tried showed it again. So a run that dies of one is started once more, and its last words are a warning.
+    """
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
     done = subprocess.run([*(launcher if processes > 1 else [sys.executable]), *RUN, *options, "--output",
                            str(folder / "out"), "--results-dir", str(folder)], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}, timeout=300)
+    if processes > 1 and "(SIGSEGV)" in done.stderr and crashes_forgiven:
+        warnings.warn(f"started once more after a crash: {done.stderr}", stacklevel=2)
+        return train(folder, processes, *options, "--overwrite", crashes_forgiven=crashes_forgiven - 1)
     assert done.returncode == 0, done.stderr[-3000:]
     (results,) = (json.loads(path.read_text()) for path in folder.glob("fine_tuned_*_results.json"))
     (tensors,) = (load_file(path) for path in (folder / "out").glob("*.safetensors"))

@@ -25,7 +25,7 @@ from minipeft.errors import InUseError, MinipeftError, OutputError
 
 try:
     import fcntl
-except ImportError:  # Windows has no such lock
+except ImportError:  # Windows: it has no such lock
     fcntl = None
 
 LOCK_FILE = ".lock"
@@ -34,7 +34,7 @@ _WRITING = ".writing"
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file as people and diffs like it: indented, keys sorted, newline at the end."""
-    path.write_text(_as_json(content), encoding="utf-8")
+    path.write_text(_as_json(content), encoding="utf-8", newline="\n")
 
 
 def _as_json(content: dict[str, Any]) -> str:
@@ -89,7 +89,7 @@ def write_text_file(path: str | Path, text: str) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    _write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    _write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
 
 
 def write_bytes_file(path: str | Path, content: bytes) -> None:
@@ -161,6 +161,8 @@ def _host() -> str:
 
 
 def _lives(process: int) -> bool:
+    if fcntl is None:  # on Windows the question would end the process: what it left stays
+        return True
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -181,8 +183,8 @@ def _new_file_mode(folder: Path) -> int:
 
 def _force_to_disk(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, would outlive a power cut."""
-    with suppress(PermissionError):  # Windows opens no folders
-        descriptor = os.open(path, os.O_RDONLY)
+    with suppress(PermissionError):  # Windows opens no folders, and forces only what is open for writing
+        descriptor = os.open(path, os.O_RDWR if fcntl is None else os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

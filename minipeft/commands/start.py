@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import io
 import os
 import signal
 import sys
@@ -98,6 +99,9 @@ def run(main: Callable[..., int | None], *arguments: Any) -> None:
 
     Ctrl-C, a closed terminal (SIGHUP) and a cluster's notice (SIGTERM) become exit code 128 + the signal's number.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a console or a pipe need not know all characters: \u2192
+            stream.reconfigure(errors="backslashreplace")
     try:
         with handling(StopAtOnce()):
             sys.exit(main(*arguments))

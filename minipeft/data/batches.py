@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 IGNORED_LABEL = -100  # of a token that has no label: cross-entropy leaves it out
+Row = Sequence[int] | np.ndarray  # a text's ids, or its tokens' labels
 
 
 @dataclass
@@ -89,7 +90,7 @@ def rounded(length: int, to: int = 32) -> int:
     return length if length <= 4 * to else -(-length // to) * to
 
 
-def collate(ids: Sequence[np.ndarray], labels: Sequence[Any], length: int | None = None) -> Batch:
+def collate(ids: Sequence[Row], labels: Sequence[Any], length: int | None = None) -> Batch:
     """Pad on the right with id 0, which is a real token too: the mask alone tells them apart.
 
     Args:
@@ -103,7 +104,7 @@ def collate(ids: Sequence[np.ndarray], labels: Sequence[Any], length: int | None
                  padded(labels, longest, with_value=IGNORED_LABEL) if a_token_each else torch.tensor(labels))
 
 
-def padded(rows: Sequence[np.ndarray], length: int, with_value: int) -> Tensor:
+def padded(rows: Sequence[Row], length: int, with_value: int) -> Tensor:
     """Rows of different lengths as one int64 tensor (B, length), filled up on the right."""
     result = np.full((len(rows), length), with_value, dtype=np.int64)            # (B, length)
     for number, row in enumerate(rows):
@@ -120,7 +121,7 @@ class BucketedBatches:
     alone, so that a resumed run sees what it would have seen. A batch's length is `rounded`.
     """
 
-    ids: Sequence[np.ndarray]
+    ids: Sequence[Row]
     labels: Sequence[Any]
     batch_size: int
     seed: int = 0
@@ -148,7 +149,7 @@ class BucketedBatches:
             yield collate(ids, [self.labels[i] for i in rows], min(longest, rounded(max(map(len, ids)))))
 
 
-def in_order_of_length(ids: Sequence[np.ndarray], labels: Sequence[Any],
+def in_order_of_length(ids: Sequence[Row], labels: Sequence[Any],
                        batch_size: int) -> Iterator[tuple[np.ndarray, Batch]]:
     """All examples once, longest first so that memory runs out at once or never, with their numbers: for evaluation."""
     order = np.argsort([-len(row) for row in ids], kind="stable")

@@ -204,7 +204,7 @@ def _costs(job: Job, say: Say) -> dict[str, Any]:
                    + features * texts["train"] / (texts["train"] + texts["validation"]))
     return {"method": job.cell.method, "machine": machine(), "versions": versions(), "costs": {
         "core_seconds_per_1000_examples": round(1000 * trained_for / history.samples, 4),
-        "training_memory_bytes": None if started_with is None else max(0, memory - started_with),
+        "training_memory_bytes": None if None in (started_with, memory) else max(0, memory - started_with),
         "inference": inference_of(run)}}
 
 

@@ -136,8 +136,9 @@ def _row(folder: Path, cells: Sequence[tuple[Path, dict[str, Any]]], headline: s
     return {
         "settings": {"learning_rate": first["training_config"]["learning_rate"], **chosen},
         "size": {name: chosen.get(name, value) for name, value in default_size(first["method"]).items()},
-        "seeds": [run["seed"] for run in runs], "cells": sorted(str(path.relative_to(folder)) for path, _ in cells),
-        "adapters": [run["adapter_folder"] for run in runs], **_scores(scores), "interval_95": None,
+        "seeds": [run["seed"] for run in runs], "adapters": [run["adapter_folder"] for run in runs],
+        "cells": sorted(path.relative_to(folder).as_posix() for path, _ in cells),
+        **_scores(scores), "interval_95": None,
         "metrics": {key: round(fmean(metrics[key] for metrics in tested), 6) for key in numbers},
         "trained_parameters": first["parameters"]["trainable"],
         "trained_share": first["parameters"]["trainable"] / first["parameters"]["total"],
@@ -187,7 +188,8 @@ def _of_size(size: int, cells: Sequence[tuple[Path, dict[str, Any]]]) -> dict[st
     """What is said of one method that was trained on so many examples."""
     _check_settings(cells)
     runs = [run for _, run in cells]
-    return {"train_size": size, "test_size": runs[0]["dataset"]["sizes"]["test"], "seeds": [run["seed"] for run in runs],
+    return {"train_size": size, "test_size": runs[0]["dataset"]["sizes"]["test"],
+            "seeds": [run["seed"] for run in runs],
             **_scores([run["metrics"]["test"][run["headline"]] for run in runs])}
 
 

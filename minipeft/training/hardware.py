@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import platform
-import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +17,11 @@ import torch
 import torch.nn as nn
 
 from minipeft.errors import HardwareError
+
+try:
+    import resource
+except ImportError:  # Windows does not say what a process has used
+    resource = None
 
 logger = logging.getLogger(__name__)
 # Of a micro-batch's hidden states (B, T, C) on a CPU: about as much as its caches hold.
@@ -144,8 +148,9 @@ def machine() -> dict[str, Any]:
     """The machine's description for a results file."""
     description: dict[str, Any] = {
         "system": platform.system(), "processor": _processor(), "instructions": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)}
+        "cores": os.cpu_count(), "memory_gib": None}
+    if hasattr(os, "sysconf"):  # not on Windows
+        description["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     if torch.cuda.is_available():
         description["gpu"] = torch.cuda.get_device_name()
     return description
@@ -173,10 +178,12 @@ def commit(*folders: Path) -> str:
     return (git("log", "-1", "--format=%h") or "unknown") + "+" * bool(git("status", "--porcelain"))
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory of this process: allocated on the GPU, or resident on a CPU."""
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """Peak memory of this process: allocated on the GPU, or resident on a CPU; None where no system says it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import socket
@@ -38,7 +39,16 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _as_json(content: dict[str, Any]) -> str:
-    return json.dumps(content, indent=2, sort_keys=True) + "\n"
+    return json.dumps(without_nan(content), indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+
+def without_nan(content: Any) -> Any:
+    """A JSON value in which None stands for what is no number, or infinite: a file that every reader takes."""
+    if isinstance(content, dict):
+        return {key: without_nan(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 # --- write ------------------------------------------------------------------------------------------------------------

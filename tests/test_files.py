@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -93,6 +94,11 @@ def test_digests_name_the_files_directly_in_a_folder(tmp_path):
     (tmp_path / "below").mkdir()
     # FIPS 180-4's own example.
     assert digests(tmp_path) == {"a": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"}
+
+
+def test_what_is_no_number_is_null_in_a_file(tmp_path):
+    write_json_file(tmp_path / "x.json", {"a": [float("nan"), 1.5], "b": (float("inf"), "x", None, True)})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": [None, 1.5], "b": [None, "x", None, True]}
 
 
 # --- the lock ---------------------------------------------------------------------------------------------------------

@@ -185,8 +185,8 @@ def add_data_options(parser: Parser, one: bool = True) -> None:
                                          "at the beginning shows")
     data.add_argument("--skip-bad-rows", action="store_true",
                       help="leave out rows of your own files that cannot be read or have an empty cell")
-    data.add_argument("--similar-labels", help="labels that differ in blanks, case or leading zeros alone: merge makes "
-                                               "them one, keep keeps them apart; default: they are refused")
+    data.add_argument("--similar-labels", help="labels that differ in blanks, case, leading zeros or .0 alone: merge "
+                                               "makes them one, keep keeps them apart; default: they are refused")
 
 
 def add_machine_options(parser: Parser) -> argparse._ArgumentGroup:

@@ -24,6 +24,7 @@ from minipeft.errors import ConfigError, DataError, OutputError
 from minipeft.files import check_writable
 from minipeft.runs.inference import chosen_adapter, columns_noted, load, predict, predict_table
 from minipeft.tasks.generation import source_text
+from minipeft.tasks.tagging import Tagging
 from minipeft.training.hardware import matmul_precision
 
 DECODING = ("max_new_tokens", "num_beams", "length_penalty", "temperature", "top_k", "top_p", "seed")
@@ -71,7 +72,7 @@ def answer(arguments: argparse.Namespace) -> None:
     trained = load(chosen_adapter(arguments.adapter, partial(print, file=sys.stderr)), options_of(arguments))
     if table is not None:
         column = arguments.text_column or columns_noted(trained, table.names).get("text_column")
-        texts = texts_of(table, arguments.input, column or trained.task.columns[0])
+        texts = texts_of(table, arguments.input, column or trained.task.columns[0], type(trained.task) is Tagging)
     decoding = {name: getattr(arguments, name) for name in DECODING if getattr(arguments, name) is not None}
     if arguments.output is None:
         for part in predict(trained, texts, **decoding):
@@ -106,8 +107,11 @@ def check_files(arguments: argparse.Namespace) -> None:
     check_writable(arguments.output.parent)
 
 
-def texts_of(table: Table, path: Path, column: str) -> list[str]:
+def texts_of(table: Table, path: Path, column: str, keeps_words: bool) -> list[Any]:
     """The texts of a file, where a list of words or sentences is one text.
+
+    Args:
+        keeps_words: a list of words stays one, so that each has its tag, also one with a blank in it.
 
     Raises:
         DataError: no such column, or a row that cannot be used.
@@ -118,9 +122,10 @@ def texts_of(table: Table, path: Path, column: str) -> list[str]:
         raise DataError(f"{path} has no column {column!r}; --text-column can be one of {', '.join(table.names)}")
     for row, why in sorted(table.unreadable.items()):
         raise DataError(f"{path}, row {row}: {why}")
-    texts = [source_text(cell) for cell in table.column(column)]
+    cells = table.column(column)
+    texts = [source_text(cell) for cell in cells]
     check_texts(texts, str(path))
-    return texts
+    return cells if keeps_words else texts
 
 
 def read_texts(arguments: argparse.Namespace) -> list[str]:

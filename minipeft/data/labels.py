@@ -30,9 +30,10 @@ def in_order(names: Sequence[str]) -> list[str]:
 
 
 def reduced(label: str) -> str:
-    """What labels have in common that a person would take for one: blanks, case and leading zeros are left out."""
+    """What labels have in common that a person would take for one: blanks, case, and a number's leading zeros and .0
+    are left out."""
     text = " ".join(unicodedata.normalize("NFKC", label).casefold().split())
-    return re.sub(r"^0+(?=\d+$)", "", text)
+    return re.sub(r"^(-?)0*(\d+)(\.0*)?$", r"\1\2", text)
 
 
 def check_classes(labels: Sequence[Any], where: str) -> None:
@@ -68,7 +69,7 @@ def unified(labels: Mapping[str, Sequence[Any]], names: Sequence[str], similar: 
         (the labels of each split, in words what was done).
 
     Raises:
-        DataError: labels that differ in blanks, case or leading zeros alone, with their numbers.
+        DataError: labels that differ in blanks, case, leading zeros or .0 alone, with their numbers.
     """
     counts = Counter({name: 0 for name in names})
     counts.update(str(label) for column in labels.values() for label in column)
@@ -80,8 +81,9 @@ def unified(labels: Mapping[str, Sequence[Any]], names: Sequence[str], similar: 
     if not told:
         return dict(labels), ""
     if similar is None:
-        raise DataError(f"{where}: labels differ in blanks, case or leading zeros alone: {told}; say --similar-labels "
-                        "merge to take the first of each for all, or --similar-labels keep to keep them apart")
+        raise DataError(f"{where}: labels differ in blanks, case, leading zeros or .0 alone: {told}; say "
+                        "--similar-labels merge to take the first of each for all, or --similar-labels keep to keep "
+                        "them apart")
     if similar == "keep":
         return dict(labels), f"kept apart, as asked: {told}"
     first = {label: group[0] for group in groups.values() for label in group}

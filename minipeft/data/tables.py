@@ -47,8 +47,8 @@ class Reading(Settings):
         delimiter: between the columns of a .csv or .tsv file: a character, or "tab".
         encoding: of a file's characters, by a name that Python knows.
         skip_bad_rows: leave out rows that cannot be read or have an empty cell, where they are refused otherwise.
-        similar_labels: whether labels that differ in blanks, case or leading zeros alone are one ("merge") or several
-            ("keep"); where there are any, it must be said.
+        similar_labels: whether labels that differ in blanks, case, leading zeros or .0 alone are one ("merge") or
+            several ("keep"); where there are any, it must be said.
 
     Raises:
         ConfigError: a value of the wrong type, or none of a field's choices.

@@ -78,8 +78,8 @@ def small_files(content: dict[str, Any]) -> Iterator[Choice]:
 def no_forgetting(content: dict[str, Any]) -> Iterator[Choice]:
     """Least nats forgotten."""
     yield from _least(content, "the least forgotten of the base's own language modelling",
-                      lambda row: abs(row["forgetting"]["nats"]),
-                      lambda nats: f"{nats:.3f} nats per token with the adapter in place, perplexity times "
+                      lambda row: row["forgetting"]["nats"],
+                      lambda nats: f"{nats:+.3f} nats per token with the adapter in place, perplexity times "
                                    f"{math.exp(nats):.2f}")
 
 

@@ -299,8 +299,9 @@ def sensitivity(name: str, content: dict[str, Any], tuned: Rows) -> Figure | Non
     for axes in panels[len(methods):]:
         axes.axis("off")
     figure.supxlabel("learning rate", fontsize=9)
-    figure.supylabel("validation loss" if tuned[methods[0]]["best_by"] == "loss" else
-                     f"validation {_quality(content).removeprefix('test ')}", fontsize=9)
+    by = tuned[methods[0]]["best_by"]
+    in_percent = " in %" if metric_of(content).share and by != "loss" else ""
+    figure.supylabel(f"validation {by.replace('_', ' ')}{in_percent}", fontsize=9)
     return figure
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -206,7 +207,11 @@ def costs(name: str, content: dict[str, Any]) -> str:
     """What each method costs beside its quality, the fastest to train first."""
     header = ["method", "core s per 1,000 examples", "MiB that training adds", "adapter, kB", "extra inference",
               "merged", "merges", "forgotten, nats"]
-    rows = sorted(content["methods"].items(), key=lambda item: item[1]["core_seconds_per_1000_examples"]["mean"] or 0)
+    def seconds(item: tuple[str, dict[str, Any]]) -> float:
+        mean = item[1]["core_seconds_per_1000_examples"]["mean"]
+        return math.inf if mean is None else mean
+
+    rows = sorted(content["methods"].items(), key=seconds)
     return markdown_table(header, [_costs_of(method, row) for method, row in rows], figures=True)
 
 

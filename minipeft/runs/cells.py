@@ -112,9 +112,12 @@ def job_of(cell: Cell, shared: Options, budget: Budget, terms: dict[str, Any], r
         shared, method=cell.method, full=True, resume=True, train_size=size, validation_size=budget.validation_size,
         test_size=budget.test_size, subset_seed=0, training_values=training)
     if cell.size is not None:
+        few = FEW_EXAMPLES
         options = dataclasses.replace(
-            options, train_size=cell.size, validation_size=FEW_EXAMPLES.validation_size, subset_seed=cell.seed,
-            test_size=FEW_EXAMPLES.test_size, training_values=training | FEW_EXAMPLES.training(cell.size, budget))
+            options, train_size=cell.size, subset_seed=cell.seed,
+            validation_size=min(few.validation_size, budget.validation_size or few.validation_size),
+            test_size=min(few.test_size, budget.test_size or few.test_size),
+            training_values=training | few.training(cell.size, budget))
     if cell.kind == "best":
         options = dataclasses.replace(options, validation_size=None)
     if cell.kind == "costs":  # as many epochs as in training: what is done once for all of them counts as much
@@ -146,7 +149,7 @@ def run_cell(job: Job, say: Say = silent) -> None:
             "baseline" if job.cell.method == "baseline" else job.cell.kind, _training)
         content = {"cell": dataclasses.asdict(job.cell), "terms": job.terms, **make(job, say)}
         content["process_core_seconds"] = round(time.process_time(), 1)
-        write_json_file(job.file, without_nan(content))
+        write_json_file(job.file, content)
         job.error_file.unlink(missing_ok=True)
         kept = job.cell.kind not in ("tuning", "costs")
         shutil.rmtree(job.folder / STATE_FOLDER if kept else job.folder, ignore_errors=True)
@@ -250,15 +253,6 @@ def unpacked(content: dict[str, Any]) -> np.ndarray:
     if content["kind"] == "bits":
         return np.unpackbits(np.frombuffer(raw, np.uint8), count=math.prod(shape)).reshape(shape).astype(np.int64)
     return np.frombuffer(raw, content["kind"]).reshape(shape).astype(np.int64)
-
-
-def without_nan(content: Any) -> Any:
-    """A JSON value in which None stands for what is no number, or infinite: a file that every reader takes."""
-    if isinstance(content, dict):
-        return {key: without_nan(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [without_nan(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def score_of(results: dict[str, Any]) -> float | None:

@@ -234,7 +234,7 @@ def _subject(request: Request, dataset: str) -> Subject:
     sizes = tuple(size for size in FEW_EXAMPLES.sizes if size < plan.sizes["train"]) * request.few_examples
     tracks = tracks_of(plan.data.name, plan.data.task, request.methods, request.seeds, request.tuned, request.best,
                        seeded, sizes)
-    return Subject(plan.data.name, options, budget, json.loads(json.dumps(terms)), tracks,
+    return Subject(plan.data.name, options, budget, json.loads(json.dumps(terms)), plan.whole_sizes, tracks,
                    trainable_parameters(model).total / MINI_PARAMETERS)
 
 

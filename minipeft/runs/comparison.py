@@ -53,9 +53,9 @@ from statistics import fmean, median, stdev
 from typing import Any
 
 from minipeft.errors import OutputError
-from minipeft.files import read_json_file, write_json_file
+from minipeft.files import read_json_file, without_nan, write_json_file
 from minipeft.runs.budget import ALL, NO_SIZE, Track, default_size, tuning_of
-from minipeft.runs.cells import cell_in, score_of, unpacked, without_nan
+from minipeft.runs.cells import cell_in, score_of, unpacked
 from minipeft.runs.defaults import table
 from minipeft.runs.results import BASELINES, METRICS, Metric, markdown_table, shown_parameters
 from minipeft.runs.significance import compared, interval, ranks, resampled

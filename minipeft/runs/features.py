@@ -48,10 +48,11 @@ class Material:
 def material_of(plan: RunPlan, task: Task, model: nn.Module, training: Encoded, validation: Encoded) -> Material:
     """What a run trains on: features, where they are all that training needs, else texts.
 
-    Tagging would need a feature for each token, more than a memory holds; and a user's own task may do anything.
+    Tagging would need a feature for each token, more than a memory holds; with dropout in the base a text's features
+    are others each time; and a user's own task may do anything.
     """
-    size, seed = plan.training.batch_size, plan.training.seed
-    if plan.options.method != "head" or type(task) is not Classification or plan.options.recompute_features:
+    size, seed, options = plan.training.batch_size, plan.training.seed, plan.options
+    if options.method != "head" or type(task) is not Classification or options.recompute_features or options.dropout:
         return Material(model, BucketedBatches(training.ids, training.labels, size, seed),
                         partial(task.evaluate, model, validation, plan.device, plan.precision))
     started, core_started = time.perf_counter(), time.process_time()

@@ -186,6 +186,15 @@ def write(run: Run, history: History, metrics: dict[str, Any], test_seconds: flo
     return results
 
 
+def _on_cores(run: Run, history: History) -> dict[str, float]:
+    """What training took of the processors, in core seconds of all processes together; a GPU is not among them."""
+    if run.plan.device.type != "cpu":
+        return {}
+    (seconds,) = parallel.total(torch.tensor([history.core_seconds + run.material.core_seconds],
+                                           dtype=torch.float64))
+    return {"train_on_cores": round(seconds, 2)}
+
+
 def results_of(run: Run, history: History, metrics: dict[str, Any], test_seconds: float) -> dict[str, Any]:
     """What the results file of a trained and tested run says."""
     plan, material = run.plan, run.material
@@ -196,7 +205,7 @@ def results_of(run: Run, history: History, metrics: dict[str, Any], test_seconds
         "parameters": {"trainable": run.counts.trainable, "total": run.counts.total},
         "seconds": {"tokenising": round(run.tokenizing_seconds, 2), "features": round(material.seconds, 2),
                     "train": round(history.seconds, 2),
-                    "train_on_cores": round(history.core_seconds + material.core_seconds, 2),
+                    **_on_cores(run, history),
                     "test": round(test_seconds, 2)},
         "samples_per_second": {"train": round(history.samples / (history.seconds + material.seconds), 2),
                                "test": round(plan.sizes["test"] / test_seconds, 2)},

@@ -120,10 +120,17 @@ def evaluate(trained: Trained, options: Options, say: Say = silent) -> Evaluatio
     if what:
         say(f"tested     {what}")
     small = trained.device.type == "cpu" and not options.full and options.dataset in (*KNOWN, "sample")
-    test = data.test.subset(options.test_size or (defaults.CPU_SIZES["test"] if small else None), seed=0)
+    test = data.test.subset(options.test_size or (defaults.CPU_SIZES["test"] if small else None),
+                            _subset_seed(details, options))
     with matmul_precision(options.matmul_precision):
         metrics = task.test(trained.model, test, trained.device, trained.precision, progress="testing")
     return Evaluation(options.dataset, len(test), len(data.test), metrics)
+
+
+def _subset_seed(details: dict[str, Any], options: Options) -> int:
+    """Which examples a size takes: those that the training took by its seed, if no other is asked for."""
+    noted = details.get("request", {}).get("training_config", {}).get("seed", 0)
+    return noted if options.subset_seed is None else options.subset_seed
 
 
 def columns_noted(trained: Trained, among: Sequence[str] | None = None) -> dict[str, str]:
@@ -236,6 +243,9 @@ def _decoding(trained: Trained, decoding: dict[str, Any]) -> tuple[Task, dict[st
         raise ConfigError(f"seed must be {SEED.words}, got {seed}")
     if seed is not None and (beams != 1 or not decoding.get("temperature")):
         raise ConfigError("--seed is for sampling: add --temperature, --top-k or --top-p, and no --num-beams")
+    if beams == 1 and decoding.get("length_penalty", 1.0) != 1.0:
+        raise ConfigError("--length-penalty is for beam search: add --num-beams")
     if beams == 1:
+        decoding.pop("length_penalty", None)
         decoding["generator"] = torch.Generator(trained.device).manual_seed(seed or 0)
     return task, decoding

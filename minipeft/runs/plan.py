@@ -93,7 +93,7 @@ class RunPlan:
         model_name: name or folder of the base model.
         precision: of matrix products.
         data: the dataset, each split cut to its size in `sizes`.
-        fingerprints: of the whole dataset's splits.
+        fingerprints, whole_sizes: of the whole dataset's splits.
         tokenizer: of the base model.
         method_config: the method's configuration; None for a baseline, which has no method.
         training: how to train; a baseline takes its seed.
@@ -108,6 +108,7 @@ class RunPlan:
     precision: torch.dtype
     data: Dataset
     fingerprints: dict[str, str]
+    whole_sizes: dict[str, int]
     sizes: dict[str, int]
     tokenizer: Tokenizer
     method_config: Any
@@ -167,9 +168,9 @@ def choose(options: Options, say: Say = silent, baseline: bool = False) -> RunPl
     remarks["sizes"] = sizes_in_words
     choices.update(remarks)
     say("\n".join(_line(*remark) for remark in remarks.items()))
-    sizes = {split: len(getattr(data, split)) for split in SPLITS}
-    plan = RunPlan(options, model_name, device, precision, data, whole.fingerprints(), sizes, tokenizer, None,
-                   TrainingConfig(), best_by, None, choices)
+    whole_sizes, sizes = ({split: len(getattr(some, split)) for split in SPLITS} for some in (whole, data))
+    plan = RunPlan(options, model_name, device, precision, data, whole.fingerprints(), whole_sizes, sizes, tokenizer,
+                   None, TrainingConfig(), best_by, None, choices)
     return for_method(plan, options, say, baseline)
 
 

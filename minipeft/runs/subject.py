@@ -18,7 +18,8 @@ class Subject:
 
     Attributes:
         options: that all its cells share.
-        terms: what its cells' files note, so that they are known again.
+        terms: what its cells' files note, so that they are known again; sizes in it are cut to the budget.
+        whole_sizes: of the dataset's splits, of which what has no budget trains on all.
         weight: of the base model's parameters, over mini's.
     """
 
@@ -26,6 +27,7 @@ class Subject:
     options: Options
     budget: Budget
     terms: dict[str, Any]
+    whole_sizes: dict[str, int]
     tracks: list[Track]
     weight: float
 
@@ -67,9 +69,12 @@ class Estimate:
     def beforehand(self, cell: Cell) -> float:
         """Of one cell, by the budget's figures."""
         subject = self.subjects[cell.dataset]
-        budget, sizes = subject.budget, subject.terms["dataset"]["sizes"]
+        budget, sizes, values = subject.budget, subject.terms["dataset"]["sizes"], dict(cell.values)
+        if cell.kind == "best":
+            sizes = {**subject.whole_sizes, "test": sizes["test"]}
         train, validation, test = (sizes[split] / 1000 for split in SPLITS)
-        epochs = dict(cell.values).get("epochs", budget.epochs)
+        epochs = values.get("epochs", budget.epochs)
+        evaluations = values.get("evaluations_per_epoch", budget.evaluations_per_epoch)
         reading = budget.core_seconds / 3  # of 1,000 examples, without a backward pass
         share = SHARE_OF_TIME.get(cell.method, 1.0)
         if cell.kind == "tuning":
@@ -81,9 +86,9 @@ class Estimate:
         if cell.size is not None:
             epochs = FEW_EXAMPLES.training(cell.size, budget)["epochs"]
             train, test = cell.size / 1000, min(test, FEW_EXAMPLES.test_size / 1000)
-            validation = min(validation, FEW_EXAMPLES.validation_size / 1000) / budget.evaluations_per_epoch
+            validation = min(validation, FEW_EXAMPLES.validation_size / 1000) / evaluations
         work = epochs * (train * budget.core_seconds * share
-                         + budget.evaluations_per_epoch * validation * reading) * (cell.method != "baseline")
+                         + evaluations * validation * reading) * (cell.method != "baseline")
         return STARTING + MEASURING + subject.weight * (work + test * budget.test_core_seconds)
 
     def _measured(self, results: dict[Cell, dict[str, Any]]) -> dict[Any, float]:

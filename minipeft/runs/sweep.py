@@ -54,10 +54,13 @@ def tune(options: Options, trials: Sequence[dict[str, Any]], say: Say = silent) 
         results["trials"].append({"trial": trial, **described_trial(run, history)})
         write_json_file(path, results)
         by, score = run.plan.best_by, history.best[run.plan.best_by]
-        scores.append(math.inf if math.isnan(score) else score if by == "loss" else -score)
-        say(f"validation {by} {score:.4f} after {history.core_seconds:.0f} core seconds: {trial}")
+        broken = not math.isfinite(history.best["loss"])  # what it guesses may be right by chance
+        scores.append(-math.inf if broken else -score if by == "loss" else score)
+        say(f"validation {by} {score:.4f} after {history.core_seconds:.0f} core seconds: {trial}"
+            + "; its loss is no number" * broken)
     if scores:
-        say(f"best: {trials[scores.index(min(scores))]}; wrote {path}")
+        best = trials[scores.index(max(scores))]
+        say((f"best: {best}" if max(scores) > -math.inf else "no trial's loss came to a number") + f"; wrote {path}")
     return results
 
 

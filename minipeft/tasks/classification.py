@@ -102,7 +102,14 @@ class Classification(Task):
 
     def table(self, model: nn.Module, texts: Sequence[str], device: torch.device, precision: torch.dtype,
               progress: str | None = None) -> dict[str, list[Any]]:
-        """The label, and a column for each label by its name, which holds its probability."""
+        """The label, and a column for each label by its name, which holds its probability.
+
+        Raises:
+            DataError: a label is called "prediction", as the first column is.
+        """
+        if "prediction" in self.label_names:
+            raise DataError("one of the labels is called 'prediction', as the table's column is that holds the label: "
+                            "predict without a table, or train with another name for it")
         found = self.probabilities(model, texts, device, precision, progress)                            # (N, K)
         return {"prediction": [self.label_names[label] for label in found.argmax(dim=1).tolist()],
                 **{name: [round(share, 6) for share in column.tolist()]

@@ -48,8 +48,7 @@ class Tagging(Task):
     def read(cls, texts: list[Any], labels: list[Any], where: str,
              label_names: list[str] | None = None) -> tuple[Examples, list[str]]:
         """Words and tags, each a list or, as in a .csv file, a text with spaces between."""
-        texts, labels = ([cell.split() if isinstance(cell, str) else cell for cell in column]
-                         for column in (texts, labels))
+        texts, labels = ([_words(cell) for cell in column] for column in (texts, labels))
         if not texts:
             raise DataError(f"{where}: there is no sentence at all")
         for row, (words, tags) in enumerate(zip(texts, labels), start=1):
@@ -180,17 +179,17 @@ class Tagging(Task):
         logits = self.word_logits(model, self.encode(examples), device, precision, progress)
         return [[self.label_names[tag] for tag in rows.argmax(dim=1).tolist()] for rows in logits]
 
-    def predict(self, model: nn.Module, texts: Sequence[str], device: torch.device,
+    def predict(self, model: nn.Module, texts: Sequence[str | list[str]], device: torch.device,
                 precision: torch.dtype) -> Iterator[str]:
         """Each text's words, with a slash and the tag behind those that have one."""
-        sentences = [text.split() for text in texts]
+        sentences = list(map(_words, texts))
         for words, tags in zip(sentences, self.tags(model, sentences, device, precision)):
             yield " ".join(word if tag == "O" else f"{word}/{tag}" for word, tag in zip(words, tags)) + "\n"
 
-    def table(self, model: nn.Module, texts: Sequence[str], device: torch.device, precision: torch.dtype,
+    def table(self, model: nn.Module, texts: Sequence[str | list[str]], device: torch.device, precision: torch.dtype,
               progress: str | None = None) -> dict[str, list[Any]]:
-        """A list of tags, one for each word."""
-        return {"prediction": self.tags(model, [text.split() for text in texts], device, precision, progress)}
+        """A list of tags, one for each word of a text or, where that is a list of words, of these."""
+        return {"prediction": self.tags(model, list(map(_words, texts)), device, precision, progress)}
 
     def baselines(self, train: Examples, test: Examples) -> dict[str, dict[str, Any]]:
         """Each word gets the tag that it had most often in training, and unknown ones the tag most frequent there."""
@@ -204,6 +203,11 @@ class Tagging(Task):
         best = {word: counts.most_common(1)[0][0] for word, counts in tags_of.items()}
         guessed = [[best.get(word, usual) for word in words] for words in test.texts]
         return {"most_frequent_tag": self.metrics(guessed, test.labels)}
+
+
+def _words(cell: Any) -> Any:
+    """The words, or tags, of a cell: a text's are between its blanks, and a list's are as they are."""
+    return cell.split() if isinstance(cell, str) else cell
 
 
 def _tag_names(labels: list[list[Any]], where: str) -> list[str]:

@@ -110,8 +110,8 @@ class Progress:
             self._sums += part
 
     def running(self) -> dict[str, str]:
-        """For a progress bar: loss and accuracy since the last validation, and speed."""
-        loss, accuracy = (self._sums / self._targets).tolist()
+        """For a progress bar: loss and accuracy since the last validation, of this process's share, and speed."""
+        loss, accuracy = (self._sums / (self._targets / parallel.world_size())).tolist()
         return {"loss": f"{loss:.3f}", "accuracy": f"{accuracy:.3f}",
                 "samples_per_s": f"{self.samples / self.clock.seconds:.1f}"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
 import signal
@@ -220,6 +221,16 @@ def test_a_table_of_any_kind_is_read_and_written(train, script, ending):
     assert again.names == ["body", "id", "prediction", "negative", "positive"]
     assert again.column("id") == [str(i) for i in range(20)] and set(again.column("prediction")) <= {
         "negative", "positive"}
+
+
+def test_a_row_of_words_has_a_tag_for_each_word_of_its_own(script, tiny_model):
+    rows = [{"tokens": ["Ada", "saw", "New York", "10\u00a0000"], "ner_tags": ["B-x", "O", "B-y", "O"]}] * 40
+    Path("words.jsonl").write_text("".join(json.dumps({**row, "number": i}) + "\n" for i, row in enumerate(rows)))
+    outcome = script("train.py", "--model", tiny_model, "--task", "tagging", "--dataset", "words.jsonl", "--epochs", 1)
+    assert outcome.code == 0, outcome.err
+    assert script("predict.py", "--input", "words.jsonl", "--output", "tagged.jsonl").code == 0
+    tagged = [json.loads(line) for line in Path("tagged.jsonl").read_text().splitlines()]
+    assert {(len(row["tokens"]), len(row["prediction"])) for row in tagged} == {(4, 4)}
 
 
 def test_a_table_is_never_written_over_its_input_and_over_another_file_only_when_asked(train, script, folder):

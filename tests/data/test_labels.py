@@ -19,13 +19,15 @@ def labeled(**counts):
 # --- the same label ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("one", "other"), [
-    ("pos", "pos "), ("pos", " Pos"), ("not sure", "Not\u00a0 sure"), ("1", "01"), ("0", "00"),
+    ("pos", "pos "), ("pos", " Pos"), ("not sure", "Not\u00a0 sure"), ("1", "01"), ("0", "00"), ("1", "1.0"),
+    ("-1", "-1.00"),
     ("caf\u00e9", "cafe\u0301"), ("STRASSE", "straße")])
 def test_labels_that_a_person_takes_for_one_are_alike(one, other):
     assert reduced(one) == reduced(other)
 
 
-@pytest.mark.parametrize(("one", "other"), [("1", "10"), ("0", ""), ("pos", "positive"), ("1", "1.0"), ("a b", "ab")])
+@pytest.mark.parametrize(("one", "other"), [
+    ("1", "10"), ("0", ""), ("pos", "positive"), ("1", "1.05"), ("1", "-1"), ("a b", "ab")])
 def test_other_labels_are_not(one, other):
     assert reduced(one) != reduced(other)
 

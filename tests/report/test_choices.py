@@ -33,6 +33,15 @@ def test_the_best_are_those_that_nothing_is_significantly_better_than(comparison
                                     for other in best)
 
 
+def test_less_than_nothing_forgotten_is_the_least(comparison):
+    changed = copy.deepcopy(comparison)
+    changed["datasets"]["imdb"]["methods"]["lora"]["forgetting"]["nats"] = -0.3
+    found = {choice.wish: choice for choice in choices(changed)}
+    least = found["the least forgotten of the base's own language modelling"]
+    assert least.methods == ("lora",) and "-0.300 nats per token with the adapter in place, perplexity times 0.74" in (
+        least.measured)
+
+
 def test_one_method_alone_is_the_best_of_nothing(comparison):
     less = copy.deepcopy(comparison)
     rows = less["datasets"]["films"]["methods"]

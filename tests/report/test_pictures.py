@@ -10,7 +10,7 @@ from matplotlib.image import imread
 
 from minipeft.methods import METHODS
 from minipeft.report.families import FAMILIES, family_of
-from minipeft.report.pictures import draw_comparison, parameters
+from minipeft.report.pictures import draw_comparison, parameters, sensitivity
 
 NAMES = ["parameters", "forgetting", "few_examples", "curves", "costs", "tuning", "parameters_films"]
 
@@ -55,6 +55,16 @@ def test_no_name_covers_another_one(comparison):
     assert len(boxes) == len(METHODS)
     assert not [(a, b) for number, a in enumerate(boxes) for b in boxes[:number]
                 if min(a.x1, b.x1) - max(a.x0, b.x0) > 1 and min(a.y1, b.y1) - max(a.y0, b.y0) > 3]
+
+
+@pytest.mark.parametrize(("best_by", "label"), [
+    ("accuracy", "validation accuracy in %"), ("macro_f1", "validation macro f1 in %"), ("loss", "validation loss")])
+def test_an_axis_of_trials_is_called_by_what_they_were_judged_by(comparison, tuning, best_by, label):
+    tuned = copy.deepcopy(tuning["datasets"]["imdb"]["methods"])
+    for method in tuned.values():
+        method["best_by"], sign = best_by, -1 if best_by == "loss" else 1  # a score by loss is its negative
+        method["trials"] = [{**trial, "score": sign * trial["score"]} for trial in method["trials"]]
+    assert sensitivity("imdb", comparison["datasets"]["imdb"], tuned).get_supylabel() == label
 
 
 def test_what_was_not_measured_is_not_drawn(comparison, tmp_path):

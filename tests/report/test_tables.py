@@ -9,7 +9,7 @@ import pytest
 from minipeft.errors import OutputError
 from minipeft.files import write_json_file
 from minipeft.report import tables
-from minipeft.report.tables import ELSEWHERE, Comparison, block, read_comparison, replace_tables
+from minipeft.report.tables import ELSEWHERE, Comparison, block, costs, read_comparison, replace_tables
 from minipeft.runs.results import BLOCK_END, BLOCK_START, WRITER
 
 
@@ -64,6 +64,13 @@ def test_what_a_method_costs_is_a_table_of_its_own_the_fastest_first(results):
     assert head == ("| method | core s per 1,000 examples | MiB that training adds | adapter, kB | extra inference | "
                     "merged | merges | forgotten, nats |")
     assert rows[-1] == "| full | 31.0 | 20 | 0 | +25 % | +0 % | yes | +0.500 |"
+
+
+def test_what_was_not_timed_comes_last(comparison):
+    content = copy.deepcopy(comparison["datasets"]["imdb"])
+    content["methods"]["prefix"]["core_seconds_per_1000_examples"]["mean"] = None
+    lines = costs("imdb", content).splitlines()
+    assert lines[2].startswith("| ptuning ") and lines[-1].startswith("| prefix (20 tokens) | - |")
 
 
 def test_a_column_for_each_number_of_examples_and_none_where_there_were_no_such_runs(results):

@@ -16,7 +16,7 @@ from minipeft.files import locked
 from minipeft.methods import METHODS
 from minipeft.runs import cells
 from minipeft.runs.budget import FEW_EXAMPLES, Budget, Cell
-from minipeft.runs.cells import Job, counted_as, job_of, packed, run_cell, score_of, unpacked, without_nan
+from minipeft.runs.cells import Job, counted_as, job_of, packed, run_cell, score_of, unpacked
 from minipeft.runs.costs import language_loss
 from minipeft.runs.plan import Options, choose
 from minipeft.runs.trained import load_finetuned
@@ -108,6 +108,15 @@ def test_the_best_is_trained_and_validated_on_all_examples():
                for kind in ("final", "best")}
     assert (options["final"].train_size, options["final"].validation_size) == (16, 8)
     assert (options["best"].train_size, options["best"].validation_size, options["best"].test_size) == (None, None, 9)
+
+
+def test_few_examples_are_validated_and_tested_on_no_more_than_the_budget_has():
+    def sizes(budget):
+        options = job_of(Cell("films", "lora", 0, "size", RATE, 16), Options(), budget, TERMS, Path(), Path()).options
+        return options.train_size, options.validation_size, options.test_size
+
+    assert sizes(Budget()) == (16, FEW_EXAMPLES.validation_size, FEW_EXAMPLES.test_size)
+    assert sizes(Budget(validation_size=7, test_size=9)) == (16, 7, 9)
 
 
 def test_a_trial_never_reads_the_test_split_and_leaves_its_file_alone(job, tmp_path, monkeypatch):
@@ -203,9 +212,7 @@ def test_25_000_right_or_wrong_reviews_take_few_bytes():
     assert np.array_equal(unpacked(packed(counts)), counts)
 
 
-def test_what_is_no_number_is_null_in_a_file():
-    assert without_nan({"a": [float("nan"), 1.5], "b": (float("inf"), "x", None, True)}) == {
-        "a": [None, 1.5], "b": [None, "x", None, True]}
+def test_a_loss_that_is_no_number_is_no_score():
     assert score_of({"best_by": "loss", "validation": {"loss": None}}) is None
 
 

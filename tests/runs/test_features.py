@@ -36,7 +36,8 @@ def test_a_head_trained_on_features_computed_once_is_the_head_trained_the_long_w
 
 @pytest.mark.parametrize(("method", "changes", "cached"), [
     ("head", {}, True), ("head", {"recompute_features": True}, False), ("lora", {}, False),
-    ("head", {"dataset": "wnut_17"}, False)], ids=["head", "recomputed", "lora", "head, tagging"])
+    ("head", {"dataset": "wnut_17"}, False), ("head", {"dropout": 0.1}, False)],
+    ids=["head", "recomputed", "lora", "head, tagging", "dropout"])
 def test_features_take_the_place_of_texts_where_they_are_all_that_training_needs(options, tmp_path, method, changes,
                                                                                  cached):
     write_datasets(tmp_path / "data")

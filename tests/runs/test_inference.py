@@ -10,7 +10,7 @@ from parity_helpers import write_checkpoint
 
 from minipeft.errors import ConfigError, DataError
 from minipeft.runs.finetune import finetune
-from minipeft.runs.inference import evaluate, load, predict
+from minipeft.runs.inference import evaluate, load, predict, predict_table
 from minipeft.runs.plan import Options
 
 
@@ -137,6 +137,23 @@ def test_a_classifier_predicts_a_line_for_each_text_and_writes_none(trained):
         predict(trained[0], ["a good film"], num_beams=2)
 
 
+def test_a_label_called_as_the_tables_column_is_refused_there(trained):
+    model, _ = trained
+    assert predict_table(model, ["a good film"]).keys() == {"prediction", "negative", "positive"}
+    model.task.label_names = ["prediction", "positive"]
+    with pytest.raises(DataError, match="one of the labels is called 'prediction'"):
+        predict_table(model, ["a good film"])
+
+
+def test_of_a_test_split_those_are_taken_that_the_training_took(options, tmp_path):
+    write_csv(tmp_path / "many.csv", rows(60))
+    results = finetune(options(dataset=str(tmp_path / "many.csv"), test_size=5,
+                               training_values={"seed": 3, "epochs": 1}))
+    model = load(tmp_path / "output" / "lora", Options(precision="fp32"))
+    assert evaluate(model, Options(test_size=5)).metrics == results["metrics"]["test"]
+    assert evaluate(model, Options(test_size=5, subset_seed=0)).metrics["loss"] != results["metrics"]["test"]["loss"]
+
+
 def test_a_translator_samples_the_same_with_the_same_seed(options, tmp_path):
     (tmp_path / "pairs.jsonl").write_text("".join(f'{{"source": "a dog {i}", "target": "ein Hund"}}\n'
                                                   for i in range(40)))
@@ -144,6 +161,8 @@ def test_a_translator_samples_the_same_with_the_same_seed(options, tmp_path):
     model = load(tmp_path / "output" / "lora", Options(precision="fp32"))
     first, again, other = ("".join(predict(model, ["a dog"], top_k=50, seed=seed)) for seed in (1, 1, 2))
     assert first == again != other and first.endswith("\n")
+    with pytest.raises(ConfigError, match="--length-penalty is for beam search: add --num-beams"):
+        predict_table(model, ["a dog"], length_penalty=3.0)
     for decoding, message in (({"seed": 3}, "--seed is for sampling"), ({"seed": -1}, "seed must be a number from 0"),
                               ({"max_new_tokens": 1}, "at least 2")):
         with pytest.raises(ConfigError, match=message):

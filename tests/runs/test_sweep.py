@@ -57,6 +57,16 @@ def test_each_trial_says_by_what_it_is_judged_and_the_last_line_which_is_the_bes
     assert said[-1] == f"best: {best}; wrote {tmp_path / 'results' / 'tuning_lora.json'}"
 
 
+def test_a_trial_whose_loss_is_no_number_is_never_the_best_and_its_file_is_strict_json(shared, tmp_path):
+    """Logits that are no numbers all mean the first label, which may be right more often than what was learned."""
+    said, trials = [], [{"learning_rate": 1e30}, {"epochs": 1}]
+    tune(shared, trials, said.append)
+    assert said[0].endswith("; its loss is no number") and said[-1].startswith(f"best: {trials[1]}; wrote ")
+    assert "NaN" not in (tmp_path / "results" / "tuning_lora.json").read_text()
+    tune(shared, trials[:1], said.append)
+    assert said[-1].startswith("no trial's loss came to a number; wrote ")
+
+
 def test_later_trials_are_appended(shared):
     tune(shared, [{"epochs": 1}])
     assert len(tune(shared, [{"epochs": 1, "r": 2}])["trials"]) == 2

@@ -157,6 +157,13 @@ def test_a_prediction_shows_the_tags_behind_their_words(tagging, make_model):
         "so/I-person good/I-person\n", "x/I-person\n"]
 
 
+def test_a_list_of_words_gets_as_many_tags_as_it_has_words(tagging, make_model):
+    config = GPT2Config(vocab_size=VOCAB_SIZE, n_positions=64, n_embd=16, n_layer=1, n_head=2, num_labels=5)
+    model = make_model(GPT2ForTokenClassification, config)
+    texts = [["so", "New York", "10\u00a0000"], "so  good"]
+    assert [len(tags) for tags in tagging().table(model, texts, CPU, torch.float32)["prediction"]] == [3, 2]
+
+
 def test_a_window_needs_a_token(tagging):
     with pytest.raises(ConfigError, match="max_length must be a positive integer, got 0"):
         tagging(max_length=0)

@@ -50,6 +50,13 @@ def test_a_point_of_the_curve_has_the_means_since_the_last_one():
     assert progress.line(8) == "step 3/8: train loss 0.500, validation loss 0.900, validation accuracy 0.4000"
 
 
+def test_a_bar_shows_the_mean_loss_of_its_process_also_beside_others(monkeypatch):
+    progress = new_progress()
+    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    progress.count([BATCH, BATCH], [torch.tensor([2.1, 3.0])])  # of six targets three are this process's
+    assert progress.running() | {"samples_per_s": ""} == {"loss": "0.700", "accuracy": "1.000", "samples_per_s": ""}
+
+
 @pytest.mark.parametrize(("best_by", "validations", "best"), [
     ("accuracy", [found(0.5, 0.9), found(0.6, 1.9)], 1), ("loss", [found(0.5, 0.9), found(0.6, 1.9)], 0),
     ("accuracy", [found(0.5, 0.9), found(0.5, 0.8), found(0.5, 0.8)], 1),

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from minipeft.commands.options import add_machine_options, new_parser, options_of
 from minipeft.data.examples import check_texts

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minipeft.errors import DataError
+
 IGNORED_LABEL = -100  # of a token that has no label: cross-entropy leaves it out
 Row = Sequence[int] | np.ndarray  # a text's ids, or its tokens' labels
 
@@ -104,6 +106,18 @@ def collate(ids: Sequence[Row], labels: Sequence[Any], length: int | None = None
                  padded(labels, longest, with_value=IGNORED_LABEL) if a_token_each else torch.tensor(labels))
 
 
+def check_rows(ids: Sequence[Row], labels: Sequence[Any]) -> None:
+    """Refuse texts without a token, and labels that are more or fewer than texts.
+
+    Raises:
+        DataError: saying which.
+    """
+    if len(ids) != len(labels):
+        raise DataError(f"{len(ids):,} texts have {len(labels):,} labels")
+    if empty := [number for number, row in enumerate(ids) if len(row) == 0]:
+        raise DataError(f"text {empty[0]}, counted from 0, has no token")
+
+
 def padded(rows: Sequence[Row], length: int, with_value: int) -> Tensor:
     """Rows of different lengths as one int64 tensor (B, length), filled up on the right."""
     result = np.full((len(rows), length), with_value, dtype=np.int64)            # (B, length)
@@ -126,6 +140,9 @@ class BucketedBatches:
     batch_size: int
     seed: int = 0
     pool: int = 50
+
+    def __post_init__(self) -> None:
+        check_rows(self.ids, self.labels)
 
     def __len__(self) -> int:
         return -(-len(self.ids) // self.batch_size)

@@ -132,11 +132,13 @@ def forward_beside_half(module: nn.Module, x: Tensor) -> Tensor:
         (..., out), like x; a head's is float32. Under autocast as autocast has it.
     """
     forward = partial(type(module).forward, module)
-    if autocast_dtype(x):
+    if all(tensor.dtype == x.dtype for tensor in module.parameters()):  # the whole model was cast since
         return forward(x)
-    if isinstance(module, nn.LayerNorm):
+    if isinstance(module, nn.LayerNorm):  # also under autocast, which on a CPU takes no two formats
         return F.layer_norm(x.float(), module.normalized_shape, module.weight.float(), module.bias.float(),
                             module.eps).to(x.dtype)
+    if autocast_dtype(x):
+        return forward(x)
     if module.weight.dtype == torch.float32:
         return forward(x.float())
     return (F.linear(x, module.weight) + module.bias).to(x.dtype)

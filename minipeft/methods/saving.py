@@ -35,7 +35,6 @@ from minipeft.methods.injection import (
     active_injections,
     all_injections,
     base_dtype,
-    base_of,
     base_parameters,
     fingerprint,
 )
@@ -162,7 +161,7 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     check_can_leave(model, active_injections(model))
     if name in adapter_names(model):
         raise InjectionError(f"this model already carries an adapter {name!r}: remove it, or load under another name")
-    device = base_of(model).wte.weight.device
+    device = next(model.parameters()).device
     devices = [device] if device.type == "cuda" else []
     earlier = deactivate(model, active_injections(model))
     try:

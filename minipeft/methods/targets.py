@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from minipeft.errors import ConfigError, InjectionError
 from minipeft.methods.layers import AdapterLayer, AddedLayer, ReplacementLayer
 from minipeft.methods.wrappers import bare_name, unwrapped
 
+logger = logging.getLogger(__name__)
 Names = str | Sequence[str]
 
 
@@ -150,6 +152,8 @@ def check_linear(found: list[str], targets: Names, excluded: Names | None, modul
         InjectionError: naming what the model does offer.
     """
     linear = linear_names(modules)
+    if excluded and not any(matches(name, excluded) for name in modules):
+        logger.warning("exclude_modules %r match nothing", excluded)
     if not found:
         wanted = targets if isinstance(targets, str) else ", ".join(targets)
         if excluded:

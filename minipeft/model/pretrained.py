@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +13,10 @@ import torch.nn as nn
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from minipeft.errors import WeightsError
+from minipeft.errors import ConfigError, WeightsError
 from minipeft.model import weights
 from minipeft.model.config import GPT2Config
-from minipeft.model.hub import find
+from minipeft.model.hub import MINI_FOLDER, find
 
 Model = TypeVar("Model", bound="PretrainedModel")
 
@@ -91,8 +92,13 @@ class PretrainedModel(nn.Module):
 
         Raises:
             WeightsError: nothing found, no network, a damaged file, or tensors missing, left over or misshapen.
-            ConfigError: a config.json that is not a GPT-2 this library implements.
+            ConfigError: a config.json that is not a GPT-2 this library implements, or a keyword argument that is no
+                field of a configuration.
         """
+        if unknown := config.keys() - {field.name for field in dataclasses.fields(GPT2Config)}:
+            raise ConfigError(f"from_pretrained takes dtype and fields of GPT2Config, not {', '.join(sorted(unknown))}")
+        if not isinstance(dtype, torch.dtype):
+            raise ConfigError(f"dtype must be a torch.dtype, such as torch.bfloat16, got {dtype!r}")
         folder = find(name_or_folder)
         model_config = GPT2Config.from_dict({**weights.read_config(folder), **config})
         with on_paper():  # each tensor is allocated as it is read
@@ -105,6 +111,8 @@ class PretrainedModel(nn.Module):
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None,
                         state_dict: dict[str, Tensor] | None = None) -> None:
         """Write config.json and model.safetensors in the official layout; transformers loads the folder.
+
+        A vocabulary of its own, `vocab.tiktoken` in the folder that the model was loaded from, comes along.
 
         Args:
             folder: created if absent.
@@ -119,7 +127,8 @@ class PretrainedModel(nn.Module):
         config = {"architectures": [type(self).__name__], **self.config.to_dict()}
         tensors = weights.bare_names(self.state_dict() if state_dict is None else state_dict)
         self._check_described(tensors)
-        weights.save(self, config, folder, dtype, tensors)
+        name = getattr(self, "name_or_path", "")
+        weights.save(self, config, folder, dtype, tensors, MINI_FOLDER if name == "mini" else Path(name))
 
     def _check_described(self, tensors: dict[str, Tensor]) -> None:
         """Refuse tensors other than those of a model that is made from the same configuration.

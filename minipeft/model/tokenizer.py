@@ -15,8 +15,9 @@ import tiktoken
 
 from minipeft.errors import WeightsError
 from minipeft.model.hub import HUB_NAMES, MINI_FOLDER
+from minipeft.model.weights import CONFIG_FILE, VOCABULARY_FILE, read_config
 
-VOCABULARY_FILE = "vocab.tiktoken"
+GPT2_SIZE = 50257  # entries of GPT-2's own vocabulary
 END_OF_TEXT = "<|endoftext|>"
 # GPT-2's rule for cutting text into pieces before merging: contractions, words, numbers, punctuation, spaces.
 GPT2_SPLIT_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -52,14 +53,19 @@ def get_tokenizer(name_or_folder: str | Path = "gpt2") -> Tokenizer:
 
     Args:
         name_or_folder: "mini", the name of an official GPT-2, or a model folder. A folder holding `vocab.tiktoken` uses
-            it; any other means GPT-2's own vocabulary.
+            it; any other, unless its config.json has a smaller vocab_size, means GPT-2's own vocabulary.
 
     Raises:
-        WeightsError: an unknown name, a damaged vocabulary file, or GPT-2's vocabulary neither cached nor downloadable.
+        WeightsError: an unknown name, a vocabulary that is damaged or not there, or GPT-2's vocabulary neither cached
+            nor downloadable.
     """
     folder = MINI_FOLDER if name_or_folder == "mini" else Path(name_or_folder)
     if (folder / VOCABULARY_FILE).is_file():
         return Tokenizer(_read_vocabulary(folder / VOCABULARY_FILE))
+    words = read_config(folder).get("vocab_size", GPT2_SIZE) if (folder / CONFIG_FILE).is_file() else GPT2_SIZE
+    if isinstance(words, int) and words < GPT2_SIZE:
+        raise WeightsError(f"{folder} holds no {VOCABULARY_FILE}, and its model has {words:,} words, where GPT-2's "
+                           f"vocabulary has {GPT2_SIZE:,}: put the model's own {VOCABULARY_FILE} beside its weights")
     if not folder.is_dir() and str(name_or_folder) not in (*HUB_NAMES, *HUB_NAMES.values()):
         raise WeightsError(f"vocabulary {str(name_or_folder)!r} is neither a folder nor one of mini, "
                            f"{', '.join(HUB_NAMES)}")

@@ -11,6 +11,7 @@ of its tensors are another one.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch import Tensor
 from minipeft.errors import WeightsError
 from minipeft.files import read_json_file, replacing_folder, write_json
 
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+CONFIG_FILE, WEIGHTS_FILE, VOCABULARY_FILE = "config.json", "model.safetensors", "vocab.tiktoken"
 
 _PREFIX = "transformer."
 _COMPILED = "_orig_mod."  # what torch.compile puts before the names of a module that it wraps
@@ -201,7 +202,7 @@ def bare_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save(model: nn.Module, config: dict[str, Any], folder: str | Path, dtype: torch.dtype | None,
-         state_dict: dict[str, Tensor]) -> None:
+         state_dict: dict[str, Tensor], loaded_from: Path) -> None:
     """Write a model in the official layout, as transformers' save_pretrained spells it.
 
     Args:
@@ -210,6 +211,7 @@ def save(model: nn.Module, config: dict[str, Any], folder: str | Path, dtype: to
         folder: created if absent.
         dtype: stored type; None keeps each tensor's own.
         state_dict: the model's tensors, by their names in the bare model.
+        loaded_from: the folder whose vocabulary is the model's, if it holds one.
 
     Raises:
         OutputError: the folder cannot be written, or the disk is full.
@@ -224,3 +226,5 @@ def save(model: nn.Module, config: dict[str, Any], folder: str | Path, dtype: to
     with replacing_folder(folder) as temporary:
         save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         write_json(temporary / CONFIG_FILE, config)
+        if (loaded_from / VOCABULARY_FILE).is_file():
+            shutil.copyfile(loaded_from / VOCABULARY_FILE, temporary / VOCABULARY_FILE)

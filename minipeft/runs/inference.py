@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 
 from minipeft.data.datasets import KNOWN, SPLITS, Dataset, column_names, is_one_file, load_dataset, load_whole
-from minipeft.data.examples import together
+from minipeft.data.examples import check_text, together
 from minipeft.errors import ConfigError, DataError
 from minipeft.runs import defaults
 from minipeft.runs.places import is_bundled, newest_trained
@@ -20,7 +20,7 @@ from minipeft.runs.plan import DATA_OPTIONS, Options, Say, silent, where_data_ar
 from minipeft.runs.trained import details_of, load_finetuned
 from minipeft.settings import SEED
 from minipeft.tasks import task_for
-from minipeft.tasks.generation import Generation
+from minipeft.tasks.generation import Generation, source_text
 from minipeft.tasks.task import Task
 from minipeft.training.hardware import cast_frozen, choose_device, choose_precision, matmul_precision
 
@@ -203,8 +203,12 @@ def predict(trained: Trained, texts: Sequence[str], **decoding: Any) -> Iterator
 
     Raises:
         ConfigError: a value out of range, or one that means nothing to the task or beside the others.
+        DataError: what is no text, or an empty one.
     """
     task, decoding = _decoding(trained, decoding)
+    texts = _checked(texts)
+    if not texts:
+        return iter(())
     request = (trained.model, texts, trained.device, trained.precision)
     if decoding.get("num_beams", 1) != 1:
         return (text + "\n" for text in task.generate_texts(*request, **decoding))
@@ -220,10 +224,27 @@ def predict_table(trained: Trained, texts: Sequence[str], progress: str | None =
         decoding: as `predict`.
 
     Raises:
-        ConfigError: as `predict`.
+        ConfigError, DataError: as `predict`.
     """
     task, decoding = _decoding(trained, decoding)
+    texts = _checked(texts)
+    if not texts:
+        return {"prediction": []}
     return task.table(trained.model, texts, trained.device, trained.precision, progress, **decoding)
+
+
+def _checked(texts: Iterable[Any]) -> list[Any]:
+    """The texts as a list; of a task that finds tags a text may be a list of words.
+
+    Raises:
+        DataError: a single text, or one among them that is none.
+    """
+    if isinstance(texts, str):
+        raise DataError("predict takes a list of texts, and got one text: put it between [ and ]")
+    texts = list(texts)
+    for number, text in enumerate(texts, start=1):
+        check_text(source_text(text), f"text {number} of {len(texts)}")
+    return texts
 
 
 def _decoding(trained: Trained, decoding: dict[str, Any]) -> tuple[Task, dict[str, Any]]:

@@ -18,7 +18,7 @@ from minipeft.methods import METHODS
 from minipeft.methods.injection import positions_left
 from minipeft.model.config import GPT2Config
 from minipeft.model.hub import find
-from minipeft.model.tokenizer import VOCABULARY_FILE, Tokenizer, get_tokenizer
+from minipeft.model.tokenizer import Tokenizer, get_tokenizer
 from minipeft.model.weights import read_config
 from minipeft.runs import defaults
 from minipeft.runs.places import default_folder, own_results, results_path
@@ -156,7 +156,7 @@ def choose(options: Options, say: Say = silent, baseline: bool = False) -> RunPl
         choices["matmul"] = f"{options.matmul_precision} (asked for)"
     say("\n".join(_line(*choice) for choice in choices.items()))
 
-    tokenizer = get_tokenizer(folder if (folder / VOCABULARY_FILE).is_file() else "gpt2")
+    tokenizer = get_tokenizer(folder)
     whole = _load(dataset, options, tokenizer)
     data, sizes_in_words = _cut(whole, options, small=device.type == "cpu" and not options.full)
     remarks = {"task": data.task.name, **data.remarks}
@@ -296,6 +296,9 @@ def _cut(data: Dataset, options: Options, small: bool) -> tuple[Dataset, str]:
 
 def _configs(options: Options, task: str, baseline: bool) -> tuple[Any, TrainingConfig]:
     """The configurations of method and training: a user's values on top of the table's."""
+    known = [field.name for field in dataclasses.fields(TrainingConfig)]
+    if unknown := sorted(options.training_values.keys() - set(known)):
+        raise ConfigError(f"training has no {', '.join(unknown)}; it has {', '.join(known)}")
     if baseline:
         return None, TrainingConfig(**options.training_values)
     table = defaults.table(options.method, task)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +53,9 @@ def save_finetuned(model: nn.Module, folder: Path, details: dict[str, Any]) -> N
     tensors = whole_state_dict(model)
     if not first:
         return
-    vocabulary = find(model.name_or_path) / VOCABULARY_FILE
     earlier = written_before(folder)
     with replacing_folder(folder) as temporary:
         model.save_pretrained(temporary, state_dict=tensors)
-        if vocabulary.is_file():
-            shutil.copyfile(vocabulary, temporary / VOCABULARY_FILE)
         files = digests(temporary)
         write_json(temporary / DETAILS_FILE, {"method": "full", "base_model": model.name_or_path, "files": files,
                                               **details})

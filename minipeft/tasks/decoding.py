@@ -102,7 +102,12 @@ class _CachedReader:
                  max_new_tokens: int) -> None:
         if max_new_tokens < 0:
             raise ConfigError(f"max_new_tokens must not be negative, got {max_new_tokens}")
-        model, T, left = unwrapped(model), input_ids.shape[1], positions_left(model)
+        model = unwrapped(model)
+        if not isinstance(model, GPT2LMHeadModel):
+            raise ConfigError(f"a {type(model).__name__} writes no text: use a GPT2LMHeadModel")
+        if input_ids.dim() != 2:
+            raise ConfigError(f"input_ids must be (B, T), one row for each prompt, got {tuple(input_ids.shape)}")
+        T, left = input_ids.shape[1], positions_left(model)
         if not T:
             raise ConfigError("there is no prompt: generation goes on from one token at least")
         if T + max_new_tokens > left:

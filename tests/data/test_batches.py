@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minipeft.data.batches import IGNORED_LABEL, BucketedBatches, collate, in_order_of_length, rounded
+from minipeft.errors import DataError
 
 
 def ids_of(lengths):
@@ -22,6 +23,14 @@ def test_collating_pads_on_the_right_to_the_longest():
     assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
     assert batch.labels.tolist() == [1, 0, 1]
     assert {batch.input_ids.dtype, batch.attention_mask.dtype, batch.labels.dtype} == {torch.int64}
+
+
+@pytest.mark.parametrize(("ids", "labels", "message"), [
+    ([[1, 2], [3]], [0], "2 texts have 1 labels"), ([[1, 2]], [0, 1], "1 texts have 2 labels"),
+    ([[1, 2], []], [0, 1], "text 1, counted from 0, has no token")])
+def test_texts_and_labels_that_do_not_go_together_are_refused(ids, labels, message):
+    with pytest.raises(DataError, match=message):
+        BucketedBatches(ids, labels, batch_size=2)
 
 
 LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=60)

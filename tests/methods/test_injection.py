@@ -286,3 +286,8 @@ def test_a_base_is_the_same_one_whatever_the_sign_of_its_zeros(tiny_config):
         found = fingerprint(model)
         model.ln_f.bias.neg_()
     assert fingerprint(model) == found
+
+
+def test_an_exclusion_that_excludes_nothing_is_told(make_model, caplog):
+    inject(make_model(GPT2LMHeadModel), LoraConfig(r=2, exclude_modules=["c_atn"]))
+    assert caplog.messages == ["exclude_modules ['c_atn'] match nothing"]

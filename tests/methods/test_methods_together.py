@@ -453,6 +453,23 @@ def test_a_head_trained_beside_half_precision_follows_the_model_while_it_is_inac
     assert torch.equal(model(IDS, MASK), logits)
 
 
+@pytest.mark.kind("5: a half-precision base with a trained head")
+@pytest.mark.parametrize("config", [LoraConfig(r=2), BitFitConfig(), PrefixTuningConfig(num_virtual_tokens=2)],
+                         ids=lambda config: config.method)
+def test_a_model_that_is_cast_to_half_with_all_that_it_carries_computes_in_half(make_model, config):
+    model = inject(make_model(GPT2ForSequenceClassification).bfloat16(), config).bfloat16()
+    assert model(IDS, MASK).dtype == torch.bfloat16
+
+
+@pytest.mark.kind("5: a half-precision base with a trained head")
+@pytest.mark.parametrize("config", [LoraConfig(r=2, bias="all"), BitFitConfig()], ids=lambda config: config.method)
+def test_float32_biases_beside_half_precision_work_under_autocast_too(make_model, config):
+    model = perturb(inject(make_model(GPT2ForSequenceClassification).bfloat16(), config))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(IDS, MASK)
+    torch.testing.assert_close(logits.float(), model(IDS, MASK).float(), atol=0.1, rtol=0.05)
+
+
 def p_name(model, parameter):
     return next(name for name, found in model.named_parameters() if found is parameter)
 

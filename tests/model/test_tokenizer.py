@@ -141,6 +141,16 @@ def test_a_name_that_nobody_knows_does_not_mean_gpt2s():
         get_tokenizer("minni")
 
 
+@pytest.mark.parametrize(("words", "is_gpt2s"), [(8192, False), (50257, True), (50304, True)])
+def test_a_model_with_fewer_words_than_gpt2_needs_a_vocabulary_of_its_own(gpt2, tmp_path, words, is_gpt2s):
+    (tmp_path / "config.json").write_text(f'{{"vocab_size": {words}}}')
+    if is_gpt2s:
+        assert get_tokenizer(tmp_path).vocab_size == 50257
+        return
+    with pytest.raises(WeightsError, match=r"holds no vocab\.tiktoken, and its model has 8,192 words, where GPT-2's"):
+        get_tokenizer(tmp_path)
+
+
 def test_a_folder_without_a_vocabulary_of_its_own_means_gpt2s(gpt2, tmp_path):
     assert get_tokenizer(tmp_path).vocab_size == 50257
 

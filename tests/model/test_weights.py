@@ -32,6 +32,7 @@ from minipeft.model.gpt2 import (
     GPT2LMHeadModel,
     GPT2Model,
 )
+from minipeft.model.tokenizer import get_tokenizer
 
 EVERY_CLASS = [GPT2Model, GPT2LMHeadModel, GPT2ForSequenceClassification, GPT2ForTokenClassification]
 FILES = ["config.json", "model.safetensors"]
@@ -87,6 +88,19 @@ def test_a_saved_model_loads_bit_for_bit(tmp_path, tiny_config, make_model, make
     assert_same_parameters(loaded, model)
     assert loaded.config == model.config
     assert torch.equal(loaded(make_ids(2, 9)), model(make_ids(2, 9)))
+
+
+def test_a_vocabulary_of_its_own_goes_with_a_model(tmp_path):
+    GPT2LMHeadModel.from_pretrained("mini").save_pretrained(tmp_path / "copy")
+    GPT2LMHeadModel.from_pretrained(tmp_path / "copy").save_pretrained(tmp_path / "again")
+    assert get_tokenizer(tmp_path / "again").encode("a good film") == get_tokenizer("mini").encode("a good film")
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"num_label": 3}, "from_pretrained takes dtype and fields of GPT2Config, not num_label"),
+    ({"torch_dtype": torch.bfloat16}, "not torch_dtype"), ({"dtype": "bfloat16"}, "dtype must be a torch.dtype")])
+def test_an_argument_that_means_nothing_is_refused(saved, arguments, message):
+    assert message in refused(GPT2LMHeadModel, saved, ConfigError, **arguments)
 
 
 @pytest.mark.parametrize("cls", EVERY_CLASS)

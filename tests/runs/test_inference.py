@@ -137,6 +137,17 @@ def test_a_classifier_predicts_a_line_for_each_text_and_writes_none(trained):
         predict(trained[0], ["a good film"], num_beams=2)
 
 
+@pytest.mark.parametrize("ask", [lambda *request: list(predict(*request)), predict_table])
+def test_texts_are_a_list_of_texts_of_which_none_is_empty(trained, ask):
+    model, _ = trained
+    assert len(ask(model, (text for text in ["a good film", "a bad film"]))) > 0
+    assert ask(model, []) in ([], {"prediction": []})
+    for texts, message in (("a film", "got one text"), (["a film", ""], "^text 2 of 2: the text is empty"),
+                           ([None], "^text 1 of 1: the text is")):
+        with pytest.raises(DataError, match=message):
+            ask(model, texts)
+
+
 def test_a_label_called_as_the_tables_column_is_refused_there(trained):
     model, _ = trained
     assert predict_table(model, ["a good film"]).keys() == {"prediction", "negative", "positive"}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minipeft.errors import ConfigError
-from minipeft.model.gpt2 import GPT2LMHeadModel
+from minipeft.model.gpt2 import GPT2ForSequenceClassification, GPT2LMHeadModel, GPT2Model
 from minipeft.model.kv_cache import KVCache
 from minipeft.tasks.decoding import generate, stream
 
@@ -155,6 +155,28 @@ def test_a_cache_with_room_gives_what_one_without_gives_and_forks_stay_apart(mod
     torch.testing.assert_close(torch.cat(logits, dim=1), whole, rtol=0, atol=1e-5)
     assert (other[:, 0] - logits[8][:, 0]).abs().max() > 1e-3
     assert fork.length == 9 and cache.length == 12
+
+
+@pytest.mark.parametrize("kept", [None, [1, 0], [0]], ids=["emptied", "rows changed places", "one row left"])
+def test_what_a_caller_does_to_a_cache_is_what_it_holds(model, make_ids, kept):
+    ids = make_ids(2, 12)
+    with torch.no_grad():
+        caches = [KVCache(), KVCache()]
+        for step in range(8):
+            model(ids[:, step:step + 1], cache=caches[0])
+        caches[0].layers[:] = [] if kept is None else [(key[kept], value[kept]) for key, value in caches[0].layers]
+        caches[1].layers = [(key.clone(), value.clone()) for key, value in caches[0].layers]
+        rows = caches[0].layers[0][0].shape[0] if caches[0].layers else 2
+        one, other = ([model(ids[:rows, step:step + 1], cache=cache) for step in range(8, 12)] for cache in caches)
+    torch.testing.assert_close(torch.cat(one, dim=1), torch.cat(other, dim=1), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("cls", [GPT2Model, GPT2ForSequenceClassification])
+def test_what_is_no_language_model_and_what_is_no_batch_is_refused(make_model, make_ids, cls):
+    with pytest.raises(ConfigError, match=f"^a {cls.__name__} writes no text"):
+        generate(make_model(cls), make_ids(1, 3))
+    with pytest.raises(ConfigError, match=r"input_ids must be \(B, T\)"):
+        generate(make_model(GPT2LMHeadModel), make_ids(1, 3)[0])
 
 
 def test_a_stream_gives_the_tokens_of_generate_one_by_one(model, make_ids):

@@ -15,12 +15,6 @@ from minipeft.runs import plan as planning
 from minipeft.runs.finetune import finetune
 from minipeft.runs.plan import Options, check_options, choose, make_task
 
-
-def test_a_training_value_that_there_is_not_is_refused_with_those_that_there_are(options):
-    with pytest.raises(ConfigError, match="training has no epoch; it has epochs, batch_size, "):
-        choose(options(training_values={"epoch": 1}))
-
-
 # --- choices ----------------------------------------------------------------------------------------------------------
 
 def test_an_explicit_choice_is_never_replaced_and_is_told_from_a_default(options, monkeypatch, tmp_path):
@@ -248,3 +242,8 @@ def test_only_full_fine_tuning_can_be_sharded(options):
     with pytest.raises(ConfigError, match="--shard is for full fine-tuning"):
         choose(options("lora", shard=True))
     check_options(options("full", shard=True))
+
+
+def test_a_training_value_that_there_is_not_is_refused_with_those_that_there_are(options):
+    with pytest.raises(ConfigError, match="training has no epoch; it has epochs, batch_size, "):
+        choose(options(training_values={"epoch": 1}))

@@ -54,7 +54,8 @@ def parse(words: Sequence[str], program: str) -> argparse.Namespace:
     add_trace_options(parser.add_argument_group("trace"))
     parser.add_argument("--spectrum", type=Path, metavar="FOLDER",
                         help="of a trained model: singular values and effective rank of each matrix's update, and the "
-                             "accuracy when they are cut to rank 1, 2, 4, 8; with --picture also drawn")
+                             "accuracy when all updates are cut to rank 0, 1, 2, 4 (of a larger rank than 8 also 8), "
+                             "and not cut; with --picture also drawn")
     add_method_options(parser, words)
     return parser.parse_args(words)
 

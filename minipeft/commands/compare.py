@@ -3,11 +3,11 @@
     minipeft compare
     minipeft compare --methods all --datasets imdb sst2 wnut_17 scitldr multi30k --seeds 3
 
-The first compares eight methods on the bundled sample, in minutes. Every method gets the same examples, steps and
-lengths (minipeft/runs/budget.py), and as many learning rates to choose from. Each run is a process of its own and
-leaves a file; what is there is not run again, and the same command after an interruption goes on where it stopped. At
-the end comparison.json is made from these files, and tables are printed: means and deviations over seeds, intervals,
-and ranks where they are significant.
+The first compares seven methods and the baseline on the bundled sample, in minutes. Every method gets the same
+examples, steps and lengths (minipeft/runs/budget.py), and as many learning rates to choose from. Each run is a process
+of its own and leaves a file; what is there is not run again, and the same command after an interruption goes on where
+it stopped. At the end comparison.json is made from these files, and tables are printed: means and deviations over
+seeds, intervals, and ranks where they are significant.
 """
 
 from __future__ import annotations

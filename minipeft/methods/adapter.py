@@ -60,9 +60,9 @@ At step 0
     Both models, this one and the base, have the same new head here; it is random.
 Positions and mask
     Untouched. An adapter changes each token's vector without a look at the others. It changes pads, too, but no real
-    token sees a pad, on either side. A text may have all 1,024 positions, and a KV cache holds what it holds without
-    adapters: one key and one value per token and block. Under gradient checkpointing an adapter is a part of its block
-    and is computed again with it.
+    token sees a pad, on either side. A text may have all 1,024 positions.
+    KV cache. As large as the base's. It holds adapted keys and values: when the adapter changes, begin a new one.
+    Gradient checkpointing. An adapter is a part of its block and is computed again with it.
 Saved
     In adapter_model.safetensors:
     base_model.model.transformer.h.0.attn.adapter.down.weight (48, 768)
@@ -83,7 +83,8 @@ Saved
     folder: peft, Hugging Face's library, has no such method.
     All tensors are float32, but for a model that was cast after `inject`. A third file, minipeft.json, holds the base
     model's fingerprint, the digests of the other two files, and what a run adds, such as the labels' names. Without it
-    the folder loads, too.
+    the folder loads, too. Where several methods work under one name, each has a sub-folder with these three files, such
+    as lora/ and bitfit/. A minipeft.json beside the sub-folders names them.
 Merging
     Not possible: act stands between the two matrices, so no weight of the base can take in what is added. The adapters
     stay and are computed at each prediction. `merge` is refused with non_linearity none, too. There the adapter amounts
@@ -92,9 +93,9 @@ Merging
     Off: within `disable_adapter`, and for good after `remove`, the model is the base model, bit for bit, with the head
     from before training.
     Several adapters. A second `inject` of the same method is an InjectionError. `load_adapter(model, folder, name)`
-    adds a saved adapter, of this method or another, under another name and makes it the active one, the one that
-    computes; the others stay, switched off, and the model is in eval mode. `set_adapter(model, name)` makes another one
-    active. Under one name other methods may work along, such as a prompt, but neither full nor head, nor a second
+    adds a saved adapter, of this method or another, under another name. It becomes the active one, the one that
+    computes. The others stay, switched off. The model is in eval mode then. `set_adapter(model, name)` makes another
+    one active. Under one name other methods may work along, such as a prompt, but neither full nor head, nor a second
     BottleneckConfig.
 Cost
     2 C m + C + m parameters per adapter, 2 * 768 * 48 + 768 + 48 = 74,544; a LayerNorm has 2 C more. With A adapters
@@ -109,23 +110,23 @@ Cost
     Backward: from the loss down to the lowest adapter the gradient passes through the frozen matrices as in full
     fine-tuning. Of the three products that full fine-tuning takes per matrix (forward, the gradient of the matrix's
     input, the gradient of the matrix itself) the third is never computed for a frozen matrix. It alone needs the
-    matrix's input, which is therefore not kept. Kept are, per token, in each adapter z and act's output, C + m numbers
-    (gelu and swish m more, LN C more), in each block above that of the lowest adapter the inputs of both LayerNorms, q,
-    k, v, attention's output and gelu's input, (2 + 3 + 1 + 4) C; with houlsby also, in the lowest adapter's own block,
-    ln_2's input and gelu's, (1 + 4) C. The softmax's shares themselves are not kept: attention computes them again. In
-    training the base's dropout adds 2 C bytes per block and token. For dropout on attention's shares (attn_pdrop) a CPU
-    keeps its mask, a byte per share, in place of attention's output; a GPU's fused attention keeps no mask. Adapter
-    dropout adds C bytes per token and adapter. An adapter's own backward takes up to 8 C m operations per token, half
-    of them for the gradients of its matrices.
+    matrix's input, which is therefore not kept. Kept are, per token: in each adapter z and act's output, C + m numbers
+    (gelu and swish m more, LN C more). In each block above that of the lowest adapter: the inputs of both LayerNorms,
+    q, k, v, attention's output and gelu's input, (2 + 3 + 1 + 4) C. With houlsby also, in the lowest adapter's own
+    block: ln_2's input and gelu's, (1 + 4) C. The softmax's shares themselves are not kept: attention computes them
+    again. In training the base's dropout adds 2 C bytes per block and token. For dropout on attention's shares
+    (attn_pdrop) a CPU keeps its mask, a byte per share, in place of attention's output; a GPU's fused attention keeps
+    no mask. Adapter dropout adds C bytes per token and adapter. An adapter's own backward takes up to 8 C m operations
+    per token, half of them for the gradients of its matrices.
     Optimizer: 8 bytes per trained parameter for AdamW's two means, 14,324,736 bytes; gradients take half of that. The
     optimizer's time, too, grows with the trained parameters alone. Weight decay acts on W_down, W_up and the head's
     matrix.
 Errors
     In this list the class of each error stands before its message. Most wrong values are found when the configuration
     is made, the others by `inject`, before it changes anything. `load_adapter` raises an AdapterError, and leaves the
-    model as it was, where a file is missing, damaged or not the one whose digest minipeft.json holds, where a tensor is
-    missing, unexpected, of another shape, of integers or not finite (it is named), where minipeft.json has another base
-    model's fingerprint (a base of another dtype is not compared), where the folder is for another task, or where
+    model as it was, in these cases. A file is missing, damaged or not the one whose digest minipeft.json holds. A
+    tensor is missing, unexpected, of another shape, of integers or not finite; the message names it. minipeft.json has
+    another base model's fingerprint; a base of another dtype is not compared. The folder is for another task. The
     peft_type is unknown. A setting in adapter_config.json that would change the numbers, and that minipeft does not
     implement, is a ConfigError. An adapter's name that is taken (`load_adapter`) or unknown (`set_adapter`, `remove`)
     is an InjectionError. A text with more tokens than positions is a ConfigError when the model reads it; values of a
@@ -182,6 +183,8 @@ PLACES = {"houlsby": ("attn", "mlp"), "pfeiffer": ("mlp",), "parallel": ("mlp",)
 @dataclass
 class BottleneckConfig(MethodConfig):
     """Shape and place of the adapters. peft has no such method: the files are this library's own.
+
+    The command line starts from reduction_factor 8, which suits the bundled base: see runs/defaults.py.
 
     Raises:
         ConfigError: a value of the wrong type or out of range.

@@ -54,15 +54,17 @@ Saved
     peft_type MINIPEFT_BITFIT and, where it is not bias, train. peft has no such method and cannot read the folder.
     All tensors are float32, but for a model that was cast after `inject`. A third file, minipeft.json, holds the base
     model's fingerprint, the digests of the other two files, and what a run adds, such as the labels' names. Without it
-    the folder loads, too.
+    the folder loads, too. Where several methods work under one name, each has a sub-folder with these three files, such
+    as lora/ and bitfit/. A minipeft.json beside the sub-folders names them.
 Merging
     Not possible, and not needed: no layer is added, and the trained model costs at inference what the base does.
     What is trained is a copy, one per adapter. The base's own vectors are kept, and `disable_adapter` and `remove` put
     them back.
     Several adapters. A second `inject` of the same method is an InjectionError. `load_adapter(model, folder, name)`
-    adds a saved adapter, of this method or another, under another name and makes it the active one, the one that
-    computes; the others stay, switched off, and the model is in eval mode. `set_adapter(model, name)` makes another one
-    active. Under one name other methods may work along, such as LoRA, but neither full nor head.
+    adds a saved adapter, of this method or another, under another name. It becomes the active one, the one that
+    computes. The others stay, switched off. The model is in eval mode then. `set_adapter(model, name)` makes another
+    one active. Under one name other methods may work along, such as LoRA, but neither full nor head. Beside LoRA, DoRA,
+    VeRA or (IA)^3 `merge` folds in that method's layers, and the trained biases stay.
 Cost
     Per block of GPT-2 768 + 2304 + 768 + 768 + 3072 + 768 = 8,448, and 768 of ln_f: 12 * 8,448 + 768 = 102,144. That is
     all in a language model. A new head has labels * 768 numbers, here 2 * 768 = 1,536, in tagging 2 * 768 + 2 = 1,538.
@@ -81,9 +83,9 @@ Cost
 Errors
     In this list the class of each error stands before its message. Most wrong values are found when the configuration
     is made, the others by `inject`, before it changes anything. `load_adapter` raises an AdapterError, and leaves the
-    model as it was, where a file is missing, damaged or not the one whose digest minipeft.json holds, where a tensor is
-    missing, unexpected, of another shape, of integers or not finite (it is named), where minipeft.json has another base
-    model's fingerprint (a base of another dtype is not compared), where the folder is for another task, or where
+    model as it was, in these cases. A file is missing, damaged or not the one whose digest minipeft.json holds. A
+    tensor is missing, unexpected, of another shape, of integers or not finite; the message names it. minipeft.json has
+    another base model's fingerprint; a base of another dtype is not compared. The folder is for another task. The
     peft_type is unknown. A setting in adapter_config.json that would change the numbers, and that minipeft does not
     implement, is a ConfigError. An adapter's name that is taken (`load_adapter`) or unknown (`set_adapter`, `remove`)
     is an InjectionError.

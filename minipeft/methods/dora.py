@@ -1,8 +1,8 @@
 r"""DoRA: weight-decomposed low-rank adaptation.
 
 LoRA, with the length of each row of the weight matrix trained apart from its direction: the low-rank update turns the
-rows, and a magnitude vector says how long each of them is. Full fine-tuning tends to change one much where it changes
-the other little; LoRA alone tends to change them together.
+rows, and a magnitude vector says how long each of them is. In full fine-tuning a row often changes much in length and
+little in direction, or the other way round. With LoRA alone both tend to change much, or both little.
 
     y = c * (x W^T + s * x A^T B^T) + bias
     c = m / ||W + s B A||
@@ -67,9 +67,10 @@ Saved
     and so A, B and m for every target. score.weight is (labels, 768); all totals here are for 2 labels. Tagging has
     classifier.weight (labels, 768) and classifier.bias (labels,) in its place, a language model nothing.
     adapter_config.json must say peft_type LORA, use_dora true and, where they are not the default, r, lora_alpha,
-    target_modules, use_rslora, rank_pattern and alpha_pattern. `save_adapter` writes every setting, patterns and
-    "all-linear" as full names of modules, and for peft, Hugging Face's library, lora_bias false and fan_in_fan_out
-    true: transformers stores GPT-2's matrices as (in, out). LoraConfig(use_dora=True) is the same method.
+    target_modules, use_rslora, rank_pattern and alpha_pattern. `save_adapter` writes every setting; patterns and
+    "all-linear" become full names of modules. For peft, Hugging Face's library, it adds lora_bias false and
+    fan_in_fan_out true, as transformers stores GPT-2's matrices as (in, out). LoraConfig(use_dora=True) is the same
+    method.
     With `bias` "lora_only" also the bias of every target, with "all" every bias of the base. In block 0, and last:
         base_model.model.transformer.h.0.attn.c_attn.base_layer.bias (2304,)
         base_model.model.transformer.h.0.ln_1.bias (768,)
@@ -84,7 +85,8 @@ Saved
     it agrees up to rounding.
     All tensors are float32, but for a model that was cast after `inject`. A third file, minipeft.json, holds the base
     model's fingerprint, the digests of the other two files, and what a run adds, such as the labels' names. Without it
-    the folder loads, too.
+    the folder loads, too. Where several methods work under one name, each has a sub-folder with these three files, such
+    as lora/ and bitfit/. A minipeft.json beside the sub-folders names them.
 Merging
     W <- c * (W + s B A), row by row; the bias stays. Every target can be merged; dropout is not part of W. `merge`
     keeps the W it found, and `unmerge` puts it back, bit for bit. With PiSSA this is W - s B A of the start; `remove`
@@ -95,10 +97,11 @@ Merging
     `set_adapter` and `disable_adapter` are an InjectionError, and `save_adapter` is an AdapterError; `remove` unmerges
     first. When nothing is merged, `unmerge` is an InjectionError.
     Several adapters. A second `inject` of the same method is an InjectionError. `load_adapter(model, folder, name)`
-    adds a saved adapter, of this method or another, under another name and makes it the active one, the one that
-    computes; the others stay, switched off, and the model is in eval mode. `set_adapter(model, name)` makes another one
-    active. Under one name other methods may work along that have other targets or none, such as BitFit or a prompt, but
-    neither full nor head; together with what cannot merge, nothing is merged.
+    adds a saved adapter, of this method or another, under another name. It becomes the active one, the one that
+    computes. The others stay, switched off. The model is in eval mode then. `set_adapter(model, name)` makes another
+    one active. Under one name other methods may work along that have other targets or none, such as BitFit or a prompt,
+    but neither full nor head. Beside a bottleneck adapter, a prompt or a prefix `merge` is refused, and nothing is
+    merged. Beside BitFit it merges, and the trained biases stay.
 Cost
     r (in + out) + out parameters per target: 8 * (768 + 2304) + 2304 = 26,880 for a c_attn of GPT-2.
     In all 12 * 26,880 + 1,536 = 324,096 trained, with a new head's 2 * 768 = 1,536; a language model has no new head.
@@ -123,9 +126,9 @@ Cost
 Errors
     In this list the class of each error stands before its message. Most wrong values are found when the configuration
     is made, the others by `inject`, before it changes anything. `load_adapter` raises an AdapterError, and leaves the
-    model as it was, where a file is missing, damaged or not the one whose digest minipeft.json holds, where a tensor is
-    missing, unexpected, of another shape, of integers or not finite (it is named), where minipeft.json has another base
-    model's fingerprint (a base of another dtype is not compared), where the folder is for another task, or where
+    model as it was, in these cases. A file is missing, damaged or not the one whose digest minipeft.json holds. A
+    tensor is missing, unexpected, of another shape, of integers or not finite; the message names it. minipeft.json has
+    another base model's fingerprint; a base of another dtype is not compared. The folder is for another task. The
     peft_type is unknown. A setting in adapter_config.json that would change the numbers, and that minipeft does not
     implement, is a ConfigError. An adapter's name that is taken (`load_adapter`) or unknown (`set_adapter`, `remove`)
     is an InjectionError. A bad regular expression in a setting is a ConfigError when `inject` uses it.

@@ -57,9 +57,9 @@ Merging
     Not possible, and not needed: no layer is added. Switching exchanges heads: each adapter has one of its own, and
     `disable_adapter` and `remove` put back the one that the model had before, which is kept for that.
     Several adapters. A second `inject` of the same method is an InjectionError. `load_adapter(model, folder, name)`
-    adds a saved adapter, of this method or another, under another name and makes it the active one, the one that
-    computes; the others stay, switched off, and the model is in eval mode. `set_adapter(model, name)` makes another one
-    active. Head-only training combines with no other method.
+    adds a saved adapter, of this method or another, under another name. It becomes the active one, the one that
+    computes. The others stay, switched off. The model is in eval mode then. `set_adapter(model, name)` makes another
+    one active. Head-only training combines with no other method.
 Cost
     labels * width parameters: 2 * 768 = 1,536 trained and 124,441,344 - 1,536 = 124,439,808 frozen. Tagging has a bias
     besides: 2 * 768 + 2 = 1,538.
@@ -67,7 +67,8 @@ Cost
     scripts/train.py computes it once (runs/features.py), and the base is in eval mode then. It is kept in float32:
     4 * 768 = 3,072 bytes per text. From then on a text costs 2 labels width operations.
     In tagging a text has a feature for each token. These are too many to keep, so the base reads each text in every
-    epoch. It is in training mode then, and its dropout acts, where a run has any (`--dropout`).
+    epoch. It is in training mode then, and its dropout acts. A run sets resid_pdrop, embd_pdrop and attn_pdrop: to 0,
+    or to what `--dropout` says. It leaves classifier_dropout as config.json has it.
     Backward: it ends at the head. The gradients of W and, in tagging, bias are all there is; W's takes as many
     operations as the head's forward. No gradient passes through the base, and of its activations only the head's input
     is kept.
@@ -76,10 +77,10 @@ Cost
     = 6,144 bytes in float32, in tagging 6,152.
 Errors
     In this list the class of each error stands before its message. There are no settings to be wrong; `inject` raises
-    before it changes anything. `load_adapter` raises an AdapterError, and leaves the model as it was, where a file is
-    missing, damaged or not the one whose digest minipeft.json holds, where a tensor is missing, unexpected, of another
-    shape, of integers or not finite (it is named), where minipeft.json has another base model's fingerprint (a base of
-    another dtype is not compared), where the folder is for another task, or where peft_type is unknown. A setting in
+    before it changes anything. `load_adapter` raises an AdapterError, and leaves the model as it was, in these cases. A
+    file is missing, damaged or not the one whose digest minipeft.json holds. A tensor is missing, unexpected, of
+    another shape, of integers or not finite; the message names it. minipeft.json has another base model's fingerprint;
+    a base of another dtype is not compared. The folder is for another task. The peft_type is unknown. A setting in
     adapter_config.json that would change the numbers, and that minipeft does not implement, is a ConfigError. An
     adapter's name that is taken (`load_adapter`) or unknown (`set_adapter`, `remove`) is an InjectionError. A text with
     more tokens than positions is a ConfigError when the model reads it; values of a caller's own position_ids are not

@@ -60,7 +60,8 @@ Saved
     loading takes the default, mlp.c_proj alone; an l of the other shape is then an AdapterError.
     All tensors are float32, but for a model that was cast after `inject`. A third file, minipeft.json, holds the base
     model's fingerprint, the digests of the other two files, and what a run adds, such as the labels' names. Without it
-    the folder loads, too.
+    the folder loads, too. Where several methods work under one name, each has a sub-folder with these three files, such
+    as lora/ and bitfit/. A minipeft.json beside the sub-folders names them.
 Merging
     W <- l * W. As stored, l (out, 1) scales the rows and l (1, in) the columns. Where the output is rescaled, as in
     c_attn, bias <- l * bias too; the bias of mlp.c_proj stays. Every target can be merged. `merge` keeps the W and bias
@@ -71,10 +72,11 @@ Merging
     `set_adapter` and `disable_adapter` are an InjectionError, and `save_adapter` is an AdapterError; `remove` unmerges
     first. When nothing is merged, `unmerge` is an InjectionError.
     Several adapters. A second `inject` of the same method is an InjectionError. `load_adapter(model, folder, name)`
-    adds a saved adapter, of this method or another, under another name and makes it the active one, the one that
-    computes; the others stay, switched off, and the model is in eval mode. `set_adapter(model, name)` makes another one
-    active. Under one name other methods may work along that have other targets or none, such as BitFit or a prompt, but
-    neither full nor head; together with what cannot merge, nothing is merged.
+    adds a saved adapter, of this method or another, under another name. It becomes the active one, the one that
+    computes. The others stay, switched off. The model is in eval mode then. `set_adapter(model, name)` makes another
+    one active. Under one name other methods may work along that have other targets or none, such as BitFit or a prompt,
+    but neither full nor head. Beside a bottleneck adapter, a prompt or a prefix `merge` is refused, and nothing is
+    merged. Beside BitFit it merges, and the trained biases stay. Here a c_attn's trained bias becomes l * bias.
 Cost
     out parameters for a c_attn, in for an mlp.c_proj: 2304 + 3072 = 5,376 per block of GPT-2, 12 * 5,376 = 64,512 in
     twelve. With the new head, which a language model lacks, 12 * 5,376 + 1,536 = 66,048 trained.
@@ -94,9 +96,9 @@ Cost
 Errors
     In this list the class of each error stands before its message. Most wrong values are found when the configuration
     is made, the others by `inject`, before it changes anything. `load_adapter` raises an AdapterError, and leaves the
-    model as it was, where a file is missing, damaged or not the one whose digest minipeft.json holds, where a tensor is
-    missing, unexpected, of another shape, of integers or not finite (it is named), where minipeft.json has another base
-    model's fingerprint (a base of another dtype is not compared), where the folder is for another task, or where
+    model as it was, in these cases. A file is missing, damaged or not the one whose digest minipeft.json holds. A
+    tensor is missing, unexpected, of another shape, of integers or not finite; the message names it. minipeft.json has
+    another base model's fingerprint; a base of another dtype is not compared. The folder is for another task. The
     peft_type is unknown. A setting in adapter_config.json that would change the numbers, and that minipeft does not
     implement, is a ConfigError. An adapter's name that is taken (`load_adapter`) or unknown (`set_adapter`, `remove`)
     is an InjectionError. A bad regular expression in a setting is a ConfigError when `inject` uses it.

@@ -56,9 +56,9 @@ Saved
     and so A and B for every target. score.weight is (labels, 768); all totals here are for 2 labels. Tagging has
     classifier.weight (labels, 768) and classifier.bias (labels,) in its place, a language model nothing.
     adapter_config.json must say peft_type LORA and, where they are not the default, r, lora_alpha, target_modules,
-    use_rslora, rank_pattern and alpha_pattern, as shapes and s depend on them. `save_adapter` writes every setting,
-    patterns and "all-linear" as full names of modules, and for peft, Hugging Face's library, lora_bias false and
-    fan_in_fan_out true: transformers stores GPT-2's matrices as (in, out).
+    use_rslora, rank_pattern and alpha_pattern, as shapes and s depend on them. `save_adapter` writes every setting;
+    patterns and "all-linear" become full names of modules. For peft, Hugging Face's library, it adds lora_bias false
+    and fan_in_fan_out true, as transformers stores GPT-2's matrices as (in, out).
     With `bias` "lora_only" also the bias of every target, with "all" every bias of the base. In block 0, and last:
         base_model.model.transformer.h.0.attn.c_attn.base_layer.bias (2304,)
         base_model.model.transformer.h.0.ln_1.bias (768,)
@@ -73,7 +73,8 @@ Saved
     agrees up to rounding.
     All tensors are float32, but for a model that was cast after `inject`. A third file, minipeft.json, holds the base
     model's fingerprint, the digests of the other two files, and what a run adds, such as the labels' names. Without it
-    the folder loads, too.
+    the folder loads, too. Where several methods work under one name, each has a sub-folder with these three files, such
+    as lora/ and bitfit/. A minipeft.json beside the sub-folders names them.
 Merging
     W <- W + s B A, the layer's own `weight`; its bias stays. Every target can be merged; dropout is not part of W.
     `merge` keeps the W it found, and `unmerge` puts it back, bit for bit. With PiSSA this is W - s B A of the start;
@@ -84,10 +85,11 @@ Merging
     `set_adapter` and `disable_adapter` are an InjectionError, and `save_adapter` is an AdapterError; `remove` unmerges
     first. When nothing is merged, `unmerge` is an InjectionError.
     Several adapters. A second `inject` of the same method is an InjectionError. `load_adapter(model, folder, name)`
-    adds a saved adapter, of this method or another, under another name and makes it the active one, the one that
-    computes; the others stay, switched off, and the model is in eval mode. `set_adapter(model, name)` makes another one
-    active. Under one name other methods may work along that have other targets or none, such as BitFit or a prompt, but
-    neither full nor head; together with what cannot merge, nothing is merged.
+    adds a saved adapter, of this method or another, under another name. It becomes the active one, the one that
+    computes. The others stay, switched off. The model is in eval mode then. `set_adapter(model, name)` makes another
+    one active. Under one name other methods may work along that have other targets or none, such as BitFit or a prompt,
+    but neither full nor head. Beside a bottleneck adapter, a prompt or a prefix `merge` is refused, and nothing is
+    merged. Beside BitFit it merges, and the trained biases stay.
 Cost
     r (in + out) parameters per target: 8 * (768 + 2304) = 24,576 for a c_attn of GPT-2 beside 1,769,472 in its W.
     In all 12 * 24,576 + 1,536 = 296,448 trained, with a new head's 2 * 768 = 1,536; a language model has no new head.
@@ -98,22 +100,23 @@ Cost
     Forward: 2 r (in + out) operations per token and target beside 2 in out, 1.4 % more for a c_attn at r = 8. At
     inference the same; merged, not one more, but the kept W takes 4 * 1,769,472 = 7,077,888 bytes more per c_attn in
     float32.
-    Backward: full fine-tuning computes the gradients of x and of W, 2 in out operations each; here W's gradient is
-    never computed, so x is not kept for it. Nothing below the first target needs a gradient: in block 0 its x gets
-    none. A and B take 4 r (in + out) per token and target: half for the gradient of x, half for their own. Kept for
-    these: dropout(x) (batch, seq, in), s dropout(x) A^T (batch, seq, r), and with dropout its mask, a byte per number
-    of x. On a half-precision base dropout(x) is float32: 4 bytes per number, not 2. On a CPU, with a float32 base or
-    under autocast, low_rank.py keeps x, and computes dropout(x) again from it and the mask. In all a block above the
-    lowest keeps 11 C + r numbers per token, with all-linear 16 C + 4 r; full fine-tuning keeps 16 C, C = 768 channels.
+    Backward: full fine-tuning computes two gradients per matrix, that of x and that of W, at 2 in out operations each.
+    Here W's gradient is never computed, so x is not kept for it. Below the first target nothing is trained, so in block
+    0 the x of c_attn gets no gradient. A and B take 4 r (in + out) per token and target: half for the gradient of x,
+    half for their own. Kept for these: dropout(x) (batch, seq, in), s dropout(x) A^T (batch, seq, r), and with dropout
+    its mask, a byte per number of x. On a half-precision base dropout(x) is float32: 4 bytes per number, not 2. On a
+    CPU, with a float32 base or under autocast, low_rank.py keeps x, and computes dropout(x) again from it and the mask.
+    In all a block above the lowest keeps 11 C + r numbers per token, C = 768 channels: 10 C of the block itself (see
+    full.py), C for x, r for s dropout(x) A^T. With all-linear it keeps 16 C + 4 r; full fine-tuning keeps 16 C.
     Optimizer: 8 bytes per trained parameter for AdamW's two means, 2,371,584 bytes; gradients take half of that. The
     optimizer's time, too, grows with the trained parameters alone. Weight decay acts on A, B and the head's matrix, not
     on biases.
 Errors
     In this list the class of each error stands before its message. Most wrong values are found when the configuration
     is made, the others by `inject`, before it changes anything. `load_adapter` raises an AdapterError, and leaves the
-    model as it was, where a file is missing, damaged or not the one whose digest minipeft.json holds, where a tensor is
-    missing, unexpected, of another shape, of integers or not finite (it is named), where minipeft.json has another base
-    model's fingerprint (a base of another dtype is not compared), where the folder is for another task, or where
+    model as it was, in these cases. A file is missing, damaged or not the one whose digest minipeft.json holds. A
+    tensor is missing, unexpected, of another shape, of integers or not finite; the message names it. minipeft.json has
+    another base model's fingerprint; a base of another dtype is not compared. The folder is for another task. The
     peft_type is unknown. A setting in adapter_config.json that would change the numbers, and that minipeft does not
     implement, is a ConfigError. An adapter's name that is taken (`load_adapter`) or unknown (`set_adapter`, `remove`)
     is an InjectionError. A bad regular expression in a setting is a ConfigError when `inject` uses it.

@@ -26,7 +26,7 @@ Symbols
     H heads of D = C / H = 64 make C = n_embd = 768    L = n_layer, the number of blocks    sqrt is the square root
     P_k, P_v (batch, H, V, D) that block's part of the table, the same for every text        V = num_virtual_tokens
     [P_k; k] stacks along the sequence: (batch, H, V + seq, D)
-    mask (seq, V + seq), where texts have pads (batch, 1, seq, V + seq): 0 where a query sees a key, else -infinity
+    mask (seq, V + seq), with pads on the left (batch, 1, seq, V + seq): 0 where a query sees a key, else -infinity
     The attention scores are what softmax gets, (batch, H, seq, V + seq). It makes shares of the V + seq scores of each
     query; they add up to 1. In training the base's dropout acts on them: it sets each share to 0 with the probability
     attn_pdrop and divides the others by 1 - attn_pdrop. o is then
@@ -93,7 +93,8 @@ Saved
     change nothing: loading builds what they say, and a table with the saved P takes its place.
     All tensors are float32, but for a model that was cast after `inject`. A third file, minipeft.json, holds the base
     model's fingerprint, the digests of the other two files, and what a run adds, such as the labels' names. Without it
-    the folder loads, too.
+    the folder loads, too. Where several methods work under one name, each has a sub-folder with these three files, such
+    as lora/ and bitfit/. A minipeft.json beside the sub-folders names them.
 Merging
     Not possible: keys and values are a part of what attention reads, not a change of weights. They are put in before
     each text.
@@ -102,10 +103,10 @@ Merging
     at position 0 again, all 1,024 are free, and the head is the one from before training. A KV cache keeps the prefix:
     start a new one.
     Several adapters. A second `inject` of the same method is an InjectionError. `load_adapter(model, folder, name)`
-    adds a saved adapter, of this method or another, under another name and makes it the active one, the one that
-    computes; the others stay, switched off, and the model is in eval mode. `set_adapter(model, name)` makes another one
-    active. Under one name other methods may work along, such as LoRA, but neither full nor head, nor a second one that
-    puts something before the text.
+    adds a saved adapter, of this method or another, under another name. It becomes the active one, the one that
+    computes. The others stay, switched off. The model is in eval mode then. `set_adapter(model, name)` makes another
+    one active. Under one name other methods may work along, such as LoRA, but neither full nor head, nor a second one
+    that puts something before the text.
 Cost
     2 V L C parameters: 2 * 20 * 12 * 768 = 368,640. In all 2 * 20 * 12 * 768 + 1,536 = 370,176 trained, the head's
     2 * 768 = 1,536 among them. With prefix_projection V C + C h + h + 2 L C h + 2 L C and the head:
@@ -122,21 +123,24 @@ Cost
     third is never computed for a frozen matrix. It alone needs the matrix's input, which is therefore not kept. Kept
     are, per block and token, the inputs of both LayerNorms, q, k, v, attention's output and gelu's input,
     (2 + 3 + 1 + 4) C numbers; in block 0 not ln_1's input, as nothing below it is trained. [P_k; k] and [P_v; v],
-    copies, are kept as well: 2 C (V + seq) numbers per block and text. The text's own k and v stay in memory beside
-    these copies: they and q are parts of one tensor, c_attn's output, and attention keeps q. The softmax's shares
-    themselves are not kept: attention computes them again. In training the base's dropout adds 2 C bytes per block and
-    token. For dropout on attention's shares (attn_pdrop) a CPU keeps its mask, a byte per share, in place of
-    attention's output; a GPU's fused attention keeps no mask. The network keeps tanh's output, V h numbers per call;
-    its own backward takes twice its forward, 2 * 589,824,000 = 1,179,648,000 operations.
+    copies, are kept as well: 2 C (V + seq) numbers per block and text. On a CPU in float32 each block also keeps a
+    float32 copy of the mask, seq (V + seq) numbers, with pads on the left for each text; with attn_pdrop or in bfloat16
+    all blocks share one mask, a byte per number. The text's own k and v stay in memory beside these copies: they and q
+    are parts of one tensor, c_attn's output, and attention keeps q. The softmax's shares themselves are not kept:
+    attention computes them again. In training the base's dropout adds 2 C bytes per block and token. For dropout on
+    attention's shares (attn_pdrop) a CPU keeps its mask, a byte per share, in place of attention's output; a GPU's
+    fused attention keeps no mask. The network keeps tanh's output, V h numbers per call; its own backward takes twice
+    its forward, 2 * 589,824,000 = 1,179,648,000 operations.
     Optimizer: 8 bytes per trained parameter for AdamW's two means, 2,961,408 bytes; with prefix_projection
     8 * 14,781,696 = 118,253,568 bytes. Gradients take half of that. The optimizer's time, too, grows with the trained
-    parameters alone.
+    parameters alone. Weight decay acts on the head's matrix alone, with prefix_projection also on W_1 and W_2; never on
+    P or E.
 Errors
     In this list the class of each error stands before its message. Most wrong values are found when the configuration
     is made, the others by `inject`, before it changes anything. `load_adapter` raises an AdapterError, and leaves the
-    model as it was, where a file is missing, damaged or not the one whose digest minipeft.json holds, where a tensor is
-    missing, unexpected, of another shape, of integers or not finite (it is named), where minipeft.json has another base
-    model's fingerprint (a base of another dtype is not compared), where the folder is for another task, or where
+    model as it was, in these cases. A file is missing, damaged or not the one whose digest minipeft.json holds. A
+    tensor is missing, unexpected, of another shape, of integers or not finite; the message names it. minipeft.json has
+    another base model's fingerprint; a base of another dtype is not compared. The folder is for another task. The
     peft_type is unknown. A setting in adapter_config.json that would change the numbers, and that minipeft does not
     implement, is a ConfigError. An adapter's name that is taken (`load_adapter`) or unknown (`set_adapter`, `remove`)
     is an InjectionError. Other dimensions than the model's, such as token_dim, are a ConfigError. A text with more

@@ -72,7 +72,8 @@ Saved
     which peft may have written, is accepted and not used.
     All tensors are float32, but for a model that was cast after `inject`. A third file, minipeft.json, holds the base
     model's fingerprint, the digests of the other two files, and what a run adds, such as the labels' names. Without it
-    the folder loads, too.
+    the folder loads, too. Where several methods work under one name, each has a sub-folder with these three files, such
+    as lora/ and bitfit/. A minipeft.json beside the sub-folders names them.
 Merging
     Not possible: the prompt is input, not a change of weights. It is read before each text.
     `merge` is an InjectionError: "Prompt cannot be merged: it is not a change of weights".
@@ -80,10 +81,10 @@ Merging
     at position 0 again, all 1,024 are free, and the head is the one from before training. A KV cache keeps the prompt:
     start a new one.
     Several adapters. A second `inject` of the same method is an InjectionError. `load_adapter(model, folder, name)`
-    adds a saved adapter, of this method or another, under another name and makes it the active one, the one that
-    computes; the others stay, switched off, and the model is in eval mode. `set_adapter(model, name)` makes another one
-    active. Under one name other methods may work along, such as LoRA, but neither full nor head, nor a second one that
-    puts something before the text.
+    adds a saved adapter, of this method or another, under another name. It becomes the active one, the one that
+    computes. The others stay, switched off. The model is in eval mode then. `set_adapter(model, name)` makes another
+    one active. Under one name other methods may work along, such as LoRA, but neither full nor head, nor a second one
+    that puts something before the text.
 Cost
     V C parameters: 20 * 768 = 15,360. In all 20 * 768 + 1,536 = 16,896 trained, the head's 2 * 768 = 1,536 among them.
     Forward: V tokens more per text in every block. 256 tokens become 276: 8 % more in the matrices, and 16 % more
@@ -104,9 +105,9 @@ Cost
 Errors
     In this list the class of each error stands before its message. Most wrong values are found when the configuration
     is made, the others by `inject`, before it changes anything. `load_adapter` raises an AdapterError, and leaves the
-    model as it was, where a file is missing, damaged or not the one whose digest minipeft.json holds, where a tensor is
-    missing, unexpected, of another shape, of integers or not finite (it is named), where minipeft.json has another base
-    model's fingerprint (a base of another dtype is not compared), where the folder is for another task, or where
+    model as it was, in these cases. A file is missing, damaged or not the one whose digest minipeft.json holds. A
+    tensor is missing, unexpected, of another shape, of integers or not finite; the message names it. minipeft.json has
+    another base model's fingerprint; a base of another dtype is not compared. The folder is for another task. The
     peft_type is unknown. A setting in adapter_config.json that would change the numbers, and that minipeft does not
     implement, is a ConfigError. An adapter's name that is taken (`load_adapter`) or unknown (`set_adapter`, `remove`)
     is an InjectionError. Other dimensions than the model's, such as token_dim, are a ConfigError. A text with more
@@ -162,6 +163,9 @@ from minipeft.settings import POSITIVE_INTEGER, setting
 @dataclass
 class PromptTuningConfig(VirtualTokensConfig):
     """peft's PromptTuningConfig.
+
+    The defaults are peft's; only for num_virtual_tokens peft has none. The command line starts from prompt_tuning_init
+    SAMPLE_VOCAB, which suits the bundled base: see runs/defaults.py.
 
     Raises:
         ConfigError: a value of the wrong type or out of range.

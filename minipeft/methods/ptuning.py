@@ -97,7 +97,8 @@ Saved
     The encoder_* fields stay in a loaded configuration and change nothing: a table with P is in the network's place.
     All tensors are float32, but for a model that was cast after `inject`. A third file, minipeft.json, holds the base
     model's fingerprint, the digests of the other two files, and what a run adds, such as the labels' names. Without it
-    the folder loads, too.
+    the folder loads, too. Where several methods work under one name, each has a sub-folder with these three files, such
+    as lora/ and bitfit/. A minipeft.json beside the sub-folders names them.
 Merging
     Not possible: the prompt is input, not a change of weights. It is read before each text.
     `merge` is an InjectionError: "Prompt cannot be merged: it is not a change of weights".
@@ -105,10 +106,10 @@ Merging
     at position 0 again, all 1,024 are free, and the head is the one from before training. A KV cache keeps the prompt:
     start a new one.
     Several adapters. A second `inject` of the same method is an InjectionError. `load_adapter(model, folder, name)`
-    adds a saved adapter, of this method or another, under another name and makes it the active one, the one that
-    computes; the others stay, switched off, and the model is in eval mode. `set_adapter(model, name)` makes another one
-    active. Under one name other methods may work along, such as LoRA, but neither full nor head, nor a second one that
-    puts something before the text.
+    adds a saved adapter, of this method or another, under another name. It becomes the active one, the one that
+    computes. The others stay, switched off. The model is in eval mode then. `set_adapter(model, name)` makes another
+    one active. Under one name other methods may work along, such as LoRA, but neither full nor head, nor a second one
+    that puts something before the text.
 Cost
     V C + (C h + h) + (h^2 + h) + (h C + C) parameters: 20 * 768 + 3 * (768 * 768 + 768) = 1,787,136 by default.
     In all 1,787,136 + 1,536 = 1,788,672 trained, the head's 2 * 768 = 1,536 among them. Once saved and loaded,
@@ -139,13 +140,14 @@ Cost
     its forward, with the MLP 2 * 70,778,880 = 141,557,760 operations.
     Optimizer: 8 bytes per trained parameter for AdamW's two means, 14,309,376 bytes; with the LSTM
     8 * 27,175,680 = 217,405,440 bytes. Gradients take half of that. The optimizer's time, too, grows with the trained
-    parameters alone.
+    parameters alone. Weight decay acts on the head's matrix and on W_1, W_2 and W_3; with the LSTM on W_1 and W_2, not
+    on the LSTM itself; never on E, nor on the P of a loaded adapter.
 Errors
     In this list the class of each error stands before its message. Most wrong values are found when the configuration
     is made, the others by `inject`, before it changes anything. `load_adapter` raises an AdapterError, and leaves the
-    model as it was, where a file is missing, damaged or not the one whose digest minipeft.json holds, where a tensor is
-    missing, unexpected, of another shape, of integers or not finite (it is named), where minipeft.json has another base
-    model's fingerprint (a base of another dtype is not compared), where the folder is for another task, or where
+    model as it was, in these cases. A file is missing, damaged or not the one whose digest minipeft.json holds. A
+    tensor is missing, unexpected, of another shape, of integers or not finite; the message names it. minipeft.json has
+    another base model's fingerprint; a base of another dtype is not compared. The folder is for another task. The
     peft_type is unknown. A setting in adapter_config.json that would change the numbers, and that minipeft does not
     implement, is a ConfigError. An adapter's name that is taken (`load_adapter`) or unknown (`set_adapter`, `remove`)
     is an InjectionError. Other dimensions than the model's, such as token_dim, are a ConfigError. A text with more

@@ -56,9 +56,9 @@ Saved
     and so d and b for every target. score.weight is (labels, 768); all totals here are for 2 labels. Tagging has
     classifier.weight (labels, 768) and classifier.bias (labels,) in its place, a language model nothing.
     adapter_config.json must say peft_type VERA, r, target_modules, projection_prng_key and save_projection. d_initial
-    need not be there, since d is. `save_adapter` writes every setting, "all-linear" as full names of modules, and for
-    peft, Hugging Face's library, init_weights true and fan_in_fan_out true: transformers stores GPT-2's matrices as
-    (in, out).
+    need not be there, since d is. `save_adapter` writes every setting; "all-linear" becomes full names of modules. For
+    peft, Hugging Face's library, it adds init_weights true and fan_in_fan_out true, as transformers stores GPT-2's
+    matrices as (in, out).
     With `bias` "vera_only" also the bias of every target, with "all" every bias of the base. In block 0, and last:
         base_model.model.transformer.h.0.attn.c_attn.base_layer.bias (2304,)
         base_model.model.transformer.h.0.ln_1.bias (768,)
@@ -73,7 +73,8 @@ Saved
     notices.
     All tensors are float32, but for a model that was cast after `inject`. A third file, minipeft.json, holds the base
     model's fingerprint, the digests of the other two files, and what a run adds, such as the labels' names. Without it
-    the folder loads, too.
+    the folder loads, too. Where several methods work under one name, each has a sub-folder with these three files, such
+    as lora/ and bitfit/. A minipeft.json beside the sub-folders names them.
 Merging
     W <- W + diag(b) B diag(d) A, the layer's own `weight`; its bias stays. Every target can be merged; dropout is not
     part of W. `merge` keeps the W it found, and `unmerge` puts it back, bit for bit. Merged and unmerged outputs agree
@@ -84,10 +85,11 @@ Merging
     `set_adapter` and `disable_adapter` are an InjectionError, and `save_adapter` is an AdapterError; `remove` unmerges
     first. When nothing is merged, `unmerge` is an InjectionError.
     Several adapters. A second `inject` of the same method is an InjectionError. `load_adapter(model, folder, name)`
-    adds a saved adapter, of this method or another, under another name and makes it the active one, the one that
-    computes; the others stay, switched off, and the model is in eval mode. `set_adapter(model, name)` makes another one
-    active. Under one name other methods may work along that have other targets or none, such as BitFit or a prompt, but
-    neither full nor head; together with what cannot merge, nothing is merged.
+    adds a saved adapter, of this method or another, under another name. It becomes the active one, the one that
+    computes. The others stay, switched off. The model is in eval mode then. `set_adapter(model, name)` makes another
+    one active. Under one name other methods may work along that have other targets or none, such as BitFit or a prompt,
+    but neither full nor head. Beside a bottleneck adapter, a prompt or a prefix `merge` is refused, and nothing is
+    merged. Beside BitFit it merges, and the trained biases stay.
     Each adapter has an A and a B of its own.
 Cost
     r + out parameters per target: 256 + 2304 = 2,560 for a c_attn of GPT-2, and for all twelve 12 * 2,560 = 30,720.
@@ -110,9 +112,9 @@ Cost
 Errors
     In this list the class of each error stands before its message. Most wrong values are found when the configuration
     is made, the others by `inject`, before it changes anything. `load_adapter` raises an AdapterError, and leaves the
-    model as it was, where a file is missing, damaged or not the one whose digest minipeft.json holds, where a tensor is
-    missing, unexpected, of another shape, of integers or not finite (it is named), where minipeft.json has another base
-    model's fingerprint (a base of another dtype is not compared), where the folder is for another task, or where
+    model as it was, in these cases. A file is missing, damaged or not the one whose digest minipeft.json holds. A
+    tensor is missing, unexpected, of another shape, of integers or not finite; the message names it. minipeft.json has
+    another base model's fingerprint; a base of another dtype is not compared. The folder is for another task. The
     peft_type is unknown. A setting in adapter_config.json that would change the numbers, and that minipeft does not
     implement, is a ConfigError. An adapter's name that is taken (`load_adapter`) or unknown (`set_adapter`, `remove`)
     is an InjectionError. A bad regular expression in a setting is a ConfigError when `inject` uses it.
@@ -159,6 +161,9 @@ from minipeft.settings import FINITE, POSITIVE_INTEGER, PROBABILITY, SEED, setti
 @dataclass
 class VeraConfig(MethodConfig):
     """peft's VeraConfig, as far as it changes GPT-2's numbers.
+
+    The defaults are peft's. The command line starts from r 64 and all linear layers, which suit the bundled base: see
+    runs/defaults.py.
 
     Raises:
         ConfigError: a value of the wrong type or out of range.

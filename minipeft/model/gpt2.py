@@ -12,7 +12,8 @@ before it. One of three heads makes of these next-token scores, one label per te
     ln_1, ln_2, ln_f        weight * (x - mean(x)) / sqrt(mean((x - mean(x))^2) + 1e-5) + bias, over a token's C numbers
     gelu(x)                 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))           number by number
 
-Dimensions, in minipeft/model; methods write words, as B is LoRA's matrix. Sizes, 1e-5, 0.1 come from config.json:
+Dimensions have letters in minipeft/model. In minipeft/methods they have words, such as seq, because there B is LoRA's
+matrix. A model's config.json says how large they are; the numbers 1e-5 and 0.1 are from there, too.
 
     B texts in a batch    T tokens of each in this call    S tokens attention sees (cached + T)    C channels (n_embd)
     H attention heads    D size of one (C / H)    K labels    4C inner size of the MLP (n_inner, if set)
@@ -58,8 +59,9 @@ Dropout
     In training a number becomes 0 with probability p = 0.1 and is divided by 1 - p otherwise: wte + wpe (embd_pdrop),
     attention's shares (attn_pdrop), both c_proj's results (resid_pdrop), `classifier`'s input (classifier_dropout).
 Number formats
-    All is float32, unless `from_pretrained` is told another dtype. Under torch.autocast to bfloat16 or float16 products
-    with matrices, attention and logits are in that, from weights cast on the way; x, to which blocks add, is float32.
+    All is float32, unless `from_pretrained` is told another dtype. Under torch.autocast to bfloat16 or float16,
+    products with matrices, attention and logits are in that format. Weights stay float32; the
+    products take copies of them in that format. x, to which blocks add, is float32.
 Cost
     Forward, per token: 24 C^2 operations in the matrices of a block (a product and a sum are two), 4 S C in its
     attention, of which a fused kernel (attention as one operation) may skip what is masked, and 2 C vocabulary in
@@ -69,12 +71,14 @@ Cost
 On disk
     `from_pretrained` (pretrained.py) reads config.json and model.safetensors, in which names are the official ones, as
     `wte.weight`; with a head `transformer.` stands before them. Files with and without it load. Hugging Face's GPT-2
-    computes x W: files hold blocks' matrices as (in, out), c_attn (C, 3C): weights.py turns them; no tied lm_head.
+    computes x W, so a file holds the blocks' matrices as (in, out), such as c_attn (C, 3C); weights.py transposes them.
+    A tied lm_head is not in the file.
 
-Paper: Radford, Wu, Child, Luan, Amodei, Sutskever (2019), "Language Models are Unsupervised Multitask Learners". New
-against the first GPT are a LayerNorm before each layer, not after it, ln_f, c_proj's smaller start, more tokens. It
-says 117M for 124M, gives no dropout rate (0.1 is the first GPT's), trains no classifier. OpenAI's code starts wpe with
-0.01 and c_proj with 0.02. `Linear` and `Dropout` compute what torch's do, faster on a CPU.
+Paper: Radford, Wu, Child, Luan, Amodei, Sutskever (2019), "Language Models are Unsupervised Multitask Learners". Unlike
+the first GPT, this one has a LayerNorm before each layer, not after it. It also has ln_f, smaller values in c_proj at
+the start, and more tokens. The paper says 117M where it is 124M. It gives no dropout rate (0.1 is the first GPT's), and
+it trains no classifier. OpenAI's code starts wpe with 0.01 and c_proj with 0.02. `Linear` and `Dropout` compute what
+torch's do, faster on a CPU.
 """
 
 from __future__ import annotations

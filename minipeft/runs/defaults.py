@@ -5,7 +5,7 @@ A configuration made in Python has peft's defaults, so that code written for pef
 
     method   field               Config()  --method      why
     lora     lora_alpha          8         16            twice r, as is usual
-    lora     target_modules      None      all-linear    None is c_attn alone; all need to learn to equal `full` (QLoRA)
+    lora     target_modules      None      all-linear    None is c_attn alone; QLoRA needed all to equal `full`
     dora     lora_alpha          8         16            as lora
     dora     target_modules      None      all-linear    as lora
     vera     r                   256       64            256 is all of mini's width

@@ -34,10 +34,11 @@ Validation   After every e steps, e = max(1, steps_per_epoch // evaluations_per_
              fewer than e steps remain, only the last follows. The best has the best `best_by` and, among equals, the
              lowest loss. Its trained values are copied, and put back at the end.
 Signal       SIGINT (Ctrl-C), SIGHUP or SIGTERM: the step in hand is finished, with several processes at most 9 more,
-             the state is saved, and `stopped_by` is set. A validation that is due after that step comes first; none is
-             added. The model has the best validation's values then, or its present ones if there was none; the state
-             has both. Where it was the last step, a resumed run takes no more. A second signal raises KeyboardInterrupt
-             at once, and the state saved last stays; but a second SIGTERM does nothing.
+             the state is saved, and `stopped_by` is set. If a validation is due after that step, it comes first; no
+             other one is made. Then the model gets the values of the best validation. If there was no validation,
+             it keeps its present values. The state has both. If it was the last step, a resumed run takes no further
+             step. A second signal raises KeyboardInterrupt at once, and the state saved last stays; but a second
+             SIGTERM does nothing.
 State        `state_folder`/training_state.safetensors: the trained values (model/NAME), the best ones (extra/NAME),
              AdamW's means (optimizer/...), the random state; in its header, as JSON, step, curve, settings and scale.
              It is written after each validation, every `save_minutes` between two, and at a signal; a new one takes

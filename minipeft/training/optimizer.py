@@ -1,6 +1,6 @@
 """The optimizer and the learning-rate schedule, shared by fine-tuning and pretraining.
 
-AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) with decay on matrices only; the rate rises linearly, then falls
+AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) with decay on matrices only; the rate rises linearly, then falls
 along half a cosine.
 
 LoRA+ (Hayou et al. 2024, arXiv 2402.12354) multiplies the learning rate of LoRA's B, which starts at zero, and leaves

@@ -131,7 +131,8 @@ def test_what_is_the_same_for_several_methods_is_said_in_the_same_words(method):
     if method in MERGED:
         for part in ("Order[.] .* unmerges first.*nothing is merged, `unmerge` is an InjectionError",
                      "Under one name other methods .* trained biases stay[.]"):
-            assert re.search(part, text_under(method, "Merging"))[0] == re.search(part, text_under("lora", "Merging"))[0]
+            own, lora = text_under(method, "Merging"), text_under("lora", "Merging")
+            assert re.search(part, own)[0] == re.search(part, lora)[0]
 
 
 # --- facts ------------------------------------------------------------------------------------------------------------

@@ -105,7 +105,8 @@ def _end_of_time(path: Path, seconds: float) -> Callable[[], None]:
         frames = traceback.extract_stack(sys._current_frames()[learner])
         lines = [frame.lineno for frame in frames if frame.filename == str(path)]
         where = f" in line {lines[-1]}" if lines else ""
-        print(f"  FAILS   it has not ended after {seconds:g} s{where}: is there an endless loop?", file=stdout, flush=True)
+        print(f"  FAILS   it has not ended after {seconds:g} s{where}: is there an endless loop?", file=stdout,
+              flush=True)
         end_process(1)
 
     return end

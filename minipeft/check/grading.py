@@ -18,7 +18,7 @@ import torch
 
 from minipeft.check.answers import check_names, describe, is_hole, load, raise_if_interrupted
 from minipeft.check.guard import guarded
-from minipeft.check.judging import Refused, WrongShape
+from minipeft.check.judging import Refused, WrongDtype
 
 PROPERTIES = {
     "shapes": "shapes and dtypes",
@@ -53,18 +53,14 @@ def grade(method: str, path: Path) -> Iterator[tuple[str, Refused | None]]:
     for key, title in PROPERTIES.items():
         if hasattr(known, key):
             refused = _hold(getattr(known, key), answer, path)
-            if key == "shapes" and refused is not None and not refused.because and _says_little(refused):
+            if refused is not None and not refused.because and key != "formula" and not isinstance(refused, WrongDtype):
+                # A shape says little; what the same file makes of small square matrices may name the mistake.
                 by_values = _hold(known.formula, answer, path)
                 if by_values is not None and by_values.because:
                     refused.because = f"with small square matrices: {by_values.because}"
             yield title, refused
             if refused is not None:
                 return
-
-
-def _says_little(refused: Refused) -> bool:
-    """Whether small square matrices, in which every product fits, may name the mistake behind a shape or an error."""
-    return isinstance(refused, WrongShape) or not refused.expected
 
 
 def remaining(method: str, title: str) -> list[str]:

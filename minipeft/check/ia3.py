@@ -53,7 +53,8 @@ def shapes(answer: ModuleType) -> None:
         for dtype in (torch.float32, torch.float64):
             layer = make(answer, nn.Linear(IN, OUT), feedforward)[0].to(dtype)
             x = torch.randn(2, 4, IN, dtype=dtype)
-            expect_shape("layer(x)", call("layer(x)", layer, x), (2, 4, OUT), dtype, f"x {tuple(x.shape)}, {dtype}, {kind}")
+            expect_shape("layer(x)", call("layer(x)", layer, x), (2, 4, OUT), dtype,
+                         f"x {tuple(x.shape)}, {dtype}, {kind}")
 
 
 def start(answer: ModuleType) -> None:

@@ -34,8 +34,8 @@ class Refused(Exception):
         self.what, self.got, self.expected, self.given, self.because = what, got, expected, given, because
 
 
-class WrongShape(Refused):
-    """What came out has another shape. Small square matrices, in which every product fits, may tell more."""
+class WrongDtype(Refused):
+    """What came out has another dtype: of that no formula is the cause."""
 
 
 # --- texts ------------------------------------------------------------------------------------------------------------
@@ -102,9 +102,9 @@ def expect_shape(what: str, got: Any, shape: tuple[int, ...], dtype: torch.dtype
         raise Refused(what, type(got).__name__, f"a tensor of shape {shape}", given, because)
     if got.shape != shape:
         because = (wrong or {}).get(tuple(got.shape), "")
-        raise WrongShape(what, f"shape {tuple(got.shape)}", f"shape {tuple(shape)}", given, because)
+        raise Refused(what, f"shape {tuple(got.shape)}", f"shape {tuple(shape)}", given, because)
     if got.dtype != dtype:
-        raise Refused(what, str(got.dtype), str(dtype), given, (wrong or {}).get(got.dtype, cast))
+        raise WrongDtype(what, str(got.dtype), str(dtype), given, (wrong or {}).get(got.dtype, cast))
 
 
 def expect_same(what: str, got: Any, expected: Any, given: str = "", wrong: dict[str, Any] | None = None) -> None:
@@ -199,8 +199,9 @@ def check_kept(module: nn.Module, name: str, given: nn.Module) -> None:
     """
     kept = getattr(module, name, None)
     if kept is not given:
-        raise Refused(f"self.{name}", "nothing" if kept is None else "another object", "the given one itself", because=
-                      f"self.{name} is not the given object itself, but a copy or a part: what others see is not frozen")
+        raise Refused(f"self.{name}", "nothing" if kept is None else "another object", "the given one itself",
+                      because=f"self.{name} is not the given object itself, but a copy or a part of it: the given one "
+                              "stays as it was")
 
 
 def parameter(module: nn.Module, name: str, *shape: int,

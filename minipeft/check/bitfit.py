@@ -125,7 +125,7 @@ def _wrong_names(model: nn.Module) -> dict[str, set[str]]:
 def trained(answer: ModuleType) -> None:
     _trained(answer, gpt2(), "score", "GPT-2 of two blocks", _wrong_names)
     _trained(answer, relative(), "score", "a model with a q_bias, and T5's relative_attention_bias", _wrong_names)
-    _trained(answer, deep(), "classifier", "a head of two linear layers, and a body with a part of its name", _wrong_heads)
+    _trained(answer, deep(), "classifier", "a head of layers, and a part of the body with its name", _wrong_heads)
     _trained(answer, nn.Linear(3, 2), "score", "one nn.Linear, whose bias is called bias", lambda model: {
         "a name without a dot is missed: the whole name may be bias": set()})
     _trained(answer, gpt2().requires_grad_(False), "score", "GPT-2, of which all was frozen before", lambda model: {

@@ -45,7 +45,8 @@ MISTAKES = [
      "attention_mask is upside down"),
     ("own token without the offset", "torch.eye(S, dtype=torch.bool)[S - T:]", "torch.eye(T, S, dtype=torch.bool)",
      "a query's own token is looked for without the offset"),
-    ("mask ignored with a past", "    itself =", "    if S > T:\n        attention_mask = torch.ones_like(attention_mask)\n"
+    ("mask ignored with a past", "    itself =",
+     "    if S > T:\n        attention_mask = torch.ones_like(attention_mask)\n"
      "    itself =", "with a past attention_mask has no effect"),
     ("no triangle with a mask and a past", "return (mask & att", "return ((mask | (S > T)) & att",
      "with an attention_mask and a past there is no causal mask"),

@@ -121,7 +121,8 @@ def _outputs(prompt: Any) -> None:
         "one position too few is cut off": HIDDEN[:, V - 1:],
         "the prompt is kept, and the text cut off": HIDDEN[:, :V]})
     rows = torch.arange(2)
-    expect("pool(hidden, attention_mask)", prompt.pool(HIDDEN.clone(), MASK.clone()), HIDDEN[rows, torch.tensor([5, 3])],
+    expect("pool(hidden, attention_mask)", prompt.pool(HIDDEN.clone(), MASK.clone()),
+           HIDDEN[rows, torch.tensor([5, 3])],
            given(attention_mask=MASK, V=V) + ", hidden 0, 1, 4, 9, ... in shape (2, 6, 2)", _wrong_pools())
 
 

@@ -166,7 +166,8 @@ def test_the_input_of_an_answer_stays_as_it_is_or_that_is_the_mistake():
 
 def test_a_wrong_dtype_is_no_mistake_of_the_formula(tmp_path):
     path, right = tmp_path / "answer.py", (answers.HERE / "right" / "lora.py").read_text(encoding="utf-8")
-    path.write_text(right.replace("return y + self.scaling", "return y.float() + 2 * self.scaling"), encoding="utf-8")
+    path.write_text(right.replace("return y + self.scaling * F.linear(inner, self.lora_B)",
+                                  "return (y + 2 * F.linear(inner, self.lora_B)).float()"), encoding="utf-8")
     [(_, refused)] = grade("lora", path)
     assert (refused.got, refused.because) == ("torch.float32", "")
 

@@ -11,13 +11,17 @@ from torch import Tensor
 
 from minipeft.check.judging import (
     Refused,
+    call,
     check_gradients,
+    check_kept,
+    check_random,
     check_trained,
     expect,
     expect_same,
     expect_shape,
     given,
     put,
+    randomize,
     randomized,
     trained_count,
     whole,
@@ -53,26 +57,31 @@ def plain_block(width: int = C, inner: int = 8) -> Block:
 def shapes(answer: ModuleType) -> None:
     for dtype in (torch.float32, torch.float64):
         h = torch.randn(2, 5, C, dtype=dtype)
-        expect_shape("adapter(h)", make(answer, C, M)[0].to(dtype)(h), h.shape, dtype, f"h {tuple(h.shape)}, {dtype}")
+        adapter = make(answer, C, M)[0].to(dtype)
+        expect_shape("adapter(h)", call("adapter(h)", adapter, h), h.shape, dtype, f"h {tuple(h.shape)}, {dtype}")
         block = answer.AdaptedBlock(plain_block(), C, M, 1.0).to(dtype)
-        expect_shape("AdaptedBlock(...)(x)", block(h), h.shape, dtype, f"x {tuple(h.shape)}, {dtype}")
+        expect_shape("AdaptedBlock(...)(x)", call("AdaptedBlock(...)(x)", block, h), h.shape, dtype,
+                     f"x {tuple(h.shape)}, {dtype}")
 
 
 def start(answer: ModuleType) -> None:
     adapter, tensors = make(answer, C, M)
     if not tensors["down.weight"].any():
-        raise Refused("self.down.weight at the start", "all zero", "random",
-                      because="both matrices start at zero: then neither ever gets a gradient")
+        raise Refused("self.down.weight at the start", "all zero", "random", because=(
+            "W_down and W_up have changed places: W_down starts random, W_up at zero" if tensors["up.weight"].any() else
+            "both matrices start at zero: then neither ever gets a gradient"))
     for name in ("up.weight", "up.bias"):
         if tensors[name].any():
             raise Refused(f"self.{name} at the start", "random", "all zero",
                           because=f"{name} starts random: it has to start at zero")
+    check_random("down.weight", tensors["down.weight"])
     h = torch.randn(2, 5, C)
-    expect("adapter(h) at the start", adapter(h), h, "random h",
+    expect("adapter(h) at the start", call("adapter(h)", adapter, h), h, "random h",
            {"h itself is not added: the adapter gives what it adds alone": torch.zeros_like(h),
             "h is added twice": 2 * h, "relu is applied to the sum, too": F.relu(h)})
     block, x = plain_block(), torch.randn(2, 5, C)
-    expect("AdaptedBlock(...)(x) at the start", answer.AdaptedBlock(block, C, M, 1.0)(x), block(x), "random x",
+    adapted = answer.AdaptedBlock(block, C, M, 1.0)
+    expect("AdaptedBlock(...)(x) at the start", call("AdaptedBlock(...)(x)", adapted, x), block(x), "random x",
            {name: value for name, value in _wrong_blocks(block, lambda h: h, lambda h: h, x).items()
             if not torch.allclose(value, block(x))})
 
@@ -132,7 +141,8 @@ def formula(answer: ModuleType) -> None:
         adapter, tensors = make(answer, 2, 2, *([scaling] if scaling != 1 else []))
         for name, values in {"down.weight": DOWN, "down.bias": B_DOWN, "up.weight": UP, "up.bias": B_UP}.items():
             put(tensors[name], values)
-        expect("adapter(h)", adapter(H[None])[0], H + scaling * (F.relu(H @ DOWN.T + B_DOWN) @ UP.T + B_UP),
+        expect("adapter(h)", call("adapter(h)", adapter, H[None])[0],
+               H + scaling * (F.relu(H @ DOWN.T + B_DOWN) @ UP.T + B_UP),
                given(h=H, W_down=DOWN, b_down=B_DOWN, W_up=UP, b_up=B_UP, s=scaling), _wrong(scaling))
     _block(answer)
 
@@ -141,10 +151,8 @@ def _block(answer: ModuleType) -> None:
     """Both adapters in a block of this library."""
     block = plain_block().double()
     adapted, x = answer.AdaptedBlock(block, C, M, float(S)).double(), torch.randn(1, 5, C, dtype=torch.float64)
-    adapters = [adapted.first, adapted.second]
-    for number, each in enumerate(adapters):
-        randomized(each, seed=number + 1)
-    first, second = ([*tensors_of(each, C, M).values()] for each in adapters)
+    first, second = ([*tensors_of(each, C, M).values()] for each in (adapted.first, adapted.second))
+    randomize(first, seed=1), randomize(second, seed=2)
 
     def by_equation(weights: list[Tensor]) -> Any:
         return lambda h: h + S * F.linear(F.relu(F.linear(h, *weights[:2])), *weights[2:])
@@ -153,23 +161,35 @@ def _block(answer: ModuleType) -> None:
     y = x + first(block.attn(block.ln_1(x)))
     unscaled = [lambda h, each=each: h + (each(h) - h) / S for each in (first, second)]
     y_unscaled = x + unscaled[0](block.attn(block.ln_1(x)))
-    expect("AdaptedBlock(...)(x)", adapted(x), y + second(block.mlp(block.ln_2(y))), f"random x and values, s {S}", {
+    got = call("AdaptedBlock(...)(x)", adapted, x)
+    expect("AdaptedBlock(...)(x)", got, y + second(block.mlp(block.ln_2(y))), f"random x and values, s {S}", {
         **_wrong_blocks(block, first, second, x),
         "scaling is not handed on to the adapters": y_unscaled + unscaled[1](block.mlp(block.ln_2(y_unscaled)))})
 
 
 def gradients(answer: ModuleType) -> None:
-    adapter = randomized(answer.BottleneckAdapter(C, M, 1.5).double())
+    adapter = answer.BottleneckAdapter(C, M, 1.5).double()
+    tensors = tensors_of(adapter, C, M)
+    randomize(tensors.values())
     h = torch.randn(1, 2, C, dtype=torch.float64, requires_grad=True)
-    check_gradients("adapter(h)", lambda: adapter(h), {"h": h, **tensors_of(adapter, C, M)})
+    check_gradients("adapter(h)", lambda: adapter(h), {"h": h, **tensors})
+    adapted = answer.AdaptedBlock(plain_block().double(), C, M, 1.5).double()
+    tensors = _both(adapted)
+    randomize(tensors.values())
+    check_gradients("AdaptedBlock(...)(x)", lambda: adapted(h), {"x": h, **tensors})
+
+
+def _both(adapted: Any) -> dict[str, Tensor]:
+    """The tensors of both adapters."""
+    return {f"{place}.{name}": tensor for place in ("first", "second")
+            for name, tensor in tensors_of(getattr(adapted, place), C, M).items()}
 
 
 def trained(answer: ModuleType) -> None:
     block = plain_block()
     adapted = answer.AdaptedBlock(block, C, M, 1.0)
-    wanted = {f"{place}.{name}": tensor for place in ("first", "second")
-              for name, tensor in tensors_of(getattr(adapted, place), C, M).items()}
-    check_trained(adapted, wanted, {f"block.{name}": tensor for name, tensor in block.named_parameters()})
+    check_kept(adapted, "block", block)
+    check_trained(adapted, _both(adapted), {f"block.{name}": tensor for name, tensor in block.named_parameters()})
 
 
 def count(answer: ModuleType) -> None:
@@ -180,7 +200,8 @@ def count(answer: ModuleType) -> None:
 
 
 def padding(answer: ModuleType) -> None:
-    adapter = randomized(make(answer, C, M)[0])
+    adapter, tensors = make(answer, C, M)
+    randomize(tensors.values())
     h = torch.randn(2, 5, C)
     expect("adapter(h)[:, :3], and adapter(h[:, :3])", adapter(h)[:, :3], adapter(h[:, :3]), "random h (2, 5, 4)")
     expect("adapter(h)[:1], and adapter(h[:1])", adapter(h)[:1], adapter(h[:1]), "random h (2, 5, 4)")

@@ -24,7 +24,7 @@ def load(path: Path) -> ModuleType:
         AnswerError: saying in one line what stopped it, and in which line of the file.
     """
     try:
-        source = path.read_text(encoding="utf-8")
+        source = path.read_text(encoding="utf-8-sig")             # some editors put a mark at the beginning
     except (OSError, UnicodeDecodeError) as error:
         because = getattr(error, "strerror", None) or "it is no UTF-8 text"
         raise AnswerError(f"{path} cannot be read: {because}") from None
@@ -36,7 +36,8 @@ def load(path: Path) -> ModuleType:
     except (SyntaxError, ValueError) as error:
         at = f"line {error.lineno}: " if getattr(error, "lineno", None) else ""
         raise AnswerError(f"{at}{type(error).__name__}: {_first_line(getattr(error, 'msg', error))}") from None
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        raise_if_interrupted(error, path)
         raise AnswerError(describe(error, path)) from None
     return module
 
@@ -65,6 +66,14 @@ def check_names(module: ModuleType, names: dict[str, int]) -> None:
                               "template's signatures") from None
 
 
+def raise_if_interrupted(error: BaseException, path: Path) -> None:
+    """Raise the KeyboardInterrupt that comes from the keyboard. One that the file raises itself is its error."""
+    if isinstance(error, KeyboardInterrupt):
+        frames = _frames(error, path)
+        if not (frames and "KeyboardInterrupt" in (frames[-1].line or "")):
+            raise error
+
+
 def is_hole(error: BaseException) -> bool:
     """Whether it is a hole of the template that was reached."""
     return isinstance(error, NotImplementedError)
@@ -72,16 +81,23 @@ def is_hole(error: BaseException) -> bool:
 
 def describe(error: BaseException, path: Path) -> str:
     """An exception in one line: which, where in the file, and its message's first line."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    frames = _frames(error, path)
     where = f"line {frames[-1].lineno}" + (f", {frames[-1].name}: " if frames[-1].name != "<module>" else ": ") \
         if frames else ""
     if is_hole(error):
-        return f"{where}not written yet" + (f" ({_first_line(error)})" if str(error) else "")
+        return f"{where}not written yet" + (f" ({message})" if (message := _first_line(error)) else "")
     if isinstance(error, SystemExit):
         return f"{where}the file ends the program"
     return f"{where}{type(error).__name__}: {_first_line(error)}"
 
 
+def _frames(error: BaseException, path: Path) -> list[traceback.FrameSummary]:
+    return [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+
+
 def _first_line(message: Any) -> str:
-    text = (str(message).strip().splitlines() or [""])[0]
+    try:
+        text = (str(message).strip().splitlines() or [""])[0]
+    except BaseException as error:                             # an exception's __str__ may be the learner's, too
+        text = f"its message cannot be shown ({type(error).__name__})"
     return text if len(text) <= LONGEST_LINE else text[:LONGEST_LINE - 3] + "..."

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from minipeft.check.judging import (
     Refused,
+    call,
     check_gradients,
     expect,
     expect_same,
     expect_shape,
     given,
     put,
-    randomized,
+    randomize,
     trained_count,
     whole,
     with_bias,
@@ -58,16 +59,18 @@ def shapes(answer: ModuleType) -> None:
                  "x (3, 5, 8)")
     expect_shape("merge_heads(x)", answer.merge_heads(torch.randn(3, H, 5, D)), (3, 5, C), torch.float32,
                  "x (3, 2, 5, 4)")
-    because = "visible says True and False; what is added to the scores is attend's own business"
-    expect_shape("visible(3, 5)", answer.visible(3, 5, None), (3, 5), torch.bool, because=because)
+    cast = "visible says True and False; what is added to the scores is attend's own business"
+    expect_shape("visible(3, 5)", answer.visible(3, 5, None), (3, 5), torch.bool, cast=cast)
     expect_shape("visible(3, 5, attention_mask)", answer.visible(3, 5, torch.ones(2, 5, dtype=torch.long)),
                  (2, 1, 3, 5), torch.bool, "attention_mask (2, 5)", wrong={
-                     (2, 3, 5): "the heads' axis is missing: (batch, T, S) would be taken for (heads, T, S)"})
+                     (2, 3, 5): "the heads' axis is missing: (batch, T, S) would be taken for (heads, T, S)"},
+                 cast=cast)
     for dtype in (torch.float32, torch.float64):
         x = torch.randn(2, 5, C, dtype=dtype)
         module = answer.Attention(C, H).to(dtype)
         with_bias(module, "c_attn", 3 * C, C), with_bias(module, "c_proj", C, C)
-        expect_shape("Attention(8, 2)(x)", module(x), (2, 5, C), dtype, f"x (2, 5, 8), {dtype}")
+        expect_shape("Attention(8, 2)(x)", call("Attention(8, 2)(x)", module, x), (2, 5, C), dtype,
+                     f"x (2, 5, 8), {dtype}")
 
 
 def _wrong_attend() -> dict[str, Tensor]:
@@ -96,7 +99,8 @@ def _wrong_attend() -> dict[str, Tensor]:
 
 def formula(answer: ModuleType) -> None:
     x = torch.arange(16.0).view(1, 2, C)
-    expect("split_heads(x, 2)", answer.split_heads(x, H), heads(x), "x 0, 1, 2, ... 15 in shape (1, 2, 8)", {
+    got = call("split_heads(x, 2)", answer.split_heads, x, H)
+    expect("split_heads(x, 2)", got, heads(x), "x 0, 1, 2, ... 15 in shape (1, 2, 8)", {
         "the heads are cut across tokens: split C into (H, D) first, then exchange T and H": x.view(1, H, 2, D),
         "the heads own every second channel: head 0 owns the first D": x.view(1, 2, D, H).permute(0, 3, 1, 2)})
     expect("merge_heads(split_heads(x, 2))", answer.merge_heads(heads(x)), x, "x 0, 1, 2, ... 15 in shape (1, 2, 8)", {
@@ -111,12 +115,13 @@ def formula(answer: ModuleType) -> None:
         if S > T:
             wrong["the triangle begins at the upper left corner: the queries are the last T of the S"] = ones.tril()
         expect(f"visible({T}, {S})", answer.visible(T, S, None), triangle(T, S), wrong=wrong)
-    expect("attend(q, k, v, mask)", answer.attend(Q, K, V, CAUSAL), softmax_attention(Q, K, V, CAUSAL),
+    got = call("attend(q, k, v, mask)", answer.attend, Q, K, V, CAUSAL)
+    expect("attend(q, k, v, mask)", got, softmax_attention(Q, K, V, CAUSAL),
            given(q=Q[0], k=K[0], v=V[0]) + ", a causal mask", _wrong_attend())
     q, k, v = torch.randn(3, 1, 1, 2, 9, dtype=torch.float64)
     expect("attend(q, k, v, mask), D 9", answer.attend(q, k, v, CAUSAL), softmax_attention(q, k, v, CAUSAL),
            "random q, k and v", {"divided by D / 2, not by sqrt(D)": softmax_attention(q, k, v, CAUSAL, 2 / 9)})
-    module, x = randomized(answer.Attention(C, H)).double(), torch.randn(1, 5, C, dtype=torch.float64)
+    module, x = _random(answer), torch.randn(1, 5, C, dtype=torch.float64)
     expect("Attention(8, 2)(x)", module(x), _forward(module, x, triangle(5, 5)), "random x (1, 5, 8)",
            _wrong_forward(module, x, triangle(5, 5)))
 
@@ -149,8 +154,16 @@ def _wrong_forward(module: Any, x: Tensor, mask: Tensor) -> dict[str, Tensor]:
             "c_proj's bias is left out": joined(o) @ module.c_proj.weight.T}
 
 
+def _random(answer: ModuleType, channels: int = C) -> Any:
+    """The answer's module in float64, with both layers random."""
+    module = answer.Attention(channels, H).double()
+    randomize([*with_bias(module, "c_attn", 3 * channels, channels).values(),
+               *with_bias(module, "c_proj", channels, channels).values()])
+    return module
+
+
 def gradients(answer: ModuleType) -> None:
-    module = randomized(answer.Attention(4, 2).double())
+    module = _random(answer, 4)
     x = torch.randn(1, 3, 4, dtype=torch.float64, requires_grad=True)
     check_gradients("Attention(4, 2)(x)", lambda: module(x),
                     {"x": x, **with_bias(module, "c_attn", 12, 4), **with_bias(module, "c_proj", 4, 4)})
@@ -163,7 +176,7 @@ def count(answer: ModuleType) -> None:
 
 
 def padding(answer: ModuleType) -> None:
-    module = randomized(answer.Attention(C, H)).double()
+    module = _random(answer)
     x, pads = torch.randn(1, 3, C, dtype=torch.float64), 5 * torch.randn(1, 2, C, dtype=torch.float64)
     alone = module(x)
     for side, mask in (("left", [0, 0, 1, 1, 1]), ("right", [1, 1, 1, 0, 0])):
@@ -186,8 +199,28 @@ def padding(answer: ModuleType) -> None:
            alone.expand(2, -1, -1), "two texts, each with its own mask")
 
 
+    _masked(answer)
+
+
+def _masked(answer: ModuleType) -> None:
+    """`visible` with a past and pads, for the queries that are real tokens. What a pad sees means nothing."""
+    T, S, mask = 3, 5, torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
+    shown, real, ones = mask.bool()[:, None], mask.bool()[:, S - T:], torch.ones(T, S, dtype=torch.bool)
+    seen = triangle(T, S)
+    wrong = {"a query's own token is looked for without the offset: query i is token S - T + i":
+                 (seen & shown) | torch.eye(T, S, dtype=torch.bool),
+             "with a past attention_mask has no effect: cached pads are hidden, too": seen.expand(2, -1, -1),
+             "with an attention_mask and a past there is no causal mask: a query sees later tokens": ones & shown,
+             "with an attention_mask the triangle begins at the upper left corner: the queries are the last T of the S":
+                 (ones.tril() & shown) | torch.eye(S, dtype=torch.bool)[S - T:],
+             "every text gets the first one's mask": (seen & shown[:1]).expand(2, -1, -1)}
+    got = call("visible(3, 5, attention_mask)", answer.visible, T, S, mask)
+    expect("visible(3, 5, attention_mask) for the queries that are real tokens", got[:, 0][real],
+           (seen & shown)[real], given(attention_mask=mask), {name: value[real] for name, value in wrong.items()})
+
+
 def causal(answer: ModuleType) -> None:
-    module, x = randomized(answer.Attention(C, H)).double(), torch.randn(1, 5, C, dtype=torch.float64)
+    module, x = _random(answer), torch.randn(1, 5, C, dtype=torch.float64)
     y, changed = module(x), x.clone()
     changed[:, 3] += 1
     expect("Attention(...)(x)[:, :3], before and after token 3 changes", module(changed)[:, :3], y[:, :3], "random x")

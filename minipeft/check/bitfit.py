@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from minipeft.check.judging import Refused, close, expect, expect_same, given, randomized, trained_count
+from minipeft.check.judging import Refused, call, close, expect, expect_same, given, randomized, trained_count
 from minipeft.check.references import reference_case
 from minipeft.model.config import GPT2Config
 from minipeft.model.gpt2 import GPT2ForSequenceClassification
@@ -26,13 +27,24 @@ def gpt2(seed: int = 0) -> GPT2ForSequenceClassification:
 
 def relative() -> nn.Module:
     """Names that a search for "bias" or "score" within a name falls for; T5 has a relative_attention_bias."""
-    return nn.ModuleDict({"relative_attention_bias": nn.Embedding(4, 2), "dense": nn.Linear(3, 2),
-                          "score_norm": nn.LayerNorm(2), "score": nn.Linear(2, 2)})
+    model = nn.ModuleDict({"relative_attention_bias": nn.Embedding(4, 2), "dense": nn.Linear(3, 2),
+                           "score_norm": nn.LayerNorm(2), "score": nn.Linear(2, 2)})
+    model["dense"].q_bias = nn.Parameter(torch.zeros(2))
+    return model
 
 
-def right_names(model: nn.Module) -> list[str]:
+def deep() -> nn.Module:
+    """A head of two layers, under another name that a part of the model has, too."""
+    model = nn.ModuleDict({"body": nn.Linear(3, 2), "score": nn.Linear(2, 2)})
+    model["body"].classifier = nn.Linear(2, 2)
+    model["classifier"] = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2), nn.Linear(2, 3))
+    return model
+
+
+def right_names(model: nn.Module, head: str = "score") -> list[str]:
     """What is trained, in the model's order."""
-    return [name for name, _ in model.named_parameters() if name.endswith(".bias") or name.startswith("score.")]
+    return [name for name, _ in model.named_parameters()
+            if name.split(".")[-1] == "bias" or name.startswith(f"{head}.")]
 
 
 def shapes(answer: ModuleType) -> None:
@@ -57,7 +69,8 @@ def start(answer: ModuleType) -> None:
 
 def formula(answer: ModuleType) -> None:
     gradient = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0], [7.0, 9.0]]])
-    expect("bias_gradient(output_gradient)", answer.bias_gradient(gradient), torch.tensor([16.0, 21.0]),
+    expect("bias_gradient(output_gradient)", call("bias_gradient(output_gradient)", answer.bias_gradient, gradient),
+           torch.tensor([16.0, 21.0]),
            given(output_gradient=gradient), {
                "the mean over batch and seq: b is added to every token, so it is the sum": gradient.mean((0, 1)),
                "the sum over batch alone: b is added to every token, so seq is summed, too": gradient.sum(0),
@@ -93,6 +106,8 @@ def _wrong_names(model: nn.Module) -> dict[str, set[str]]:
     head = {"score.weight", "score.bias"} & everything
     return {"what has bias within its name is trained, too: relative_attention_bias.weight is no bias":
                 right | {name for name in everything if "bias" in name},
+            "what ends in bias is trained, too: q_bias is another name": right | {
+                name for name in everything if name.endswith("bias")},
             "what begins with the head's name is trained, too: score_norm is not the head":
                 right | {name for name in everything if name.startswith("score")},
             "the head is missing: it starts random, and has to be trained": right - head,
@@ -108,18 +123,38 @@ def _wrong_names(model: nn.Module) -> dict[str, set[str]]:
 
 
 def trained(answer: ModuleType) -> None:
-    for model, text in ((gpt2(), "GPT-2 of two blocks"), (relative(), "a model with T5's relative_attention_bias")):
-        right = right_names(model)
-        answer.bitfit(model, "score")
-        flags = {name for name, tensor in model.named_parameters() if tensor.requires_grad}
-        for what, names in (("trained_names(model, 'score')", set(answer.trained_names(model, "score"))),
-                            ("what requires a gradient after bitfit(model, 'score')", flags)):
-            if names != set(right):
-                because = next((name for name, wrong in _wrong_names(model).items() if wrong == names), "")
-                if because == "all is trained" and what.startswith("what"):
-                    because = "nothing is frozen: the rest has to stop requiring a gradient"
-                raise Refused(what, _difference(names - set(right), set(right) - names), f"{len(right)} names", text,
-                              because)
+    _trained(answer, gpt2(), "score", "GPT-2 of two blocks", _wrong_names)
+    _trained(answer, relative(), "score", "a model with a q_bias, and T5's relative_attention_bias", _wrong_names)
+    _trained(answer, deep(), "classifier", "a head of layers, and a part of the body with its name", _wrong_heads)
+    _trained(answer, nn.Linear(3, 2), "score", "one nn.Linear, whose bias is called bias", lambda model: {
+        "a name without a dot is missed: the whole name may be bias": set()})
+    _trained(answer, gpt2().requires_grad_(False), "score", "GPT-2, of which all was frozen before", lambda model: {
+        "bitfit freezes only: what is trained has to require a gradient, whatever it did before": set()})
+
+
+def _wrong_heads(model: nn.Module) -> dict[str, set[str]]:
+    """Misconception -> the names it trains of `deep`."""
+    everything, biases = {name for name, _ in model.named_parameters()}, {
+        name for name, _ in model.named_parameters() if name.endswith("bias")}
+    return {"the head's name is not looked at: it is the second argument": biases | {"score.weight"},
+            "only the weight of the head itself is trained: a head may have layers": biases,
+            "what has the head's name in another place is trained, too: body.classifier is not the head":
+                biases | {name for name in everything if "classifier" in name}}
+
+
+def _trained(answer: ModuleType, model: nn.Module, head: str, text: str,
+             wrong_names: Callable[[nn.Module], dict[str, set[str]]]) -> None:
+    """The names, and what requires a gradient, in one model."""
+    right = set(right_names(model, head))
+    answer.bitfit(model, head)
+    flags = {name for name, tensor in model.named_parameters() if tensor.requires_grad}
+    for what, names in ((f"trained_names(model, '{head}')", set(answer.trained_names(model, head))),
+                        (f"what requires a gradient after bitfit(model, '{head}')", flags)):
+        if names != right:
+            because = next((name for name, wrong in wrong_names(model).items() if wrong == names), "")
+            if because == "all is trained" and what.startswith("what"):
+                because = "nothing is frozen: the rest has to stop requiring a gradient"
+            raise Refused(what, _difference(names - right, right - names), f"{len(right)} names", text, because)
 
 
 def _difference(more: set[str], fewer: set[str]) -> str:
@@ -151,7 +186,7 @@ def saved(answer: ModuleType) -> None:
         expect(f"to_save(model, 'score')['{name}']", tensor, model.get_parameter(name).detach(), "random values")
         if tensor.requires_grad:
             raise Refused(f"to_save(model, 'score')['{name}'].requires_grad", "True", "False",
-                          because="a saved tensor is a part of the graph: detach the copy")
+                          because="a saved tensor is a part of the graph, or a Parameter: detach the copy")
     randomized(model, seed=2)
     if not all(torch.equal(kept[name], values[name]) for name in values):
         raise Refused("a saved tensor after a training step", "other values", "those from before",
@@ -168,6 +203,7 @@ def _loaded(answer: ModuleType, model: nn.Module, values: dict[str, Tensor], out
     answer.bitfit(model, "score")
     objects, before = dict(model.named_parameters()), model(IDS).detach()
     answer.load(model, values)
+    trained = {name for name, tensor in model.named_parameters() if tensor.requires_grad}
     half = gpt2(seed=1)
     half.load_state_dict({**model.state_dict(), "score.weight": half.score.weight})
     expect("model(ids) after load", model(IDS), output, given(ids=IDS),
@@ -177,6 +213,15 @@ def _loaded(answer: ModuleType, model: nn.Module, values: dict[str, Tensor], out
         if tensor is not objects[name]:
             raise Refused(f"{name} after load", "another object", "the same nn.Parameter", because=
                           "load puts new Parameters into the model: an optimizer still holds the old ones")
+    if trained != set(right_names(model)):
+        raise Refused("what requires a gradient after load", f"{len(trained)} tensors", f"{len(right_names(model))}",
+                      because="load changes what is trained: training goes on after it")
+    for name, values_before in {name: tensor.clone() for name, tensor in values.items()}.items():
+        with torch.no_grad():
+            model.get_parameter(name).add_(1)
+        if not torch.equal(values[name], values_before):
+            raise Refused(f"saved['{name}'] when the model is trained after load", "other values", "those of before",
+                          because="load makes the saved tensors the model's own: they change with training; copy them")
 
 
 def reference(answer: ModuleType) -> None:

@@ -12,7 +12,10 @@ from torch import Tensor
 
 from minipeft.check.judging import (
     Refused,
+    call,
     check_gradients,
+    check_kept,
+    check_random,
     check_trained,
     expect,
     expect_same,
@@ -21,7 +24,7 @@ from minipeft.check.judging import (
     linear,
     parameter,
     put,
-    randomized,
+    randomize,
     trained_count,
     unchanged,
     whole,
@@ -54,7 +57,7 @@ def shapes(answer: ModuleType) -> None:
     for dtype in (torch.float32, torch.float64):
         layer = make(answer, nn.Linear(IN, OUT), R, ALPHA)[0].to(dtype)
         x = torch.randn(2, 4, IN, dtype=dtype)
-        expect_shape("layer(x)", layer(x), (2, 4, OUT), dtype, f"x {tuple(x.shape)}, {dtype}")
+        expect_shape("layer(x)", call("layer(x)", layer, x), (2, 4, OUT), dtype, f"x {tuple(x.shape)}, {dtype}")
 
 
 def start(answer: ModuleType) -> None:
@@ -66,6 +69,7 @@ def start(answer: ModuleType) -> None:
     if not lora_A.any():
         raise Refused("self.lora_A at the start", "all zero", "random",
                       because="A and B both start at zero: then neither ever gets a gradient")
+    check_random("lora_A", lora_A)
     norms = base.weight.norm(dim=1)
     expect("self.magnitude at the start", magnitude, norms, "a random W",
            {"m starts at one: it has to start at the length of each row of W": torch.ones(OUT),
@@ -111,15 +115,16 @@ def formula(answer: ModuleType) -> None:
     wrong["c stretches the bias, too: it is added afterwards"] = stretch * (X @ V.T + BIAS)
     wrong["the base layer's bias is left out"] = stretch * (X @ V.T)
     wrong["the base layer's bias is added twice"] = stretch * (X @ V.T) + 2 * BIAS
-    expect("layer(x)", small(answer)(X[None])[0], stretch * (X @ V.T) + BIAS,
+    expect("layer(x)", call("layer(x)", small(answer), X[None])[0], stretch * (X @ V.T) + BIAS,
            given(x=X, W=W, bias=BIAS, A=A, B=B, m=M, r=2, lora_alpha=ALPHA), wrong)
 
 
 def gradients(answer: ModuleType) -> None:
     layer, _, _, _ = make(answer, nn.Linear(IN, OUT).double(), R, ALPHA)
-    layer = randomized(layer.double())
+    layer = layer.double()
     lora_A, lora_B = parameter(layer, "lora_A", R, IN), parameter(layer, "lora_B", OUT, R)
     magnitude = parameter(layer, "magnitude", OUT)
+    randomize([lora_A, lora_B, magnitude])
     x = torch.randn(1, 2, IN, dtype=torch.float64, requires_grad=True)
     check_gradients("layer(x)", lambda: layer(x), {"x": x, "m": magnitude})
     found = torch.autograd.grad(layer(x).square().sum(), (lora_A, lora_B), allow_unused=True)
@@ -143,6 +148,7 @@ def _slopes(layer: Any, x: Tensor, A: Tensor, B: Tensor, m: Tensor, through_norm
 def trained(answer: ModuleType) -> None:
     base = nn.Linear(IN, OUT)
     layer, lora_A, lora_B, magnitude = make(answer, base, R, ALPHA)
+    check_kept(layer, "base_layer", base)
     check_trained(layer, {"A": lora_A, "B": lora_B, "m": magnitude},
                   {"W": base.weight, "the base layer's bias": base.bias})
 
@@ -159,7 +165,8 @@ def merged(answer: ModuleType) -> None:
         expect("layer.merged_weight()", layer.merged_weight(), stretch * (W + ALPHA / 2 * B @ A),
                given(W=W, A=A, B=B, m=M, r=2, lora_alpha=ALPHA),
                {f"in merging: {name}": matrix for name, matrix in _wrong_matrices().items()})
-    wide, x = randomized(make(answer, nn.Linear(IN, OUT), R, ALPHA)[0]), torch.randn(2, 4, IN)
+    (wide, *tensors), x = make(answer, nn.Linear(IN, OUT), R, ALPHA), torch.randn(2, 4, IN)
+    randomize(tensors)
     expect("F.linear(x, layer.merged_weight(), bias)", F.linear(x, wide.merged_weight(), wide.base_layer.bias),
            wide(x), "a 5 x 3 matrix")
 

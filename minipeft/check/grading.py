@@ -16,8 +16,9 @@ from types import ModuleType
 
 import torch
 
-from minipeft.check.answers import check_names, describe, is_hole, load
-from minipeft.check.judging import Refused
+from minipeft.check.answers import check_names, describe, is_hole, load, raise_if_interrupted
+from minipeft.check.guard import guarded
+from minipeft.check.judging import Refused, WrongDtype
 
 PROPERTIES = {
     "shapes": "shapes and dtypes",
@@ -45,15 +46,18 @@ def grade(method: str, path: Path) -> Iterator[tuple[str, Refused | None]]:
     Raises:
         AnswerError: the file cannot be graded.
     """
-    known, answer = exercise(method), load(path)
+    known = exercise(method)
+    with guarded():
+        answer = load(path)
     check_names(answer, known.NAMES)
     for key, title in PROPERTIES.items():
         if hasattr(known, key):
             refused = _hold(getattr(known, key), answer, path)
-            if refused is not None and not refused.because and key != "formula":
+            if refused is not None and not refused.because and key != "formula" and not isinstance(refused, WrongDtype):
                 # A shape says little; what the same file makes of small square matrices may name the mistake.
                 by_values = _hold(known.formula, answer, path)
-                refused.because = by_values.because if by_values is not None else ""
+                if by_values is not None and by_values.because:
+                    refused.because = f"with small square matrices: {by_values.because}"
             yield title, refused
             if refused is not None:
                 return
@@ -67,13 +71,14 @@ def remaining(method: str, title: str) -> list[str]:
 
 def _hold(check: Callable[[ModuleType], None], answer: ModuleType, path: Path) -> Refused | None:
     torch.manual_seed(0)
-    with warnings.catch_warnings():
+    with guarded(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             check(answer)
         except Refused as refused:
             return refused
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
+            raise_if_interrupted(error, path)
             hole = "there is a hole of the template left" if is_hole(error) else ""
             return Refused("", describe(error, path), "", because=hole)
     return None

@@ -11,7 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minipeft.check.judging import (
+    Refused,
+    call,
     check_gradients,
+    check_kept,
     check_trained,
     expect,
     expect_same,
@@ -21,7 +24,7 @@ from minipeft.check.judging import (
     pair,
     parameter,
     put,
-    randomized,
+    randomize,
     trained_count,
     unchanged,
     whole,
@@ -50,7 +53,8 @@ def shapes(answer: ModuleType) -> None:
         for dtype in (torch.float32, torch.float64):
             layer = make(answer, nn.Linear(IN, OUT), feedforward)[0].to(dtype)
             x = torch.randn(2, 4, IN, dtype=dtype)
-            expect_shape("layer(x)", layer(x), (2, 4, OUT), dtype, f"x {tuple(x.shape)}, {dtype}, {kind}")
+            expect_shape("layer(x)", call("layer(x)", layer, x), (2, 4, OUT), dtype,
+                         f"x {tuple(x.shape)}, {dtype}, {kind}")
 
 
 def start(answer: ModuleType) -> None:
@@ -59,7 +63,7 @@ def start(answer: ModuleType) -> None:
         layer, scale = make(answer, base, feedforward)
         x = torch.randn(2, 4, IN)
         y = F.linear(x, base.weight, base.bias)
-        expect("layer(x) at the start", layer(x), y, f"random x, {kind}",
+        expect("layer(x) at the start", call("layer(x)", layer, x), y, f"random x, {kind}",
                {"l starts at zero: it has to start at one": torch.zeros_like(y) if not feedforward
                 else base.bias.expand_as(y), "l is added instead of multiplied": y + 1})
         expect("self.ia3_l at the start", scale, torch.ones_like(scale), kind,
@@ -88,8 +92,12 @@ def formula(answer: ModuleType) -> None:
     for feedforward, kind in KINDS.items():
         layer, scale = make(answer, linear(W, BIAS), feedforward)
         put(scale, L)
-        expect("layer(x)", layer(X[None])[0], (L * X) @ W.T + BIAS if feedforward else L * (X @ W.T + BIAS),
-               f"{given(x=X, W=W, bias=BIAS, l=L)}, {kind}", _wrong(feedforward))
+        right = (L * X) @ W.T + BIAS if feedforward else L * (X @ W.T + BIAS)
+        text = f"{given(x=X, W=W, bias=BIAS, l=L)}, {kind}"
+        expect("layer(x)", call("layer(x)", layer, X[None]), right[None], text, {
+            name: value[None] for name, value in _wrong(feedforward).items()})
+        expect("layer.eval()(x)", call("layer(x)", layer.eval(), X[None]), right[None], text,
+               {"in eval mode l has no effect": (X @ W.T + BIAS)[None]})
     _places(answer)
 
 
@@ -103,9 +111,18 @@ def _places(answer: ModuleType) -> None:
 
     right = chosen(attn_c_attn=False, mlp_c_proj=True)
     got = answer.places(list(names))
+    if not isinstance(got, dict):
+        raise Refused("places(names)", type(got).__name__, "a dictionary", because=
+                      "nothing is returned: is a return missing?" if got is None else
+                      "each name has to come with whether it is a feed-forward layer")
     expect_same("places(names)", got, right, "the 8 linear layers of two blocks", {
+        "all linear layers get a vector: two of each block's four do": got if got.keys() == set(names) else None,
         "attn.c_proj gets a vector, too: of the two layers called c_proj only mlp's is meant":
-            got if isinstance(got, dict) and any("attn.c_proj" in name for name in got) else None,
+            got if got.keys() == right.keys() | {name for name in names if name.endswith("attn.c_proj")} else None,
+        "attn.c_proj gets a vector instead of mlp.c_proj":
+            got if got.keys() == chosen(attn_c_attn=False, attn_c_proj=True).keys() else None,
+        "the kinds are exchanged: c_attn is an ordinary layer, mlp.c_proj a feed-forward one":
+            chosen(attn_c_attn=True, mlp_c_proj=False),
         "mlp.c_fc is rescaled: it is the input of mlp.c_proj that is": chosen(attn_c_attn=False, mlp_c_fc=False),
         "mlp.c_proj is not said to be a feed-forward one": chosen(attn_c_attn=False, mlp_c_proj=False),
         "both are said to be feed-forward ones: c_attn's output is rescaled": chosen(attn_c_attn=True, mlp_c_proj=True),
@@ -117,16 +134,18 @@ def _places(answer: ModuleType) -> None:
 
 def gradients(answer: ModuleType) -> None:
     for feedforward, kind in KINDS.items():
-        layer = randomized(make(answer, nn.Linear(IN, OUT).double(), feedforward)[0].double())
+        layer = make(answer, nn.Linear(IN, OUT).double(), feedforward)[0].double()
+        scale = parameter(layer, "ia3_l", IN if feedforward else OUT)
+        randomize([scale])
         x = torch.randn(1, 2, IN, dtype=torch.float64, requires_grad=True)
-        check_gradients(f"layer(x), {kind}", lambda: layer(x),
-                        {"x": x, "l": parameter(layer, "ia3_l", IN if feedforward else OUT)})
+        check_gradients(f"layer(x), {kind}", lambda: layer(x), {"x": x, "l": scale})
 
 
 def trained(answer: ModuleType) -> None:
     for feedforward, kind in KINDS.items():
         base = nn.Linear(IN, OUT)
         layer, scale = make(answer, base, feedforward)
+        check_kept(layer, "base_layer", base)
         check_trained(layer, {"l": scale}, {"W": base.weight, "the base layer's bias": base.bias}, kind)
 
 
@@ -150,7 +169,8 @@ def merged(answer: ModuleType) -> None:
             expect("the bias of layer.merged()", bias, BIAS if feedforward else L * BIAS, text,
                    {"in merging the bias is not scaled: l multiplies the whole output of an ordinary layer": BIAS,
                     "in merging the bias is scaled: a feed-forward layer adds it after l": L * BIAS})
-        wide, x = randomized(make(answer, nn.Linear(IN, OUT), feedforward)[0]), torch.randn(2, 4, IN)
+        (wide, scale), x = make(answer, nn.Linear(IN, OUT), feedforward), torch.randn(2, 4, IN)
+        randomize([scale])
         expect("F.linear(x, *layer.merged())", F.linear(x, *wide.merged()), wide(x), f"a 5 x 3 matrix, {kind}")
 
 

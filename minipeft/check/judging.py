@@ -34,6 +34,10 @@ class Refused(Exception):
         self.what, self.got, self.expected, self.given, self.because = what, got, expected, given, because
 
 
+class WrongDtype(Refused):
+    """What came out has another dtype: of that no formula is the cause."""
+
+
 # --- texts ------------------------------------------------------------------------------------------------------------
 
 def show(value: Any) -> str:
@@ -80,26 +84,27 @@ def expect(what: str, got: Any, expected: Tensor, given: str = "", wrong: dict[s
     wrong = wrong if isinstance(got, Tensor) else {}
     because = next((name for name, value in (wrong or {}).items()
                     if close(got, value, tolerance) and not close(value, expected, tolerance)), "")
-    expect_shape(what, got, tuple(expected.shape), expected.dtype, given, because)
+    expect_shape(what, got, tuple(expected.shape), expected.dtype, given, {got.shape: because} if because else {})
     if not close(got, expected, tolerance):
         raise Refused(what, *_numbers(got, expected), given, because)
 
 
 def expect_shape(what: str, got: Any, shape: tuple[int, ...], dtype: torch.dtype, given: str = "",
-                 because: str = "", wrong: dict[Any, str] | None = None) -> None:
+                 wrong: dict[Any, str] | None = None, cast: str = "") -> None:
     """Hold the shape and the dtype of an answer's tensor against the expected ones; raises as `expect`.
 
     Args:
-        wrong: another shape or dtype -> the misconception that leads to it; for all others it is `because`.
+        wrong: another shape or dtype -> the misconception that leads to it.
+        cast: why the dtype is another, where `wrong` does not say it.
     """
     if not isinstance(got, Tensor):
         because = "nothing is returned: is a return missing?" if got is None else ""
         raise Refused(what, type(got).__name__, f"a tensor of shape {shape}", given, because)
     if got.shape != shape:
-        because = (wrong or {}).get(tuple(got.shape), because)
+        because = (wrong or {}).get(tuple(got.shape), "")
         raise Refused(what, f"shape {tuple(got.shape)}", f"shape {tuple(shape)}", given, because)
     if got.dtype != dtype:
-        raise Refused(what, str(got.dtype), str(dtype), given, (wrong or {}).get(got.dtype, because))
+        raise WrongDtype(what, str(got.dtype), str(dtype), given, (wrong or {}).get(got.dtype, cast))
 
 
 def expect_same(what: str, got: Any, expected: Any, given: str = "", wrong: dict[str, Any] | None = None) -> None:
@@ -111,6 +116,26 @@ def expect_same(what: str, got: Any, expected: Any, given: str = "", wrong: dict
     if got != expected:
         because = next((name for name, value in (wrong or {}).items() if value == got), "")
         raise Refused(what, show(got), show(expected), given, because)
+
+
+def call(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What the answer makes of copies of these arguments, each of which it leaves as it is.
+
+    Raises:
+        Refused: a tensor among the arguments has other values afterwards.
+    """
+    lent = [argument.clone() if isinstance(argument, Tensor) else argument for argument in arguments]
+    got = function(*lent)
+    for before, after in zip(arguments, lent):
+        if isinstance(before, Tensor) and not torch.equal(before, after):
+            raise Refused(f"the input of {what} after the call", show_some(after), show_some(before),
+                          because=f"{what} changes its input in place: whoever calls it still needs it as it was")
+    return got
+
+
+def show_some(tensor: Tensor) -> str:
+    """All of a small tensor; of a larger one its shape."""
+    return show(tensor) if tensor.numel() <= MOST_SHOWN else f"other values in shape {tuple(tensor.shape)}"
 
 
 def pair(what: str, value: Any) -> tuple[Any, Any]:
@@ -142,12 +167,41 @@ def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
 
 
 def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
-    """The module with every parameter random, so that nothing in it is zero or one."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    """A module of this library with every parameter random, so that nothing in it is zero or one."""
+    randomize(module.parameters(), seed)
     return module
+
+
+@torch.no_grad()
+def randomize(tensors: Iterable[Tensor], seed: int = 0) -> None:
+    """Make these random. Of an answer's module that is what the template names: it may keep numbers of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in tensors:
+        tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype))
+
+
+def check_random(name: str, matrix: Tensor) -> None:
+    """A matrix that starts random has no two rows that are the same.
+
+    Raises:
+        Refused: it has.
+    """
+    if len(matrix.detach().unique(dim=0)) < len(matrix):
+        raise Refused(f"self.{name} at the start", "rows that are the same", "random", because=
+                      f"{name} is not random, its rows are the same: they get the same gradients, and stay the same")
+
+
+def check_kept(module: nn.Module, name: str, given: nn.Module) -> None:
+    """The answer keeps the given module itself under this name.
+
+    Raises:
+        Refused: it keeps another object.
+    """
+    kept = getattr(module, name, None)
+    if kept is not given:
+        raise Refused(f"self.{name}", "nothing" if kept is None else "another object", "the given one itself",
+                      because=f"self.{name} is not the given object itself, but a copy or a part of it: the given one "
+                              "stays as it was")
 
 
 def parameter(module: nn.Module, name: str, *shape: int,
@@ -197,13 +251,26 @@ def unchanged(layer: nn.Module, x: Tensor, call: str, given: str = "") -> Iterat
     """What is called inside leaves the layer as it was.
 
     Raises:
-        Refused: the layer has another output afterwards.
+        Refused: the layer has another output afterwards, or another state.
     """
-    before = layer(x)
+    before, values = layer(x.clone()), {name: tensor.detach().clone() for name, tensor in layer.named_parameters()}
+    modes = _modes(layer)
     yield
-    if not torch.equal(layer(x), before):
+    if not torch.equal(layer(x.clone()), before):
         raise Refused(f"layer(x) after {call}", "another output", "the same as before", given,
                       f"{call} changes the layer: from then on the method acts twice in forward")
+    for name, tensor in layer.named_parameters():
+        if name not in values or not torch.equal(tensor, values[name]):
+            raise Refused(f"{name} after {call}", "other values", "those of before", given,
+                          f"{call} changes {name}, though not what comes out: what is saved then is another method")
+    if _modes(layer) != modes:
+        raise Refused(f"the layer after {call}", "frozen, trained, in training or eval mode otherwise", "as before",
+                      given, f"{call} leaves the layer in another mode, or other tensors frozen")
+
+
+def _modes(layer: nn.Module) -> tuple[list[bool], list[bool]]:
+    """Of each module whether it is in training mode, and of each parameter whether it requires a gradient."""
+    return [module.training for module in layer.modules()], [tensor.requires_grad for tensor in layer.parameters()]
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from minipeft.check.judging import Refused, close, expect, expect_shape, given, linear, pair, whole
+from minipeft.check.judging import Refused, call, close, expect, expect_shape, given, linear, pair, whole
 from minipeft.check.references import reference_case
 
 NAMES = {"merged_lora": 5, "merged_dora": 6, "merged_ia3": 4, "merge": 3, "unmerge": 2}
@@ -27,36 +27,38 @@ def same(got: object, expected: Tensor) -> bool:
 
 def shapes(answer: ModuleType) -> None:
     wide, lora_A, lora_B = torch.randn(5, 3), torch.randn(2, 3), torch.randn(5, 2)
-    before = wide.clone()
+    m, matrix = torch.randn(5), "the new matrix has not the dtype of W"
     text = "W (5, 3), A (2, 3), B (5, 2)"
     for dtype in (torch.float64, torch.bfloat16):
         half = wide.to(dtype)
-        expect_shape("merged_lora(W, ...)", answer.merged_lora(half, lora_A, lora_B, 4, 2), (5, 3), dtype,
-                     f"{text}, W {dtype}", "the new matrix has not the dtype of W")
-        expect_shape("merged_dora(W, ...)", answer.merged_dora(half, lora_A, lora_B, torch.randn(5), 4, 2), (5, 3),
-                     dtype, f"{text}, W {dtype}", "the new matrix has not the dtype of W")
+        expect_shape("merged_lora(W, ...)", call("merged_lora(W, ...)", answer.merged_lora, half, lora_A, lora_B, 4, 2),
+                     (5, 3), dtype, f"{text}, W {dtype}", cast=matrix)
+        expect_shape("merged_dora(W, ...)", call("merged_dora(W, ...)", answer.merged_dora, half, lora_A, lora_B, m, 4,
+                                                 2), (5, 3), dtype, f"{text}, W {dtype}", cast=matrix)
         for feedforward, kind in KINDS.items():
-            l = torch.randn(3 if feedforward else 5)  # noqa: E741
-            weight, bias = pair("merged_ia3(...)", answer.merged_ia3(half, half[:, 0], l, feedforward))
-            expect_shape("the weight of merged_ia3(...)", weight, (5, 3), dtype, f"W {dtype}, {kind}",
-                         "the new matrix has not the dtype of W")
-            expect_shape("the bias of merged_ia3(...)", bias, (5,), dtype, f"W {dtype}, {kind}",
-                         "the new bias has not the dtype of bias")
-    answer.merged_lora(wide, lora_A, lora_B, 4, 2)
-    if not torch.equal(wide, before):
-        raise Refused("W after merged_lora(W, ...)", "other values", "those of before",
-                      because="merged_lora changes W in place: the caller still needs the old one")
+            for bias_dtype in (dtype, torch.float32):                         # W's, and another
+                l = torch.randn(3 if feedforward else 5)  # noqa: E741
+                weight, bias = _ia3(answer, half, half[:, 0].to(bias_dtype), l, feedforward)
+                dtypes = f"W {dtype}, bias {bias_dtype}, {kind}"
+                expect_shape("the weight of merged_ia3(...)", weight, (5, 3), dtype, dtypes, cast=matrix)
+                expect_shape("the bias of merged_ia3(...)", bias, (5,), bias_dtype, dtypes, {
+                    dtype: "the new bias has W's dtype: it keeps its own"} if bias_dtype != dtype else {},
+                    "the new bias has not the dtype of bias")
+
+
+def _ia3(answer: ModuleType, *arguments: object) -> tuple[Tensor, Tensor]:
+    return pair("merged_ia3(...)", call("merged_ia3(...)", answer.merged_ia3, *arguments))
 
 
 def start(answer: ModuleType) -> None:
     zero, ones = torch.zeros(2, 2), torch.ones(2)
-    expect("merged_lora(W, A, B = 0, ...)", answer.merged_lora(W, A, zero, ALPHA, 2), W, given(W=W, A=A),
-           {"the update alone is returned: W has to be added": zero})
-    expect("merged_dora(W, A, B = 0, m = ||W||, ...)", answer.merged_dora(W, A, zero, W.norm(dim=1), ALPHA, 2), W,
-           given(W=W, A=A),
+    expect("merged_lora(W, A, B = 0, ...)", call("merged_lora(W, ...)", answer.merged_lora, W, A, zero, ALPHA, 2), W,
+           given(W=W, A=A), {"the update alone is returned: W has to be added": zero})
+    got = call("merged_dora(W, ...)", answer.merged_dora, W, A, zero, W.norm(dim=1), ALPHA, 2)
+    expect("merged_dora(W, A, B = 0, m = ||W||, ...)", got, W, given(W=W, A=A),
            {f"DoRA: {name}": matrix for name, matrix in _wrong_dora(W, W.norm(dim=1), B * 0).items()})
     for feedforward, kind in KINDS.items():
-        weight, bias = pair("merged_ia3(...)", answer.merged_ia3(W, BIAS, ones, feedforward))
+        weight, bias = _ia3(answer, W, BIAS, ones, feedforward)
         wrong = {"1 + l instead of l": 2 * W}
         expect("the weight of merged_ia3(W, bias, l = 1, ...)", weight, W, f"{given(W=W)}, {kind}", wrong)
         expect("the bias of merged_ia3(W, bias, l = 1, ...)", bias, BIAS, f"{given(bias=BIAS)}, {kind}")
@@ -96,15 +98,17 @@ def _wrong_dora(V: Tensor, m: Tensor, up: Tensor) -> dict[str, Tensor]:
 
 
 def formula(answer: ModuleType) -> None:
-    expect("merged_lora(W, A, B, lora_alpha, r)", answer.merged_lora(W, A, B, ALPHA, 2), W + S * B @ A,
+    expect("merged_lora(W, A, B, lora_alpha, r)",
+           call("merged_lora(W, ...)", answer.merged_lora, W, A, B, ALPHA, 2), W + S * B @ A,
            given(W=W, A=A, B=B, lora_alpha=ALPHA, r=2),
            {f"LoRA: {name}": value for name, value in _wrong_lora().items()})
     V = W + S * B @ A
-    expect("merged_dora(W, A, B, m, lora_alpha, r)", answer.merged_dora(W, A, B, M, ALPHA, 2),
+    expect("merged_dora(W, A, B, m, lora_alpha, r)",
+           call("merged_dora(W, ...)", answer.merged_dora, W, A, B, M, ALPHA, 2),
            torch.tensor([[2.0], [3.0]]) * V, given(W=W, A=A, B=B, m=M, lora_alpha=ALPHA, r=2),
            {f"DoRA: {name}": value for name, value in _wrong_dora(V, M, B).items()})
     rows, columns = L[:, None] * W, W * L
-    found = {feedforward: pair("merged_ia3(...)", answer.merged_ia3(W, BIAS, L, feedforward)) for feedforward in KINDS}
+    found = {feedforward: _ia3(answer, W, BIAS, L, feedforward) for feedforward in KINDS}
     exchanged = same(found[False][0], columns) and same(found[True][0], rows)
     for feedforward, kind in KINDS.items():
         (weight, bias), text = found[feedforward], f"{given(W=W, bias=BIAS, l=L)}, {kind}"
@@ -142,7 +146,7 @@ def _rounding(answer: ModuleType) -> None:
                    whole([254, 340]).bfloat16()}, tolerance=0)
     half, l = torch.tensor([[254.0]], dtype=torch.bfloat16), torch.tensor([1.0039])  # noqa: E741
     for feedforward, kind in KINDS.items():
-        weight, bias = pair("merged_ia3(...)", answer.merged_ia3(half, half[0], l, feedforward))
+        weight, bias = _ia3(answer, half, half[0], l, feedforward)
         text = f"{given(W=half, bias=half[0], l=l)}, {kind}"
         for name, got, old in (("weight", weight, half), ("bias", bias, half[0])):
             right = old if feedforward and name == "bias" else old + 1
@@ -165,22 +169,27 @@ def _merge(answer: ModuleType, layer: nn.Linear, weight: Tensor, bias: Tensor) -
 def trained(answer: ModuleType) -> None:
     layer, _ = _frozen_layer()
     lora_A, lora_B = (torch.randn(2, 3, requires_grad=True), torch.randn(5, 2, requires_grad=True))
+    l = torch.randn(5, requires_grad=True)  # noqa: E741
     objects = (layer.weight, layer.bias)
-    kept = _merge(answer, layer, layer.weight + lora_B @ lora_A, layer.bias * 2)
+    kept = _merge(answer, layer, layer.weight + lora_B @ lora_A, layer.bias * l)
     for name, tensor, before in zip(("weight", "bias"), (layer.weight, layer.bias), objects):
         if tensor is not before:
             raise Refused(f"layer.{name} after merge", "another object", "the same nn.Parameter", because=
                           "merge puts a new Parameter in place of the old: whoever shares the old one does not see it")
         if tensor.grad_fn is not None:
-            raise Refused(f"layer.{name} after merge", "a part of A's and B's graph", "a leaf", because=
-                          "the merged tensor hangs on A and B: copy it without a gradient")
+            raise Refused(f"layer.{name} after merge", "a part of the adapter's graph", "a leaf", because=
+                          f"the merged {name} hangs on the adapter: copy it without a gradient")
         if tensor.requires_grad:
             raise Refused(f"layer.{name}.requires_grad after merge", "True", "False",
                           because="merge unfreezes the layer")
     answer.unmerge(layer, kept)
-    if layer.weight is not objects[0] or layer.weight.requires_grad:
-        raise Refused("layer.weight after unmerge", "another or a trained object", "the same nn.Parameter, frozen",
-                      because="unmerge has to put values back, not new Parameters")
+    for name, before in zip(("weight", "bias"), objects):
+        if getattr(layer, name) is not before:
+            raise Refused(f"layer.{name} after unmerge", "another object", "the same nn.Parameter",
+                          because=f"unmerge has to put the {name}'s values back, not a new Parameter")
+        if before.requires_grad:
+            raise Refused(f"layer.{name}.requires_grad after unmerge", "True", "False",
+                          because=f"unmerge unfreezes the {name}")
 
 
 def merged(answer: ModuleType) -> None:
@@ -201,7 +210,8 @@ def merged(answer: ModuleType) -> None:
             if torch.equal(got, {"weight": weight, "bias": bias}[name]):
                 because = f"after unmerge the merged {name} is still there: keep a copy, no reference, and put it back"
             elif torch.allclose(got, values, rtol=0.01, atol=0.01):
-                because = "unmerge subtracts: that gives the old values up to rounding only; keep a copy of them"
+                because = ("unmerge gives the old values up to rounding only, as subtracting what was added does, or a "
+                           "copy in another dtype: keep a copy of the bits")
             raise Refused(f"layer.{name} after unmerge", "other bits", "the bits from before merge", "random values",
                           because)
     if not torch.equal(weight, given_weight):
@@ -211,6 +221,22 @@ def merged(answer: ModuleType) -> None:
         if any(isinstance(part, Tensor) and part.data_ptr() == getattr(layer, name).data_ptr() for part in parts):
             raise Refused(f"layer.{name} after unmerge", "the kept tensor's memory", "its own memory",
                           because=f"unmerge makes the kept tensor the layer's own: copy the values into the {name}")
+    _two_layers(answer)
+
+
+def _two_layers(answer: ModuleType) -> None:
+    """Both are merged, and then both undone, in either order."""
+    for order in ((0, 1), (1, 0)):
+        layers, befores = zip(*(_frozen_layer() for _ in range(2)))
+        kept = [_merge(answer, layer, torch.randn(5, 3), torch.randn(5)) for layer in layers]
+        for number in order:
+            answer.unmerge(layers[number], kept[number])
+        for number in order:
+            if not torch.equal(layers[number].weight, befores[number]["weight"]):
+                other = torch.equal(layers[number].weight, befores[1 - number]["weight"])
+                raise Refused("layer.weight after two layers are merged and then undone", "other bits",
+                              "the bits from before merge", because="one layer gets the other's old values: merge "
+                              "keeps those of all layers in one place; return new ones for each" if other else "")
 
 
 def reference(answer: ModuleType) -> None:

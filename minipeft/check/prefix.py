@@ -11,6 +11,7 @@ from torch import Tensor
 from minipeft.check.attention import softmax_attention, triangle
 from minipeft.check.judging import (
     Refused,
+    call,
     check_gradients,
     check_trained,
     close,
@@ -29,11 +30,12 @@ from minipeft.check.references import reference_case
 NAMES = {"Prefix": 4, "Prefix.keys_and_values": 2, "Prefix.positions": 1, "Prefix.attend": 5}
 V, L, H, D = 2, 3, 2, 4
 C = H * D
-# Two heads of two tokens: (batch, H, T, D).
-Q = whole([[[1, 0, 2, 0], [0, 1, 0, 1]], [[1, 1, 0, 0], [2, 0, 0, 1]]])
-K = whole([[[1, 1, 0, 0], [0, 2, 1, 1]], [[0, 1, 1, 0], [1, 0, 1, 2]]])
-VALUES = whole([[[4, 0, 1, 2], [0, 8, 3, 1]], [[2, 6, 0, 1], [4, 0, 1, 5]]])
-SEEN = torch.cat((torch.ones(2, V, dtype=torch.bool), triangle(2, 2)), 1)     # (T, V + T)
+# Two heads of three tokens: (batch, H, T, D). With as many tokens as virtual ones, mistakes would look alike.
+T = 3
+Q = whole([[[1, 0, 2, 0], [0, 1, 0, 1], [1, 2, 0, 1]], [[1, 1, 0, 0], [2, 0, 0, 1], [0, 1, 1, 0]]])
+K = whole([[[1, 1, 0, 0], [0, 2, 1, 1], [1, 0, 0, 2]], [[0, 1, 1, 0], [1, 0, 1, 2], [2, 1, 0, 0]]])
+VALUES = whole([[[4, 0, 1, 2], [0, 8, 3, 1], [5, 1, 0, 7]], [[2, 6, 0, 1], [4, 0, 1, 5], [1, 3, 9, 0]]])
+SEEN = torch.cat((torch.ones(T, V, dtype=torch.bool), triangle(T, T)), 1)     # (T, V + T)
 
 
 def make(answer: ModuleType, table: Tensor | None = None) -> tuple[Any, Tensor]:
@@ -92,10 +94,10 @@ def _wrong_layouts(table: Tensor, layer: int) -> dict[str, Tensor]:
 def _wrong_attend(p_k: Tensor, p_v: Tensor) -> dict[str, Tensor]:
     """Misconception -> what it makes of Q, K and VALUES."""
     k, v = torch.cat((p_k, K), 2), torch.cat((p_v, VALUES), 2)
-    alone = softmax_attention(Q, K, VALUES, triangle(2, 2))
+    alone = softmax_attention(Q, K, VALUES, triangle(T, T))
     hidden = (Q @ k.transpose(-1, -2) / 2).masked_fill(~SEEN, -torch.inf)
     return {"the triangle begins at the upper left corner, as is_causal's does: it hides prefix and text":
-                softmax_attention(Q, k, v, torch.ones(2, V + 2, dtype=torch.bool).tril()),
+                softmax_attention(Q, k, v, torch.ones(T, V + T, dtype=torch.bool).tril()),
             "the prefix has no effect: it is not put in, or hidden by the mask": alone,
             "the mask itself is added, 1 and 0: where nothing is seen, -infinity is added, and else 0":
                 (Q @ k.transpose(-1, -2) / 2 + SEEN).softmax(-1) @ v,
@@ -114,9 +116,7 @@ def _wrong_attend(p_k: Tensor, p_v: Tensor) -> dict[str, Tensor]:
             "divided by D, not by its root": softmax_attention(Q, k, v, SEEN, 1 / D),
             "divided by sqrt(C): each head has D channels": softmax_attention(Q, k, v, SEEN, C**-0.5),
             "the prefix has a softmax of its own: one goes over prefix and text together":
-                alone + softmax_attention(Q, p_k, p_v, SEEN[:, :V]),
-            "P_k and P_v are added to the text's keys and values: they stand before them":
-                softmax_attention(Q, K + p_k, VALUES + p_v, triangle(2, 2))}
+                alone + softmax_attention(Q, p_k, p_v, SEEN[:, :V])}
 
 
 def _start(answer: ModuleType) -> None:
@@ -149,8 +149,8 @@ def formula(answer: ModuleType) -> None:
         "the text begins one position too early": torch.arange(V - 1, V + 2)})
     prefix, table = make(answer)
     p_k, p_v = layout(table, 1)
-    expect("attend(1, q, k, v)", prefix.attend(1, Q, K, VALUES, None),
-           softmax_attention(Q, torch.cat((p_k, K), 2), torch.cat((p_v, VALUES), 2), SEEN),
+    got = call("attend(1, q, k, v)", prefix.attend, 1, Q, K, VALUES, None)
+    expect("attend(1, q, k, v)", got, softmax_attention(Q, torch.cat((p_k, K), 2), torch.cat((p_v, VALUES), 2), SEEN),
            given(P_k=p_k[0], P_v=p_v[0], q=Q[0], k=K[0], v=VALUES[0]),
            {**_wrong_attend(p_k, p_v), "attend takes block 0's P_k and P_v, not those of its block":
                softmax_attention(Q, *(torch.cat(both, 2) for both in zip(layout(table, 0), (K, VALUES))), SEEN)})

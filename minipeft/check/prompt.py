@@ -12,6 +12,7 @@ from torch import Tensor
 
 from minipeft.check.judging import (
     Refused,
+    call,
     check_gradients,
     check_trained,
     expect,
@@ -51,13 +52,16 @@ def shapes(answer: ModuleType) -> None:
     ids = torch.tensor([[0, 1, 2], [3, 2, 1]])
     expect_shape("embed(input_ids, wte, wpe)", prompt.embed(ids, embedding(WORDS), embedding(PLACES)), (2, V + 3, C),
                  torch.float32, "input_ids (2, 3), V 2")
-    expect_shape("extend_mask(attention_mask)", prompt.extend_mask(MASK), (2, V + 4), MASK.dtype,
-                 given(attention_mask=MASK), wrong={
-                     (2, 4): "the mask does not know of the prompt: V ones are missing",
-                     torch.float32: "the mask becomes a float: it keeps its dtype"})
-    expect_shape("strip(hidden)", prompt.strip(HIDDEN), (2, 4, C), torch.float32, "hidden (2, 6, 2), V 2",
+    for dtype in (MASK.dtype, torch.bool, torch.float32):
+        got = call("extend_mask(attention_mask)", prompt.extend_mask, MASK.to(dtype))
+        expect_shape("extend_mask(attention_mask)", got, (2, V + 4), dtype, f"{given(attention_mask=MASK)}, {dtype}", {
+            (2, 4): "the mask does not know of the prompt: V ones are missing",
+            torch.float32: "the mask becomes a float: it keeps its dtype"}, "the mask's dtype changes: it keeps it")
+    got = call("strip(hidden)", prompt.strip, HIDDEN)
+    expect_shape("strip(hidden)", got, (2, 4, C), torch.float32, "hidden (2, 6, 2), V 2",
                  wrong={(2, V + 4, C): "nothing is cut off: the head would see the prompt's positions"})
-    expect_shape("pool(hidden, attention_mask)", prompt.pool(HIDDEN, MASK), (2, C), torch.float32,
+    got = call("pool(hidden, attention_mask)", prompt.pool, HIDDEN, MASK)
+    expect_shape("pool(hidden, attention_mask)", got, (2, C), torch.float32,
                  "hidden (2, 6, 2), V 2")
 
 
@@ -68,7 +72,8 @@ def formula(answer: ModuleType) -> None:
     wte, wpe = embedding(WORDS), embedding(PLACES)
     words = WORDS[IDS[0]]
     stacked = torch.cat((P, words))
-    expect("embed(input_ids, wte, wpe)", prompt.embed(IDS, wte, wpe)[0], stacked + PLACES[:4],
+    got = call("embed(input_ids, wte, wpe)", prompt.embed, IDS, wte, wpe)
+    expect("embed(input_ids, wte, wpe)", got[0], stacked + PLACES[:4],
            given(P=P, input_ids=IDS, wte=WORDS, wpe=PLACES), {
                "the prompt stands behind the text: it comes before": torch.cat((words, P)) + PLACES[:4],
                "the prompt gets no positions: wpe is added to it, too": torch.cat((P, words + PLACES[2:4])),
@@ -103,18 +108,21 @@ def _start(answer: ModuleType) -> None:
 def _outputs(prompt: Any) -> None:
     """What comes in beside x, and what is made of what comes out."""
     ones = torch.ones(2, V, dtype=MASK.dtype)
-    expect("extend_mask(attention_mask)", prompt.extend_mask(MASK), torch.cat((ones, MASK), 1),
+    expect("extend_mask(attention_mask)", prompt.extend_mask(MASK.clone()),
+           torch.cat((ones, MASK), 1),
            given(attention_mask=MASK, V=V), {
                "the prompt is hidden: it gets ones, not zeros": torch.cat((ones * 0, MASK), 1),
                "the ones stand on the right: the prompt is on the left": torch.cat((MASK, ones), 1),
                "pads are shown: the text's own part stays as it is": torch.ones(2, V + 4, dtype=MASK.dtype),
                "the mask's first columns are repeated: the prompt gets ones": torch.cat((MASK[:, :V], MASK), 1)})
-    expect("strip(hidden)", prompt.strip(HIDDEN), HIDDEN[:, V:], "hidden 0, 1, 4, 9, ... in shape (2, 6, 2), V 2", {
+    expect("strip(hidden)", prompt.strip(HIDDEN.clone()), HIDDEN[:, V:],
+           "hidden 0, 1, 4, 9, ... in shape (2, 6, 2), V 2", {
         "the text's end is cut off: the prompt stands at the beginning": HIDDEN[:, :-V],
         "one position too few is cut off": HIDDEN[:, V - 1:],
         "the prompt is kept, and the text cut off": HIDDEN[:, :V]})
     rows = torch.arange(2)
-    expect("pool(hidden, attention_mask)", prompt.pool(HIDDEN, MASK), HIDDEN[rows, torch.tensor([5, 3])],
+    expect("pool(hidden, attention_mask)", prompt.pool(HIDDEN.clone(), MASK.clone()),
+           HIDDEN[rows, torch.tensor([5, 3])],
            given(attention_mask=MASK, V=V) + ", hidden 0, 1, 4, 9, ... in shape (2, 6, 2)", _wrong_pools())
 
 

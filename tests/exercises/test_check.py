@@ -95,6 +95,30 @@ def test_an_error_in_the_middle_is_a_property_that_fails(check, line, says):
     assert any(says in each for each in lines), lines
 
 
+@pytest.mark.parametrize(("line", "says"), [
+    ("raise GeneratorExit", "line 20, forward: GeneratorExit"),
+    ("raise KeyboardInterrupt", "line 20, forward: KeyboardInterrupt"),
+    ("raise type('Silent', (Exception,), {'__str__': lambda self: 1 / 0})",
+     "line 20, forward: Silent: its message cannot be shown (ZeroDivisionError)"),
+    ("__import__('os')._exit(0)", "line 20, forward: the file ends the program"),
+])
+def test_what_ends_a_program_is_an_error_of_the_file(check, line, says):
+    code, lines = check(RIGHT.replace("y = self.base_layer(x)", line))
+    assert code == 1 and any(says in each for each in lines), lines
+
+
+@pytest.mark.parametrize("line", [
+    "import sys; sys.stdout.close()", "import sys; sys.stdout = None", "import io, sys; sys.stdout = io.StringIO()",
+    "torch.set_grad_enabled(False)", "torch.set_default_dtype(torch.float64)"])
+def test_a_file_takes_neither_the_output_nor_the_settings_of_torch_away(check, line):
+    code, lines = check(RIGHT + f"\n\n{line}\n")
+    assert code == 0 and lines[-1] == "all 8 properties hold"
+
+
+def test_a_byte_order_mark_at_the_beginning_is_no_part_of_the_file(check):
+    assert check(b"\xef\xbb\xbf" + RIGHT.encode())[0] == 0
+
+
 def test_a_file_that_is_not_there_is_one_line(tmp_path, capsys):
     assert main(["lora", str(tmp_path / "none.py")]) == 1
     assert "none.py cannot be read: No such file or directory" in capsys.readouterr().out

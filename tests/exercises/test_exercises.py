@@ -157,6 +157,33 @@ def test_a_misconception_is_named_only_where_its_value_is_what_came_out():
     assert refusal(judging.expect, "y", 3 * right, right, wrong=wrong).because == ""
 
 
+def test_the_input_of_an_answer_stays_as_it_is_or_that_is_the_mistake():
+    x = torch.tensor([1.0, 2.0])
+    assert refusal(judging.call, "layer(x)", lambda x: x.mul_(2), x).because.startswith(
+        "layer(x) changes its input in place")
+    assert x.tolist() == [1, 2] and judging.call("layer(x)", lambda x: 2 * x, x).tolist() == [2, 4]
+
+
+def test_a_wrong_dtype_is_no_mistake_of_the_formula(tmp_path):
+    path, right = tmp_path / "answer.py", (answers.HERE / "right" / "lora.py").read_text(encoding="utf-8")
+    path.write_text(right.replace("return y + self.scaling * F.linear(inner, self.lora_B)",
+                                  "return (y + 2 * F.linear(inner, self.lora_B)).float()"), encoding="utf-8")
+    [(_, refused)] = grade("lora", path)
+    assert (refused.got, refused.because) == ("torch.float32", "")
+
+
+@pytest.mark.parametrize(("method", "old", "new"), [
+    ("dora", "        self.scaling = lora_alpha / r\n",
+     "        self.scaling = nn.Parameter(torch.tensor(lora_alpha / r), requires_grad=False)\n"),
+    ("adapter", "        self.scaling = scaling\n",
+     "        self.scaling = nn.Parameter(torch.tensor(float(scaling)), requires_grad=False)\n")])
+def test_a_scale_may_be_a_frozen_parameter(method, old, new, tmp_path):
+    path, right = tmp_path / "answer.py", (answers.HERE / "right" / f"{method}.py").read_text(encoding="utf-8")
+    assert old in right
+    path.write_text(right.replace(old, new), encoding="utf-8")
+    assert all(refused is None for _, refused in grade(method, path))
+
+
 def test_what_differs_is_shown_whole_or_at_its_first_place():
     small = refusal(judging.expect, "y", torch.tensor([[1.0, 2.5]]), torch.tensor([[1.0, 3.0]]))
     assert (small.got, small.expected) == ("[[1, 2.5]]", "[[1, 3]]")

@@ -48,5 +48,19 @@ MISTAKES = [
     ("LayerNorms trained", "self.block = block.requires_grad_(False)",
      "self.block = block\n        block.attn.requires_grad_(False), block.mlp.requires_grad_(False)",
      "block.ln_1.weight and 3 more are trained"),
+    ("down zero, up random", INIT, "        nn.init.zeros_(self.down.weight)\n",
+     "W_down and W_up have changed places"),
+    ("down constant", INIT, INIT + "        nn.init.ones_(self.down.weight)\n",
+     "down.weight is not random, its rows are the same"),
+    ("a frozen copy", "self.block = block.requires_grad_(False)",
+     "import copy\n        self.block = copy.deepcopy(block).requires_grad_(False)",
+     "self.block is not the given object itself"),
+    ("x changed in place", FIRST, "x += self.first(self.block.attn(self.block.ln_1(x)))",
+     "AdaptedBlock(...)(x) changes its input in place"),
+    ("the block without gradients", FIRST, "with torch.no_grad():\n"
+     "            a = self.block.attn(self.block.ln_1(x))\n"
+     "        x = x + self.first(a)", "a part of the way from x to AdaptedBlock(...)(x) is cut off"),
+    ("x detached", SECOND, "x.detach() + self.second(self.block.mlp(self.block.ln_2(x.detach())))",
+     "no gradient reaches x"),
     ("inner detached", "self.up(inner)", "self.up(inner.detach())", "no gradient reaches down.weight"),
 ]

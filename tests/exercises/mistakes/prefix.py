@@ -51,9 +51,6 @@ MISTAKES = [
     ("prefix not put in", STACKED, "        prefix_key, prefix_value = key[:, :, :self.V], value[:, :, :self.V]\n"
      "        return nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)\n",
      "the prefix has no effect"),
-    ("prefix added", STACKED, "        key, value = key + prefix_key, value + prefix_value\n"
-     "        return nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)\n",
-     "P_k and P_v are added to the text's keys and values"),
     ("mask not used", "if attention_mask is not None", "if False", "attention_mask has no effect"),
     ("attention_mask added", PADS, SHOWN + "            scores = query @ key.transpose(2, 3) / D**0.5 + shown\n" + REST,
      "attention_mask is added, 1 and 0"),

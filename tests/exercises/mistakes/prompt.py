@@ -56,4 +56,6 @@ MISTAKES = [
      "the first real token is taken"),
     ("mean of the text", POOL, "        return self.strip(hidden).mean(dim=1)\n",
      "the mean of the text's positions is taken"),
+    ("mask of whole numbers", "F.pad(attention_mask, (self.V, 0), value=1)",
+     "F.pad(attention_mask.long(), (self.V, 0), value=1)", "the mask's dtype changes"),
 ]

@@ -10,7 +10,7 @@ def trained_names(network, new):
     for place, module in network.named_modules():
         for key, _ in module.named_parameters(recurse=False):
             if key == "bias" or place == new or place.startswith(f"{new}."):
-                names.append(f"{place}.{key}")
+                names.append(f"{place}.{key}".lstrip("."))
     return names
 
 

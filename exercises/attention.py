@@ -41,7 +41,7 @@ def visible(T: int, S: int, attention_mask: Tensor | None = None) -> Tensor:
     Args:
         T: queries, which are the last T of the S keys' tokens.
         S: keys.
-        attention_mask: (batch, S), or None: there are no pads.
+        attention_mask: (batch, S), torch.long, or None: there are no pads.
 
     Returns:
         (T, S) without an attention_mask, (batch, 1, T, S) with one.

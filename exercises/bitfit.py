@@ -19,8 +19,8 @@ from torch import Tensor
 def trained_names(model: nn.Module, head: str) -> list[str]:
     """The names, as in model.named_parameters(), of what is trained.
 
-    That is each parameter whose own name, behind the last dot, is "bias", and each parameter of the module called
-    `head`: with "score" that is "score.weight", but not "score_norm.weight".
+    That is each parameter whose own name, behind the last dot if there is one, is "bias", and each parameter of the
+    module called `head`: with "score" that is "score.weight", but not "score_norm.weight".
     """
     raise NotImplementedError("trained_names")
 

@@ -328,6 +328,9 @@ def test_no_network_for_gpt2s_vocabulary_says_where_to_put_it(train, model, monk
 
     monkeypatch.setattr(tiktoken, "get_encoding", fail)
     (model / "vocab.tiktoken").unlink()
+    assert "holds no vocab.tiktoken, and its model has 264 words" in train("--model", "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "vocab_size": 50257}))
     assert "TIKTOKEN_CACHE_DIR" in train("--model", "model")
 
 
@@ -729,7 +732,7 @@ def translator(tmp_path_factory, tiny_model):
     (("--top-k", 0), "top_k must be at least 1"),
     (("--top-p", 2), "top_p must lie in (0, 1]"), (("--num-beams", 0), "num_beams must be at least 1"),
     (("--num-beams", 2, "--temperature", 1), "beam search does not sample"),
-    (("--max-new-tokens", 100), "no room for a source"), (("--length-penalty", 2), "num_beams"),
+    (("--max-new-tokens", 100), "no room for a source"), (("--length-penalty", 2), "add --num-beams"),
     (("--num-beams", 2, "--top-k", 3), "beam search does not sample"), (("--seed", 3), "--seed is for sampling"),
     (("--num-beams", 2, "--seed", 3), "--seed is for sampling"),
     (("--temperature", 0, "--top-k", 3), "give a temperature above 0"),

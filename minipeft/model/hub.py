@@ -15,6 +15,11 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 MINI_FOLDER = _PACKAGE / "mini" if (_PACKAGE / "mini").is_dir() else _PACKAGE.parent / "checkpoints" / "mini"
 
 
+def local(name_or_folder: str | Path) -> Path:
+    """The folder that a name or a path means on this machine, which need not be there: without a download."""
+    return MINI_FOLDER if str(name_or_folder) == "mini" else Path(name_or_folder)
+
+
 def find(name_or_folder: str | Path) -> Path:
     """The folder that holds a model's config.json and model.safetensors, downloading an official one if needed.
 
@@ -22,7 +27,7 @@ def find(name_or_folder: str | Path) -> Path:
         WeightsError: an unknown name, a folder without the two files, or no network.
     """
     name = str(name_or_folder)
-    folder = MINI_FOLDER if name == "mini" else Path(name)
+    folder = local(name)
     if name in HUB_NAMES and not folder.is_dir():
         return _download(name)
     if not name or not folder.is_dir():

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from minipeft.errors import ConfigError, WeightsError
 from minipeft.model import weights
 from minipeft.model.config import GPT2Config
-from minipeft.model.hub import MINI_FOLDER, find
+from minipeft.model.hub import find, local
 
 Model = TypeVar("Model", bound="PretrainedModel")
 
@@ -127,8 +127,7 @@ class PretrainedModel(nn.Module):
         config = {"architectures": [type(self).__name__], **self.config.to_dict()}
         tensors = weights.bare_names(self.state_dict() if state_dict is None else state_dict)
         self._check_described(tensors)
-        name = getattr(self, "name_or_path", "")
-        weights.save(self, config, folder, dtype, tensors, MINI_FOLDER if name == "mini" else Path(name))
+        weights.save(self, config, folder, dtype, tensors, local(getattr(self, "name_or_path", "")))
 
     def _check_described(self, tensors: dict[str, Tensor]) -> None:
         """Refuse tensors other than those of a model that is made from the same configuration.

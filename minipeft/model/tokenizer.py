@@ -14,7 +14,7 @@ from pathlib import Path
 import tiktoken
 
 from minipeft.errors import WeightsError
-from minipeft.model.hub import HUB_NAMES, MINI_FOLDER
+from minipeft.model.hub import HUB_NAMES, local
 from minipeft.model.weights import CONFIG_FILE, VOCABULARY_FILE, read_config
 
 GPT2_SIZE = 50257  # entries of GPT-2's own vocabulary
@@ -59,7 +59,7 @@ def get_tokenizer(name_or_folder: str | Path = "gpt2") -> Tokenizer:
         WeightsError: an unknown name, a vocabulary that is damaged or not there, or GPT-2's vocabulary neither cached
             nor downloadable.
     """
-    folder = MINI_FOLDER if name_or_folder == "mini" else Path(name_or_folder)
+    folder = local(name_or_folder)
     if (folder / VOCABULARY_FILE).is_file():
         return Tokenizer(_read_vocabulary(folder / VOCABULARY_FILE))
     words = read_config(folder).get("vocab_size", GPT2_SIZE) if (folder / CONFIG_FILE).is_file() else GPT2_SIZE

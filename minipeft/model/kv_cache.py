@@ -22,8 +22,8 @@ class KVCache:
 
     def __init__(self, layers: list[tuple[Tensor, Tensor]] | None = None, kept: bool = True) -> None:
         self.layers, self.kept = list(layers or []), kept
-        self.room: dict[int, tuple[Tensor, Tensor]] = {}
-        self.filled: dict[int, tuple[Tensor, Tensor]] = {}  # the part of it that was given out last
+        # Of each block the larger tensors, and the part of them that was given out last.
+        self.room: dict[int, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = {}
 
     @property
     def length(self) -> int:
@@ -45,16 +45,17 @@ class KVCache:
     def _append_in_place(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         past = self.layers[layer]
         S, end = past[0].shape[2], past[0].shape[2] + key.shape[2]
-        room = self.room.get(layer) if past is self.filled.get(layer) else None  # a caller may have replaced them
-        # What was made in inference mode can be written to there alone.
-        if room is None or room[0].shape[2] < end or (room[0].is_inference() and not torch.is_inference_mode_enabled()):
-            self.room[layer] = tuple(tensor.new_empty(*tensor.shape[:2], 2 * end, tensor.shape[3]) for tensor in past)
-            for room, tensor in zip(self.room[layer], past):
-                room[:, :, :S] = tensor
-        for room, tensor in zip(self.room[layer], (key, value)):
-            room[:, :, S:end] = tensor
-        self.filled[layer] = tuple(room[:, :, :end] for room in self.room[layer])
-        return self.filled[layer]
+        room, given = self.room.get(layer, (None, None))
+        # A caller may have replaced what was given; what was made in inference mode can be written to there alone.
+        if past is not given or room[0].shape[2] < end or (
+                room[0].is_inference() and not torch.is_inference_mode_enabled()):
+            room = tuple(tensor.new_empty(*tensor.shape[:2], 2 * end, tensor.shape[3]) for tensor in past)
+            for whole, tensor in zip(room, past):
+                whole[:, :, :S] = tensor
+        for whole, tensor in zip(room, (key, value)):
+            whole[:, :, S:end] = tensor
+        self.room[layer] = room, tuple(whole[:, :, :end] for whole in room)
+        return self.room[layer][1]
 
     def reorder(self, rows: Tensor) -> None:
         """Let row i go on from what row rows[i] has seen: beam search drops some continuations and forks others."""

@@ -32,7 +32,8 @@ from minipeft.runs.results import (
     shown_parameters,
 )
 
-# Not measured here: reported elsewhere on IMDb's test reviews, by other code and on other terms.
+# Not measured here: reported elsewhere on IMDb's test reviews, by other code and on other terms. results/README.md names
+# where.
 ELSEWHERE = {"imdb": (
     ("reported elsewhere: GPT-2 124M with an untrained head", 0.4988),
     ("reported elsewhere: GPT-2 124M, zero-shot by prompt", 0.7078),

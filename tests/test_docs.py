@@ -42,7 +42,9 @@ from minipeft.files import read_json_file
 from minipeft.methods import METHODS, Method
 from minipeft.methods.injection import fingerprint
 from minipeft.model.config import GPT2Config
-from minipeft.report.tables import replace_tables
+from minipeft.report.page import page as report_page
+from minipeft.report.pictures import draw_comparison
+from minipeft.report.tables import read_comparison, replace_tables
 from minipeft.runs.defaults import DEFAULTS
 
 
@@ -106,6 +108,19 @@ def test_tables_are_what_the_results_files_say(page):
     if results_changed():
         pytest.skip(f"results were measured anew here; scripts/report.py --write {page} writes them into the page")
     assert replace_tables(read(page), ROOT / "results") == read(page)
+
+
+def test_the_report_and_its_pictures_are_of_the_committed_comparison(tmp_path):
+    if results_changed():
+        pytest.skip("results were measured anew here; scripts/report.py --comparison draws them")
+    found = read_comparison(ROOT / "results")
+    assert report_page(*found) == read("results/report.html")
+    names = draw_comparison(*found, tmp_path / "comparison")
+    committed = {path.name for path in (ROOT / "results" / "comparison").iterdir()}
+    assert committed == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
+    for name in names:
+        drawn = (tmp_path / "comparison" / f"{name}.svg").read_text(encoding="utf-8")
+        assert drawn == read(f"results/comparison/{name}.svg"), name
 
 
 def test_pages_say_that_results_are_of_another_base_as_long_as_they_are():

@@ -6,7 +6,8 @@
                                  worth it (see the next line) the one with the highest mean
     to learn from few examples   the highest mean of a method, or what needs no training, if that is better
     any other wish               of the methods whose interval lies above every baseline (which train nothing), the one
-                                 with the least of what is to be saved
+                                 with the least of what is to be saved, and those not told apart from it
+                                 (families.py)
 
 Costs are those of the dataset that a comparison shows first.
 """
@@ -17,7 +18,16 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from minipeft.report.families import best_baseline, main_of, top_of
+from minipeft.report.families import (
+    Cost,
+    best_baseline,
+    forgotten_of,
+    least_of,
+    main_of,
+    memory_of,
+    seconds_of,
+    top_of,
+)
 from minipeft.report.findings import listed
 from minipeft.runs.comparison import metric_of, shown_share
 from minipeft.runs.results import BASELINES
@@ -71,28 +81,25 @@ def no_extra_time(content: dict[str, Any]) -> Iterator[Choice]:
 
 def small_files(content: dict[str, Any]) -> Iterator[Choice]:
     """A file for each of many tasks or customers."""
-    yield from _least(content, "a small file for each of many tasks", lambda row: row["adapter_bytes"]["mean"],
-                      lambda value: f"{value / 1000:,.0f} kB")
+    yield from _least(content, "a small file for each of many tasks", lambda row: Cost(
+        row["adapter_bytes"]["mean"], 0.0), lambda value: f"{value / 1000:,.0f} kB")
 
 
 def no_forgetting(content: dict[str, Any]) -> Iterator[Choice]:
     """Least nats forgotten."""
     yield from _least(content, "the least forgotten of the base's own language modelling",
-                      lambda row: row["forgetting"]["nats"],
-                      lambda nats: f"{nats:+.3f} nats per token with the adapter in place, perplexity times "
-                                   f"{math.exp(nats):.2f}")
+                      forgotten_of, lambda nats: f"{nats:+.3f} nats per token with the adapter in place, "
+                                                 f"perplexity times {math.exp(nats):.2f}")
 
 
 def fast_training(content: dict[str, Any]) -> Iterator[Choice]:
     """Least time."""
-    yield from _least(content, "the shortest training", lambda row: row["core_seconds_per_1000_examples"]["mean"],
-                      "{:.1f} core seconds per 1,000 examples".format)
+    yield from _least(content, "the shortest training", seconds_of, "{:.1f} core seconds per 1,000 examples".format)
 
 
 def little_memory(content: dict[str, Any]) -> Iterator[Choice]:
     """Least memory."""
-    yield from _least(content, "the least memory in training", lambda row: row["training_memory_bytes"]["mean"],
-                      lambda value: f"{value / 2**20:,.0f} MiB")
+    yield from _least(content, "the least memory in training", memory_of, lambda value: f"{value / 2**20:,.0f} MiB")
 
 
 def few_examples(content: dict[str, Any]) -> Iterator[Choice]:
@@ -122,10 +129,11 @@ def worth_it(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
             if (row["interval_95"] or [row["mean"]])[0] > bar}
 
 
-def _least(content: dict[str, Any], wish: str, of: Callable[[dict[str, Any]], float | None],
+def _least(content: dict[str, Any], wish: str, of: Callable[[dict[str, Any]], Cost | None],
            shown: Callable[[float], str]) -> Iterator[Choice]:
-    values = {method: value for method, row in worth_it(content).items() if (value := of(row)) is not None}
-    if values:
-        least = min(values, key=values.__getitem__)
-        yield Choice(wish, (least,), f"{shown(values[least])}; "
-                                     f"{metric_of(content).shown(content['methods'][least]['mean'])}")
+    rows, metric = content["methods"], metric_of(content)
+    costs = {method: cost for method, row in worth_it(content).items() if (cost := of(row)) is not None}
+    if least := least_of(costs):
+        yield Choice(wish, tuple(least), "; ".join(
+            f"{f'{method}: ' if len(least) > 1 else ''}{shown(costs[method].mean)}, "
+            f"{metric.shown(rows[method]['mean'])}" for method in least))

@@ -1,7 +1,8 @@
-"""What the pictures and the page have in common: families of methods, with a color and a marker each.
+"""What sentences, pictures and the page have in common: families of methods, with a color and a marker each, and what
+costs differ in.
 
 The colors are of Okabe and Ito's palette, which people of every color vision tell apart; no family is told by its color
-alone.
+alone. Costs of two methods are told apart if they differ by more than both deviations, over seeds or turns, together.
 """
 
 from __future__ import annotations
@@ -10,6 +11,17 @@ from typing import Any, NamedTuple
 
 from minipeft.runs.comparison import metric_of
 from minipeft.runs.results import BASELINES
+
+
+class Cost(NamedTuple):
+    """The mean of a cost and its deviation, over seeds or turns; 0 where there was one."""
+
+    mean: float
+    deviation: float
+
+    def is_apart_from(self, other: Cost) -> bool:
+        """Whether the two differ by more than both deviations together."""
+        return abs(self.mean - other.mean) > self.deviation + other.deviation
 
 
 class Family(NamedTuple):
@@ -61,6 +73,36 @@ def best_baseline(content: dict[str, Any]) -> tuple[str, float] | None:
         return None
     best = max(found, key=lambda name: found[name][key])
     return BASELINES.get(best, best), found[best][key]
+
+
+def seconds_of(row: dict[str, Any]) -> Cost | None:
+    """Core seconds of training on 1,000 examples; None if they were not measured."""
+    return _cost(row["core_seconds_per_1000_examples"])
+
+
+def memory_of(row: dict[str, Any]) -> Cost | None:
+    """Bytes that training adds; None if they were not measured."""
+    return _cost(row["training_memory_bytes"])
+
+
+def forgotten_of(row: dict[str, Any]) -> Cost:
+    """Nats per token that the base has lost of its own language modelling."""
+    return Cost(row["forgetting"]["nats"], row["forgetting"]["deviation"] or 0.0)
+
+
+def _cost(found: dict[str, float | None]) -> Cost | None:
+    return None if found["mean"] is None else Cost(found["mean"], found["deviation"] or 0.0)
+
+
+def least_of(costs: dict[str, Cost]) -> list[str]:
+    """The method with the least of a cost, and those that are not told apart from it, in order."""
+    order = sorted(costs, key=lambda method: costs[method].mean)
+    return [method for method in order if not costs[method].is_apart_from(costs[order[0]])]
+
+
+def picture_of(kind: str, name: str, datasets: dict[str, Any]) -> str:
+    """The name of a dataset's picture: of the one that is shown first, the kind alone."""
+    return kind if name == main_of(datasets) else f"{kind}_{name}"
 
 
 def in_figures(content: dict[str, Any], value: float) -> float:

@@ -1,7 +1,8 @@
 """What a comparison found, in plain sentences: each is computed from comparison.json, and says what tests support.
 
-A sentence about quality rests on the paired tests (runs/significance.py). A sentence about costs gives what was
-measured. Where a comparison does not hold what a sentence needs, there is no such sentence.
+A sentence about quality rests on the paired tests (runs/significance.py). Of costs, methods are named together that
+their deviations do not tell apart (families.py). What one seed alone has shown stands in a list of its own. Where a
+comparison does not hold what a sentence needs, there is no such sentence.
 """
 
 from __future__ import annotations
@@ -10,17 +11,28 @@ from collections.abc import Callable, Iterator
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from minipeft.report.families import best_baseline, main_of, sized, top_of
+from minipeft.report.families import (
+    Cost,
+    best_baseline,
+    forgotten_of,
+    least_of,
+    main_of,
+    memory_of,
+    picture_of,
+    seconds_of,
+    sized,
+    top_of,
+)
 from minipeft.runs.budget import STEP
 from minipeft.runs.comparison import metric_of
 from minipeft.runs.results import Metric
 
 
 class Finding(NamedTuple):
-    """A sentence or two, and the picture in which it is seen."""
+    """A sentence or two, and the pictures in which it is seen."""
 
     text: str
-    picture: str
+    pictures: tuple[str, ...]
 
 
 class Found(NamedTuple):
@@ -45,12 +57,13 @@ class Found(NamedTuple):
         return metric_of(self.content).shown(self.methods[method]["mean"])
 
 
-def findings(comparison: dict[str, Any], tuning: dict[str, Any]) -> list[Finding]:
-    """All that can be said, in a fixed order."""
+def findings(comparison: dict[str, Any], tuning: dict[str, Any]) -> tuple[list[Finding], list[Finding]]:
+    """All that can be said, in a fixed order: what intervals support, and what one seed alone has shown."""
     datasets = comparison["datasets"]
     name = main_of(datasets)
     found = Found(datasets, name, datasets[name], tuning["datasets"].get(name, {}).get("methods", {}))
-    return [finding for say in SENTENCES for finding in say(found)]
+    supported, seen = ([finding for say in sentences for finding in say(found)] for sentences in (SENTENCES, SEEN_ONCE))
+    return supported, seen
 
 
 def listed(names: Any) -> str:
@@ -80,12 +93,12 @@ def the_top(found: Found) -> Iterator[Finding]:
                 f"({found.shown(top[0])} to {found.shown(top[-1])})")
         if worse:
             said += f"; each other method ({', '.join(worse)}) is significantly worse than at least one"
-    yield Finding(f"{said}.", "parameters")
+    yield Finding(f"{said}.", ("parameters",))
 
 
 def beside_full(found: Found) -> Iterator[Finding]:
     """On each dataset, what is better and what is worse than full fine-tuning."""
-    said = []
+    said, pictures = [], []
     for name, content in found.datasets.items():
         full = content["methods"].get("full", {})
         if "rank" not in full:
@@ -94,8 +107,9 @@ def beside_full(found: Found) -> Iterator[Finding]:
         equal = [method for method, row in content["methods"].items()
                  if "rank" in row and method not in (*better, *worse, "full")]
         said.append(f"on {name} better: {listed(better)}, worse: {listed(worse)}, no difference shown: {listed(equal)}")
+        pictures.append(picture_of("parameters", name, found.datasets))
     if said:
-        yield Finding(f"Significantly, against full fine-tuning: {'; '.join(said)}.", "parameters")
+        yield Finding(f"Significantly, against full fine-tuning: {'; '.join(said)}.", tuple(pictures))
 
 
 def fewest_parameters(found: Found) -> Iterator[Finding]:
@@ -106,7 +120,7 @@ def fewest_parameters(found: Found) -> Iterator[Finding]:
     row = found.methods[smallest]
     yield Finding(f"The smallest of the methods that none is significantly better than on {found.name} is {smallest}: "
                   f"it trains {row['trained_parameters']:,} parameters, {100 * row['trained_share']:.2f} % of all.",
-                  "parameters")
+                  ("parameters",))
 
 
 def against_no_training(found: Found) -> Iterator[Finding]:
@@ -123,7 +137,7 @@ def against_no_training(found: Found) -> Iterator[Finding]:
     yield Finding("Asked by a prompt, which was chosen on IMDb's validation reviews, the base without any training is "
                   f"right on {shown} of {found.name}. "
                   + (f"The intervals of {listed(below)} do not lie above that." if below else
-                     "The intervals of all methods lie above that."), "parameters")
+                     "The intervals of all methods lie above that."), ("parameters",))
 
 
 def seeds_and_methods(found: Found) -> Iterator[Finding]:
@@ -131,7 +145,7 @@ def seeds_and_methods(found: Found) -> Iterator[Finding]:
     deviations = {method: row["deviation"] for method, row in found.methods.items() if row["deviation"] is not None}
     if not deviations and found.content["tests"]:
         yield Finding(f"On {found.name} each method was trained with one seed: the tests speak of these runs, and not "
-                      "of what another seed would give.", "parameters")
+                      "of what another seed would give.", ("parameters",))
     if len(deviations) < 2 or not found.content["tests"]:
         return
     most = max(deviations, key=deviations.__getitem__)
@@ -139,56 +153,68 @@ def seeds_and_methods(found: Found) -> Iterator[Finding]:
     equal, one = sum(not test["significant"] for test in tested), difference(metric, deviations[most])
     yield Finding(f"Seeds move a method on {found.name} by {difference(metric, fmean(deviations.values()))} on average "
                   f"(one standard deviation), most of all {most} ({one}). {equal} of {len(tested)} pairs of methods "
-                  "stay without a significant difference.", "parameters")
+                  "stay without a significant difference.", ("parameters",))
 
 
 # --- costs ------------------------------------------------------------------------------------------------------------
 
 def forgetting(found: Found) -> Iterator[Finding]:
-    """What the base forgets, from most to least."""
-    lost = {method: row["forgetting"]["nats"] for method, row in found.methods.items()}
-    if len(lost) < 2:
-        return
-    order = sorted(lost, key=lost.__getitem__)
-    least, most = order[0], order[-1]
-    yield Finding(f"Of the base's own language modelling {most} forgot the most in training on {found.name}, "
-                  f"{lost[most]:+.3f} nats per token with the adapter in place, and {least} the least, "
-                  f"{lost[least]:+.3f}.", "forgetting")
+    """On each dataset, in training for which most and least of the base was forgotten."""
+    said, pictures = [], []
+    for name, content in found.datasets.items():
+        lost = {method: forgotten_of(row) for method, row in content["methods"].items()}
+        if len(lost) < 2:
+            continue
+        most = least_of({method: Cost(-cost.mean, cost.deviation) for method, cost in lost.items()})
+        ends = [listed(f"{method} ({lost[method].mean:+.3f})" for method in methods)
+                for methods in (most, least_of(lost))]
+        said.append(f"on {name} {ends[0]} forgot the most, {ends[1]} the least")
+        pictures.append(picture_of("forgetting", name, found.datasets))
+    if said:
+        yield Finding("Of the base's own language modelling, in nats per token with the adapter in place: "
+                      f"{'; '.join(said)}.", tuple(pictures))
 
 
 def time_of_training(found: Found) -> Iterator[Finding]:
     """Seconds, beside full fine-tuning's."""
-    yield from _beside_full(found, "core_seconds_per_1000_examples", "core seconds per 1,000 examples", "{:.1f}")
+    yield from _beside_full(found, seconds_of, "core seconds per 1,000 examples", "{:.1f}")
 
 
 def memory_of_training(found: Found) -> Iterator[Finding]:
     """Memory that training adds, beside full fine-tuning's."""
-    yield from _beside_full(found, "training_memory_bytes", "MiB of memory for training", "{:,.0f}", 2**20)
+    yield from _beside_full(found, memory_of, "MiB of memory for training", "{:,.0f}", 2**20)
 
 
-def _beside_full(found: Found, key: str, unit: str, form: str, one: int = 1) -> Iterator[Finding]:
-    values = {method: row[key]["mean"] / one for method, row in found.methods.items()
-              if row[key]["mean"] is not None}
-    if not values.get("full") or len(values) < 2:
+def _beside_full(found: Found, of: Callable[[dict[str, Any]], Cost | None], unit: str, form: str,
+                 one: int = 1) -> Iterator[Finding]:
+    costs = {method: cost for method, row in found.methods.items() if (cost := of(row)) is not None}
+    if "full" not in costs or len(costs) < 2:
         return
-    order = sorted((method for method in values if method != "full"), key=values.__getitem__)
-    said = listed(f"{_named(found, method)} {values[method] / values['full']:.2f}" for method in order)
-    yield Finding(f"Full fine-tuning takes {form.format(values['full'])} {unit} on {found.name}. Of this the others "
-                  f"take: {said}.", "costs")
+    full = costs.pop("full")
+    order = sorted(costs, key=lambda method: costs[method].mean)
+    groups: dict[str, list[str]] = {"Less": [], "not told apart from it": [], "more": []}
+    for method in order:
+        cost = costs[method]
+        place = ("not told apart from it" if not cost.is_apart_from(full) else
+                 "Less" if cost.mean < full.mean else "more")
+        groups[place].append(f"{_named(found, method)} {cost.mean / full.mean:.2f}")
+    said = "; ".join(f"{place}: {listed(methods)}" for place, methods in groups.items())
+    yield Finding(f"Full fine-tuning takes {form.format(full.mean / one)} ± {form.format(full.deviation / one)} {unit} "
+                  f"on {found.name}. {said} (of full fine-tuning's).", ("costs",))
 
 
 def inference(found: Found) -> Iterator[Finding]:
     """What an adapter costs where it is used."""
     extra = {method: row["inference"] for method, row in found.methods.items() if row["inference"]["extra"] is not None}
-    merging = [method for method, row in extra.items() if row["mergeable"] == "yes"]
-    staying = [method for method, row in extra.items() if row["mergeable"] == "no"]
-    if not merging or not staying:
+    slower = {kind: sorted((method for method, row in extra.items() if row["mergeable"] == kind),
+                           key=lambda method: extra[method]["extra"]) for kind in ("yes", "no")}
+    merged = [extra[method]["extra_merged"] for method in slower["yes"] if extra[method]["extra_merged"] is not None]
+    if not all(slower.values()) or not merged:
         return
-    before, after = (100 * fmean(extra[method][key] for method in merging if extra[method][key] is not None)
-                     for key in ("extra", "extra_merged"))
-    stay = listed(f"{_named(found, method)} {max(0.0, 100 * extra[method]['extra']):.0f} %" for method in staying)
-    yield Finding(f"What can merge ({', '.join(merging)}) makes the base on average {before:.0f} % slower while it is "
-                  f"apart, and {after:.0f} % once merged. What cannot merge stays as it is: {stay}.", "costs")
+    apart, stay = (listed(f"{_named(found, method)} {max(0.0, 100 * extra[method]['extra']):.0f} %"
+                          for method in methods) for methods in slower.values())
+    yield Finding(f"What can merge makes the base slower while it is apart ({apart}), and by {100 * max(merged):.0f} % "
+                  f"at most once it is merged. What cannot merge stays as it is: {stay}.", ("costs",))
 
 
 def _named(found: Found, method: str) -> str:
@@ -205,7 +231,7 @@ def learning_rates(found: Found) -> Iterator[Finding]:
     order = sorted(lost, key=lost.__getitem__)
     yield Finding(f"A learning rate half a decade beside the best one costs {_score(found, lost[order[-1]])} on "
                   f"validation with {order[-1]} and {_score(found, lost[order[0]])} with {order[0]} ({found.name}; of "
-                  "the two sides the worse one; one seed, not tested).", "tuning")
+                  "the two sides the worse one).", ("tuning",))
 
 
 def _lost_beside_the_best(row: dict[str, Any]) -> float | None:
@@ -238,23 +264,32 @@ def sizes(found: Found) -> Iterator[Finding]:
     (most, method, size), least = max(said), min(said)[0]
     others = listed(f"{other} ({its})" for lost, other, its in said if lost == least)
     yield Finding(f"The size mattered most for {method} ({size}: {_score(found, most)} between the best and the worst "
-                  f"of the sizes tried), and least for {others}: {_score(found, least)} (one seed, not tested).",
-                  "tuning")
+                  f"of the sizes tried), and least for {others}: {_score(found, least)} ({found.name}).",
+                  ("sizes",))
 
 
 def few_examples(found: Found) -> Iterator[Finding]:
     """Who is best with little data, and from where on another one is."""
-    rows = {method: {row["train_size"]: row["mean"] for row in points}
+    rows = {method: {row["train_size"]: row for row in points}
             for method, points in found.content["few_examples"].items()}
     counts = sorted(set.intersection(*(set(points) for points in rows.values()))) if rows else []
-    if len(counts) < 2:
+    if len(counts) < 2 or len(rows) < 2:
         return
-    best = [max(rows, key=lambda method: rows[method][count]) for count in counts]
-    metric = metric_of(found.content)
-    said = [f"{count:,}: {method} ({metric.shown(rows[method][count])})" for count, method in zip(counts, best)]
-    yield Finding(f"The highest mean by number of training examples of {found.name}, among {listed(rows)}: "
-                  f"{'; '.join(said)}.{_untrained(found)} Settings were chosen on more examples, and the step to stop "
-                  "at on labelled validation examples.", "few_examples")
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for count in counts:
+        groups.setdefault(tuple(sorted(_best_with(count, rows))), []).append(count)
+    said = [f"{listed(f'{count:,}' for count in its)}: {'all' if len(methods) == len(rows) else listed(methods)}"
+            for methods, its in groups.items()]
+    yield Finding(f"Of {listed(rows)}, those that have the highest mean or are not told apart from it by their "
+                  f"deviations, by number of training examples of {found.name}: {'; '.join(said)}.{_untrained(found)} "
+                  "Settings were chosen on more examples, and the step to stop at on labelled validation examples.",
+                  ("few_examples",))
+
+
+def _best_with(count: int, rows: dict[str, dict[int, dict[str, Any]]]) -> list[str]:
+    """The methods at the top with so many examples."""
+    return least_of({method: Cost(-points[count]["mean"], points[count]["deviation"] or 0.0)
+                     for method, points in rows.items()})
 
 
 def _untrained(found: Found) -> str:
@@ -272,9 +307,10 @@ def without_the_budget(found: Found) -> Iterator[Finding]:
             said.append(f"{method} {metric.shown(row['mean'])} in place of {found.shown(method)}")
     if said:
         yield Finding(f"Trained without the common budget on {found.name} (one seed each): {listed(said)}.",
-                      "parameters")
+                      ("parameters",))
 
 
 SENTENCES: tuple[Callable[[Found], Iterator[Finding]], ...] = (
     the_top, beside_full, fewest_parameters, against_no_training, seeds_and_methods, forgetting, time_of_training,
-    memory_of_training, inference, learning_rates, sizes, few_examples, without_the_budget)
+    memory_of_training, inference, few_examples)
+SEEN_ONCE: tuple[Callable[[Found], Iterator[Finding]], ...] = (learning_rates, sizes, without_the_budget)

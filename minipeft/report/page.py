@@ -12,9 +12,18 @@ from string import Template
 from typing import Any
 
 from minipeft.files import write_text_file
-from minipeft.report.families import FAMILIES, family_of, in_figures, main_of
-from minipeft.report.findings import findings
-from minipeft.report.tables import ELSEWHERE
+from minipeft.report.families import (
+    FAMILIES,
+    Cost,
+    family_of,
+    forgotten_of,
+    in_figures,
+    main_of,
+    memory_of,
+    seconds_of,
+)
+from minipeft.report.findings import Finding, findings
+from minipeft.report.tables import ELSEWHERE, PICTURES, SEEN_ONCE_HEADING
 from minipeft.runs.comparison import metric_of, shown_rank, shown_settings
 from minipeft.runs.results import BASELINES
 
@@ -39,14 +48,22 @@ def write_page(comparison: dict[str, Any], tuning: dict[str, Any], path: Path) -
 
 def page(comparison: dict[str, Any], tuning: dict[str, Any]) -> str:
     """The page's text."""
-    main = main_of(comparison["datasets"])
+    main, (supported, seen) = main_of(comparison["datasets"]), findings(comparison, tuning)
     names = sorted(comparison["datasets"], key=lambda name: (name != main, name))
     datasets = {name: dataset_of(name, comparison["datasets"][name]) for name in names}
     data = {"columns": COLUMNS, "axes": AXES, "families": [family.name for family in FAMILIES], "datasets": datasets}
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        data=json.dumps(data).replace("</", "<\\/"), tables="\n".join(map(_plain_table, datasets.values())),
+        data=json.dumps(data).replace("<", "\\u003c"), tables="\n".join(map(_plain_table, datasets.values())),
         tuned=_tuned(comparison["datasets"][main]["terms"]), machine=escape(_machines(comparison["datasets"])),
-        findings="\n".join(f"<li>{escape(finding.text)}</li>" for finding in findings(comparison, tuning)))
+        findings=_listed("ol", supported) + (f"\n<p>{SEEN_ONCE_HEADING}</p>\n{_listed('ul', seen)}" if seen else ""))
+
+
+def _listed(kind: str, found: list[Finding]) -> str:
+    """A list of findings, each with links to its pictures, which lie beside the page."""
+    links = [", ".join(f'<a href="{PICTURES}/{escape(name)}.svg">{escape(name)}</a>' for name in finding.pictures)
+             for finding in found]
+    items = "\n".join(f"<li>{escape(finding.text)} ({link})</li>" for finding, link in zip(found, links))
+    return f"<{kind}>\n{items}\n</{kind}>"
 
 
 def _tuned(terms: dict[str, Any]) -> str:
@@ -78,19 +95,24 @@ def dataset_of(name: str, content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _row(name: str, row: dict[str, Any], content: dict[str, Any], kind: str) -> dict[str, Any]:
-    memory, extra = row["training_memory_bytes"]["mean"], row["inference"]["extra"]
+    extra = row["inference"]["extra"]
     scaled = {key: None if row[value] is None else in_figures(content, row[value])
-              for key, value in (("quality", "mean"), ("deviation", "deviation"))}
+              for key, value in (("quality", "mean"), ("quality_spread", "deviation"))}
     low, high = (in_figures(content, bound) for bound in row["interval_95"]) if row["interval_95"] else (None, None)
     return {
         "name": name, "kind": kind, "family": FAMILIES.index(family_of(name.split(",")[0])), **scaled, "low": low,
         "high": high, "interval": "" if low is None else f"{low:.2f} to {high:.2f}", "rank": shown_rank(row),
         "parameters": row["trained_parameters"],
-        "seconds": row["core_seconds_per_1000_examples"]["mean"],
-        "memory": None if memory is None else round(memory / 2**20, 1), "bytes": row["adapter_bytes"]["mean"],
-        "forgotten": row["forgetting"]["nats"], "extra": None if extra is None else round(100 * extra, 1),
+        **_cost("seconds", seconds_of(row)), **_cost("memory", memory_of(row), 2**20),
+        **_cost("forgotten", forgotten_of(row)), "bytes": row["adapter_bytes"]["mean"],
+        "extra": None if extra is None else round(100 * extra, 1),
         "merges": row["inference"]["mergeable"], "seeds": len(row["seeds"]),
         "settings": shown_settings(row)}
+
+
+def _cost(key: str, cost: Cost | None, one: int = 1) -> dict[str, float]:
+    """A cost and its deviation, by the page's names; nothing where it was not measured."""
+    return {} if cost is None else {key: round(cost.mean / one, 4), f"{key}_spread": round(cost.deviation / one, 4)}
 
 
 def _plain_table(dataset: dict[str, Any]) -> str:

@@ -12,11 +12,13 @@ from minipeft.errors import OutputError
 from minipeft.files import read_json_file
 from minipeft.report.choices import choices
 from minipeft.report.families import best_baseline, sized
-from minipeft.report.findings import findings
+from minipeft.report.findings import Finding, findings
 from minipeft.runs.comparison import (
     COMPARISON_FILE,
     TUNING_FILE,
     metric_of,
+    shown_cost,
+    shown_forgotten,
     shown_interval,
     shown_rank,
     shown_seconds,
@@ -32,8 +34,8 @@ from minipeft.runs.results import (
     shown_parameters,
 )
 
-# Not measured here: reported elsewhere on IMDb's test reviews, by other code and on other terms. results/README.md names
-# where.
+# Not measured here: reported elsewhere on IMDb's test reviews, by other code and on other terms, as results/README.md
+# says.
 ELSEWHERE = {"imdb": (
     ("reported elsewhere: GPT-2 124M with an untrained head", 0.4988),
     ("reported elsewhere: GPT-2 124M, zero-shot by prompt", 0.7078),
@@ -45,6 +47,7 @@ ELSEWHERE = {"imdb": (
 IN_SHORT = ("prompt", "adapter", "full", "lora")  # README's rows, beside zero-shot
 BY = "all datasets by "  # a method's name follows
 PICTURES = "comparison"  # the folder, beside comparison.json
+SEEN_ONCE_HEADING = "Seen as well, with one seed, and not tested:"
 
 
 def read_comparison(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -138,9 +141,18 @@ def _content_on(dataset: str, comparison: Comparison) -> dict[str, Any]:
 
 
 def findings_block(comparison: dict[str, Any], tuning: dict[str, Any]) -> str:
-    """A numbered list; each finding with the picture that shows it."""
-    return "\n".join(f"{number}. {finding.text} ([picture]({PICTURES}/{finding.picture}.png))"
-                     for number, finding in enumerate(findings(comparison, tuning), start=1))
+    """A numbered list, each finding with the pictures that show it, and what was seen once."""
+    supported, seen = findings(comparison, tuning)
+    lines = [f"{number}. {_with_pictures(finding)}" for number, finding in enumerate(supported, start=1)]
+    if seen:
+        lines += ["", SEEN_ONCE_HEADING, "", *(f"- {_with_pictures(finding)}" for finding in seen)]
+    return "\n".join(lines)
+
+
+def _with_pictures(finding: Finding) -> str:
+    links = ", ".join(f"[{'picture' if len(finding.pictures) == 1 else name}]({PICTURES}/{name}.png)"
+                      for name in finding.pictures)
+    return f"{finding.text} ({links})"
 
 
 def advice(comparison: dict[str, Any]) -> str:
@@ -217,11 +229,11 @@ def costs(name: str, content: dict[str, Any]) -> str:
 
 
 def _costs_of(method: str, row: dict[str, Any]) -> list[str]:
-    memory, inference = row["training_memory_bytes"]["mean"], row["inference"]
+    inference = row["inference"]
     return [sized(method, row["size"]), shown_seconds(row),
-            "-" if memory is None else f"{memory / 2**20:,.0f}", f"{row['adapter_bytes']['mean'] / 1000:,.0f}",
-            shown_share(inference["extra"]), shown_share(inference["extra_merged"]), inference["mergeable"] or "-",
-            f"{row['forgetting']['nats']:+.3f}"]
+            shown_cost(row["training_memory_bytes"], lambda value: f"{value / 2**20:,.0f}"),
+            f"{row['adapter_bytes']['mean'] / 1000:,.0f}", shown_share(inference["extra"]),
+            shown_share(inference["extra_merged"]), inference["mergeable"] or "-", shown_forgotten(row)]
 
 
 def by_examples(name: str, content: dict[str, Any]) -> str:

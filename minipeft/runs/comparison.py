@@ -47,7 +47,7 @@ comparison_tuning.json
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
@@ -331,14 +331,25 @@ def shown_rank(row: dict[str, Any]) -> str:
 def _cells_of(name: str, row: dict[str, Any], metric: Metric) -> list[str]:
     return [name, shown_settings(row), shown_parameters(row["trained_parameters"], row["trained_share"]),
             shown_with_deviation(metric, row), shown_interval(metric, row), shown_rank(row),
-            shown_seconds(row), f"{row['forgetting']['nats']:+.3f}",
-            shown_share(row["inference"]["extra"])]
+            shown_seconds(row), shown_forgotten(row), shown_share(row["inference"]["extra"])]
 
 
 def shown_seconds(row: dict[str, Any]) -> str:
     """Core seconds that training takes for 1,000 examples, or "-" where they were not measured."""
-    seconds = row["core_seconds_per_1000_examples"]["mean"]
-    return "-" if seconds is None else f"{seconds:.1f}"
+    return shown_cost(row["core_seconds_per_1000_examples"], "{:.1f}".format)
+
+
+def shown_forgotten(row: dict[str, Any]) -> str:
+    """Nats per token that the base has lost."""
+    spread, nats = row["forgetting"]["deviation"], row["forgetting"]["nats"]
+    return f"{nats:+.3f}" + ("" if spread is None else f" ± {spread:.3f}")
+
+
+def shown_cost(cost: dict[str, float | None], shown: Callable[[float], str]) -> str:
+    """A cost's mean and, of several seeds or turns, its deviation; "-" where it was not measured."""
+    if cost["mean"] is None:
+        return "-"
+    return " ± ".join(shown(value) for value in (cost["mean"], cost["deviation"]) if value is not None)
 
 
 def shown_share(value: float | None) -> str:

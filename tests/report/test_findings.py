@@ -6,16 +6,20 @@ import copy
 import json
 import re
 
-from minipeft.report.findings import SENTENCES, findings, listed
-from minipeft.report.tables import Comparison, block
+from minipeft.report.findings import SEEN_ONCE, SENTENCES, findings, listed
+from minipeft.report.tables import SEEN_ONCE_HEADING, Comparison, block
+
+
+def texts_of(comparison, tuning):
+    return [finding.text for found in findings(comparison, tuning) for finding in found]
 
 
 def said(comparison, tuning, word):
-    return [finding.text for finding in findings(comparison, tuning) if word in finding.text]
+    return [text for text in texts_of(comparison, tuning) if word in text]
 
 
 def test_every_sentence_is_there_if_a_comparison_has_everything(comparison, tuning):
-    assert len(findings(comparison, tuning)) == len(SENTENCES) >= 10
+    assert [len(found) for found in findings(comparison, tuning)] == [len(SENTENCES), len(SEEN_ONCE)] == [10, 3]
 
 
 def test_the_top_is_what_nothing_is_significantly_better_than(comparison, tuning):
@@ -42,13 +46,31 @@ def test_without_tests_nothing_is_said_of_ranks(comparison, tuning):
         for row in content["methods"].values():
             for key in ("rank", "better_than", "worse_than"):
                 del row[key]
-    texts = [finding.text for finding in findings(untested, tuning)]
+    texts = texts_of(untested, tuning)
     assert texts and not [text for text in texts if "significant" in text and "pairs of methods" not in text]
 
 
 def test_costs_are_held_against_full_fine_tuning(comparison, tuning):
     text, = said(comparison, tuning, "core seconds per 1,000 examples")
-    assert "takes 31.0 core seconds" in text and "prefix (20 tokens) 0.68" in text and "lora (r 8) 0.97" in text
+    less, equal, more = text.partition(". ")[2].split("; ")
+    assert "takes 31.0 ± 1.0 core seconds" in text and "prefix (20 tokens) 0.68" in less
+    assert equal.startswith("not told apart from it: ") and "lora (r 8) 0.97" in equal and more.startswith("more: none")
+
+
+def test_costs_less_apart_than_their_deviations_are_named_together(comparison, tuning):
+    text, = said(comparison, tuning, "Of the base's own language modelling")
+    assert "on imdb full (+0.500) forgot the most, prefix (+0.045) the least" in text and "on films full" in text
+    near = copy.deepcopy(comparison)
+    near["datasets"]["imdb"]["methods"]["lora"]["forgetting"] |= {"nats": 0.4, "deviation": 0.11}
+    near["datasets"]["imdb"]["methods"]["ptuning"]["forgetting"] |= {"nats": 0.1, "deviation": 0.01}
+    assert said(near, tuning, "on imdb full (+0.500) and lora (+0.400) forgot the most, prefix (+0.045) the least")
+
+
+def test_few_examples_name_all_that_deviations_do_not_tell_from_the_best(comparison, tuning):
+    assert said(comparison, tuning, "number of training examples of imdb: 16 and 64: head; 32: lora.")
+    near = copy.deepcopy(comparison)
+    near["datasets"]["imdb"]["few_examples"]["lora"][0]["deviation"] = 0.06
+    assert said(near, tuning, "number of training examples of imdb: 16: all; 32: lora; 64: head.")
 
 
 def test_a_missed_rate_costs_the_worse_of_its_two_neighbors(comparison, tuning):
@@ -58,15 +80,17 @@ def test_a_missed_rate_costs_the_worse_of_its_two_neighbors(comparison, tuning):
 def test_what_a_comparison_lacks_is_not_spoken_of(comparison):
     less = json.loads(json.dumps(comparison))
     less["datasets"]["imdb"] |= {"few_examples": {}, "best": {}, "baselines": {}}
-    texts = " ".join(finding.text for finding in findings(less, {"datasets": {}}))
+    texts = " ".join(texts_of(less, {"datasets": {}}))
     assert not [word for word in ("prompt, without", "half a decade", "size mattered", "number of training examples",
                                   "without the common budget") if word in texts]
 
 
 def test_in_markdown_each_points_at_its_picture(results):
-    lines = block("findings", Comparison(results)).splitlines()
-    assert len(lines) >= 10 and all("([picture](comparison/" in line for line in lines)
-    assert [line.partition(".")[0] for line in lines] == [str(n) for n in range(1, len(lines) + 1)]
+    supported, heading, seen = (part.splitlines() for part in block("findings", Comparison(results)).split("\n\n"))
+    assert all(re.search(r"\(\[\w+\]\(comparison/\w+\.png\)", line) for line in supported + seen)
+    assert [line.partition(".")[0] for line in supported] == [str(number) for number in range(1, 11)]
+    assert heading == [SEEN_ONCE_HEADING] and all(line.startswith("- ") for line in seen)
+    assert "[parameters_films](comparison/parameters_films.png)" in supported[1]
 
 
 def test_names_are_listed_with_an_and():

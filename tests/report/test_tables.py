@@ -63,7 +63,7 @@ def test_what_a_method_costs_is_a_table_of_its_own_the_fastest_first(results):
         "adapter (reduction 8)", "vera (r 64)", "dora (r 8)", "lora (r 8)", "full"]
     assert head == ("| method | core s per 1,000 examples | MiB that training adds | adapter, kB | extra inference | "
                     "merged | merges | forgotten, nats |")
-    assert rows[-1] == "| full | 31.0 | 20 | 0 | +25 % | +0 % | yes | +0.500 |"
+    assert rows[-1] == "| full | 31.0 ± 1.0 | 20 ± 0 | 0 | +25 % | +0 % | yes | +0.500 ± 0.000 |"
 
 
 def test_what_was_not_timed_comes_last(comparison):

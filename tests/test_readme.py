@@ -59,6 +59,15 @@ def test_the_example_of_one_call_trains_and_predicts_as_printed(tmp_path, monkey
     assert [line.split("\t")[2] for line in lines[-2:]] == ["A moving film.", "Dull, and too long."]
 
 
+def test_what_make_train_comes_to_is_the_mean_of_the_runs_that_are_there():
+    runs = [read_json(path) for path in sorted((ROOT / "results" / "sample").glob("seed?/*_results.json"))]
+    assert sorted(run["training_config"]["seed"] for run in runs) == [0, 1, 2]
+    assert {(run["method"], run["dataset"]["name"], run["training_config"]["epochs"]) for run in runs} == {
+        ("lora", "sample", DEFAULTS["lora"]["training"]["epochs"])}
+    mean = sum(run["metrics"]["test"]["accuracy"] for run in runs) / 3
+    assert f"LoRA gets {100 * mean:.0f} % right ([three seeds](results/sample))" in TEXT
+
+
 # --- the table of methods ---------------------------------------------------------------------------------------------
 
 def config_of(row):

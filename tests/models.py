@@ -114,7 +114,7 @@ def inject_all(model, *configs, name="default"):
 
 def train(model, steps=4, weight_decay=0.0):
     """Steps of AdamW on everything that is trained. Without decay only a gradient moves anything."""
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = adamw(trained, model, learning_rate=1e-2, weight_decay=weight_decay)
     for _ in range(steps):  # a factor that starts beside a zero gets its first gradient in the second step
         optimizer.zero_grad()

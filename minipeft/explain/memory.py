@@ -122,7 +122,7 @@ def training_memory(config: GPT2Config, method: str, batch_size: int, length: in
     with _without_searching_garbage(), LiveBytes(on_a_cpu=device == "cpu") as count:
         model = cast_frozen(model.to_empty(device="cpu"), precision).train()
         model.transformer.gradient_checkpointing = gradient_checkpointing
-        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = adamw(trained, model, learning_rate=1e-3)
         for tensor in (*model.parameters(), *model.buffers()):
             count.add(tensor)
@@ -139,7 +139,7 @@ def training_memory(config: GPT2Config, method: str, batch_size: int, length: in
             activations = max(activations, _backward(model, part, precision, count))
         optimizer.step()
         state = sum(tensor.nbytes for tensors in optimizer.state.values() for tensor in tensors.values())
-    return Memory(weights, sum(p.numel() * p.element_size() for _, p in trained), state, activations, count.peak)
+    return Memory(weights, sum(p.numel() * p.element_size() for p in trained), state, activations, count.peak)
 
 
 @contextmanager

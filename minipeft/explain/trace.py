@@ -325,7 +325,7 @@ def adamw_step(model: nn.Module, ids: Tensor, parameter: nn.Parameter) -> Step:
     """
     kept, flag = parameter.detach().clone(), parameter.requires_grad
     rate, decay = table("full")["training"]["learning_rate"], TrainingConfig().weight_decay
-    optimizer = adamw([("", parameter.requires_grad_(True))], model, rate, decay)
+    optimizer = adamw([parameter.requires_grad_(True)], model, rate, decay)
     for _ in range(3):
         with torch.enable_grad():
             logits = model(ids).flatten(0, -2)[-1:]                            # (1, K), a language model's (1, vocab)

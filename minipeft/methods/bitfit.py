@@ -38,6 +38,8 @@ Positions and mask
     Untouched. The same b is added to every token; a text may have all 1,024 positions, as before; one with more is a
     ConfigError.
     KV cache. As large as the base's. It holds adapted keys and values: when the adapter changes, begin a new one.
+    Pads. They are changed, too, but no real token sees a pad, on either side.
+    Gradient checkpointing. All of this is a part of its block and is computed again with it.
 Saved
     In adapter_model.safetensors:
     base_model.model.transformer.h.0.ln_1.bias (768,)
@@ -76,10 +78,10 @@ Cost
     keeps nothing for the backward pass. LayerNorms, gelu and attention keep what the gradients of their own inputs
     need: 10 C numbers per token in a block above the lowest, full fine-tuning 16 C (C = 768 channels). Under autocast
     the cast copy of each float32 W is kept, too. With train="layer_norm" no more is kept: g's gradient needs the same.
-    Optimizer: 8 bytes per trained parameter for AdamW's two means, 829,440 bytes, with train="layer_norm" 319,488. The
-    base's own values of all that is trained, the head's included, are kept aside: 4 * 103,680 = 414,720 bytes in
-    float32, or 4 * 39,936 = 159,744. The optimizer's time, too, grows with the trained parameters alone. Weight decay
-    acts on the head's matrix alone.
+    Optimizer: 8 bytes per trained parameter for AdamW's two means, 829,440 bytes, with train="layer_norm" 319,488;
+    gradients take half of that. The base's own values of all that is trained, the head's included, are kept aside: 4 *
+    103,680 = 414,720 bytes in float32, or 4 * 39,936 = 159,744. The optimizer's time, too, grows with the trained
+    parameters alone. Weight decay acts on the head's matrix alone.
 Errors
     In this list the class of each error stands before its message. Most wrong values are found when the configuration
     is made, the others by `inject`, before it changes anything. `load_adapter` raises an AdapterError, and leaves the

@@ -58,6 +58,8 @@ Positions and mask
     Untouched. Each token is updated by itself; a text may have all 1,024 positions, as before; one with more is a
     ConfigError.
     KV cache. As large as the base's. It holds adapted keys and values: when the adapter changes, begin a new one.
+    Pads. They are changed, too, but no real token sees a pad, on either side.
+    Gradient checkpointing. All of this is a part of its block and is computed again with it.
 Saved
     In adapter_model.safetensors:
     base_model.model.transformer.h.0.attn.c_attn.lora_A.weight (8, 768)
@@ -119,10 +121,11 @@ Cost
     lora_dropout the gradient of x passes through W twice. Kept, where without dropout z = x: z (batch, seq, in) and s z
     A^T (batch, seq, r); for m's gradient z W^T and s z A^T B^T, both (batch, seq, out); with dropout its mask, a byte
     per number of x. On a half-precision base z is a float32 copy, and with lora_dropout one of W is kept, too, for z's
-    gradient. In all a block above the lowest keeps 17 C + r numbers per token (C = 768 channels), more than full
-    fine-tuning's 16 C: DoRA saves gradients and AdamW's means. Optimizer: 8 bytes per trained parameter for AdamW's two
-    means, 2,592,768 bytes; gradients take half of that. The optimizer's time, too, grows with the trained parameters
-    alone. Weight decay acts on A, B and the head's matrix, not on m and biases.
+    gradient. In all a block above the lowest keeps 17 C + r numbers per token, C = 768 channels: these, and 10 C of the
+    block itself (the inputs of both LayerNorms 2 C, q, k, v 3 C, attention's output C, gelu's input 4 C). That is more
+    than full fine-tuning's 16 C: DoRA saves gradients and AdamW's means. Optimizer: 8 bytes per trained parameter for
+    AdamW's two means, 2,592,768 bytes; gradients take half of that. The optimizer's time, too, grows with the trained
+    parameters alone. Weight decay acts on A, B and the head's matrix, not on m and biases.
 Errors
     In this list the class of each error stands before its message. Most wrong values are found when the configuration
     is made, the others by `inject`, before it changes anything. `load_adapter` raises an AdapterError, and leaves the
@@ -198,9 +201,10 @@ class DoRALinear(ReplacementLayer):
     @torch.no_grad()
     @without_autocast
     def row_norms(self) -> Tensor:
-        """||W + s B A||, the length of each row, (out,): a constant to the backward pass, in float32 under autocast."""
-        update = self.scaling * self.lora_B.weight @ self.lora_A.weight       # (out, r) (r, in) -> (out, in)
-        return (self.base_layer.weight.to(update.dtype) + update).norm(dim=1)
+        """||W + s B A||, the length of each row, (out,): a constant to the backward pass, at least in float32."""
+        exact = torch.promote_types(self.lora_B.weight.dtype, torch.float32)
+        update = self.scaling * self.lora_B.weight.to(exact) @ self.lora_A.weight.to(exact)   # (out, r) (r, in)
+        return (self.base_layer.weight.to(exact) + update).norm(dim=1)                        # (out, in) -> (out,)
 
     def stretch(self) -> Tensor:
         """m / ||W + s B A||, (out,), the factor on each row; 1 where a row is zero, so that it stays the zero row."""

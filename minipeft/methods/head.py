@@ -72,9 +72,9 @@ Cost
     Backward: it ends at the head. The gradients of W and, in tagging, bias are all there is; W's takes as many
     operations as the head's forward. No gradient passes through the base, and of its activations only the head's input
     is kept.
-    Optimizer: 8 bytes per trained parameter for AdamW's two means, 12,288 bytes, in tagging 12,304. The optimizer's
-    time, too, grows with the trained parameters alone. Weight decay acts on W. The earlier head, kept aside: 4 * 1,536
-    = 6,144 bytes in float32, in tagging 6,152.
+    Optimizer: 8 bytes per trained parameter for AdamW's two means, 12,288 bytes, in tagging 12,304; gradients take half
+    of that. The optimizer's time, too, grows with the trained parameters alone. Weight decay acts on W. The earlier
+    head, kept aside: 4 * 1,536 = 6,144 bytes in float32, in tagging 6,152.
 Errors
     In this list the class of each error stands before its message. There are no settings to be wrong; `inject` raises
     before it changes anything. `load_adapter` raises an AdapterError, and leaves the model as it was, in these cases. A

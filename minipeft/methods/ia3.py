@@ -46,6 +46,8 @@ Positions and mask
     Untouched. Every token is rescaled by the same l; a text may have all 1,024 positions, as before; one with more is a
     ConfigError.
     KV cache. As large as the base's. It holds rescaled keys and values: when the adapter changes, begin a new one.
+    Pads. They are changed, too, but no real token sees a pad, on either side.
+    Gradient checkpointing. All of this is a part of its block and is computed again with it.
 Saved
     In adapter_model.safetensors:
     base_model.model.transformer.h.0.attn.c_attn.ia3_l (2304, 1)
@@ -90,7 +92,9 @@ Cost
     computed. Each rescaled number takes three operations: one multiplication for the gradient that is passed on, and
     for l's own a multiplication and an addition, into the sum over batch and seq. Kept for l's gradient: of c_attn
     x W^T + bias (batch, seq, 2304), of mlp.c_proj x (batch, seq, 3072). In all a block above the lowest keeps 17 C
-    numbers per token (C = 768 channels), more than full fine-tuning's 16 C: (IA)^3 saves gradients and AdamW's means.
+    numbers per token, C = 768 channels: these 7 C, and 10 C of the block itself (the inputs of both LayerNorms 2 C, q,
+    k, v 3 C, attention's output C, gelu's input 4 C). That is more than full fine-tuning's 16 C: (IA)^3 saves gradients
+    and AdamW's means.
     Optimizer: 8 bytes per trained parameter for AdamW's two means, 528,384 bytes; gradients take half of that. The
     optimizer's time, too, grows with the trained parameters alone. Weight decay acts on the head's matrix alone.
 Errors

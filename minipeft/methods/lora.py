@@ -48,6 +48,8 @@ Positions and mask
     Untouched. Each token is updated by itself; a text may have all 1,024 positions, as before; one with more is a
     ConfigError.
     KV cache. As large as the base's. It holds adapted keys and values: when the adapter changes, begin a new one.
+    Pads. They are changed, too, but no real token sees a pad, on either side.
+    Gradient checkpointing. All of this is a part of its block and is computed again with it.
 Saved
     In adapter_model.safetensors:
     base_model.model.transformer.h.0.attn.c_attn.lora_A.weight (8, 768)
@@ -106,8 +108,9 @@ Cost
     half for their own. Kept for these: dropout(x) (batch, seq, in), s dropout(x) A^T (batch, seq, r), and with dropout
     its mask, a byte per number of x. On a half-precision base dropout(x) is float32: 4 bytes per number, not 2. On a
     CPU, with a float32 base or under autocast, low_rank.py keeps x, and computes dropout(x) again from it and the mask.
-    In all a block above the lowest keeps 11 C + r numbers per token, C = 768 channels: 10 C of the block itself (see
-    full.py), C for x, r for s dropout(x) A^T. With all-linear it keeps 16 C + 4 r; full fine-tuning keeps 16 C.
+    In all a block above the lowest keeps 11 C + r numbers per token, C = 768 channels: C for x, r for s dropout(x) A^T,
+    and 10 C of the block itself (the inputs of both LayerNorms 2 C, q, k, v 3 C, attention's output C, gelu's input
+    4 C). With all-linear it keeps 16 C + 4 r; full fine-tuning keeps 16 C.
     Optimizer: 8 bytes per trained parameter for AdamW's two means, 2,371,584 bytes; gradients take half of that. The
     optimizer's time, too, grows with the trained parameters alone. Weight decay acts on A, B and the head's matrix, not
     on biases.
@@ -175,7 +178,8 @@ from minipeft.settings import FINITE, POSITIVE_INTEGER, PROBABILITY, setting
 class LoraConfig(MethodConfig):
     """peft's LoraConfig, as far as it changes GPT-2's numbers. `use_dora=True` makes it DoRA (see dora.py).
 
-    The defaults are peft's. The command line starts from others, which suit the bundled base: see runs/defaults.py.
+    The defaults are peft's. The command line starts from others, which suit the bundled base: lora_alpha 16 and
+    all-linear targets (runs/defaults.py).
 
     Raises:
         ConfigError: a value of the wrong type or out of range.

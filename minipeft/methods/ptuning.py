@@ -190,6 +190,7 @@ from minipeft.methods import prompt
 from minipeft.methods.injection import Plan, base_of
 from minipeft.methods.prompt import Prompt
 from minipeft.methods.symbols import Seen, Symbols
+from minipeft.methods.turn import without_autocast
 from minipeft.methods.virtual_tokens import VirtualTokensConfig, check_room, place_of
 from minipeft.model.linear import Linear
 from minipeft.settings import POSITIVE_INTEGER, PROBABILITY, setting
@@ -240,10 +241,13 @@ class PromptEncoder(nn.Module):
     def forward(self) -> Tensor:
         x = self.embedding.weight                                             # (V, C)
         if self.lstm is not None:
-            with torch.autocast("cpu", enabled=False):  # without AVX-512, torch's LSTM knows no bfloat16
-                outputs, _ = self.lstm(x[None])                               # (1, V, 2 h), as a batch of one
-            x = outputs[0]                                                    # (V, 2 h)
+            x = self.both_ways(x)                                             # (V, 2 h)
         return self.mlp_head(x)                                               # (V, C)
+
+    @without_autocast
+    def both_ways(self, x: Tensor) -> Tensor:
+        """The LSTM's outputs. Under autocast a GPU would compute it in float16, and some CPUs not at all."""
+        return self.lstm(x[None])[0][0]                                       # (1, V, 2 h), a batch of one -> (V, 2 h)
 
 
 def plan(model: nn.Module, config: PromptEncoderConfig) -> Plan:

@@ -46,6 +46,8 @@ Positions and mask
     Untouched. Each token is updated by itself; a text may have all 1,024 positions, as before; one with more is a
     ConfigError.
     KV cache. As large as the base's. It holds adapted keys and values: when the adapter changes, begin a new one.
+    Pads. They are changed, too, but no real token sees a pad, on either side.
+    Gradient checkpointing. All of this is a part of its block and is computed again with it.
 Saved
     In adapter_model.safetensors:
     base_model.model.transformer.h.0.attn.c_attn.vera_lambda_d (256,)
@@ -106,9 +108,10 @@ Cost
     Backward: the gradient of x passes through W, and through B and A, 2 r (in + out) operations more. W, A and B have
     no gradients of their own. Kept: dropout(x) A^T (batch, seq, r) for d's gradient, (d * dropout(x) A^T) B^T
     (batch, seq, out) for b's, and with dropout its mask, a byte per number of x; x itself is not needed. In all a block
-    above the lowest keeps 13 C + r numbers per token, full fine-tuning 16 C, C = 768 channels. Optimizer: 8 bytes per
-    trained parameter for AdamW's two means, 258,048 bytes; gradients take half of that. The optimizer's time, too,
-    grows with the trained parameters alone. Weight decay acts on the head's matrix alone.
+    above the lowest keeps 13 C + r numbers per token, C = 768 channels: these, and 10 C of the block itself (the inputs
+    of both LayerNorms 2 C, q, k, v 3 C, attention's output C, gelu's input 4 C). Full fine-tuning keeps 16 C.
+    Optimizer: 8 bytes per trained parameter for AdamW's two means, 258,048 bytes; gradients take half of that. The
+    optimizer's time, too, grows with the trained parameters alone. Weight decay acts on the head's matrix alone.
 Errors
     In this list the class of each error stands before its message. Most wrong values are found when the configuration
     is made, the others by `inject`, before it changes anything. `load_adapter` raises an AdapterError, and leaves the

@@ -51,9 +51,12 @@ Heads
     `score` gives (B, K) from each text's last real token, which has seen the whole text; `classifier` gives (B, T, K),
     and it alone has a bias. Pretraining knows neither of the last two: they start random, all of minipeft/methods train
     them, and they take no cache. What a head gives are logits; the loss is made of them by the task (minipeft/tasks).
+Training
+    Freshly loaded, every parameter requires a gradient, 124,441,344 with a `score` for two labels (2, C): what a method
+    freezes, it freezes later. An optimizer such as AdamW adds 8 bytes per trained parameter to 4 of its gradient.
 Initialization
     Matrices and embeddings are normal with deviation 0.02, each c_proj with 0.02 / sqrt(2 n_layer); biases are 0,
-    LayerNorms' weights 1 (see pretrained.py). So GPT-2 124M starts with logits of deviation 0.02 sqrt(C) = 0.55 and a
+    LayerNorms' weights 1. So GPT-2 124M starts with logits of deviation 0.02 sqrt(C) = 0.55 and a
     loss of about ln 50,257 + 0.55^2 / 2 = 10.98, near the 10.82 of guessing.
 Dropout
     In training a number becomes 0 with probability p = 0.1 and is divided by 1 - p otherwise: wte + wpe (embd_pdrop),
@@ -66,13 +69,17 @@ Cost
     Forward, per token: 24 C^2 operations in the matrices of a block (a product and a sum are two), 4 S C in its
     attention, of which a fused kernel (attention as one operation) may skip what is masked, and 2 C vocabulary in
     lm_head. Backward: 2 times that, about 1 time where matrices are frozen. Memory: the logits, and without gradients
-    one block's tensors at a time, (B, T, 4C) the widest; in training 16 C numbers per block and token, 10 C where
-    matrices are frozen (methods/full.py). Fused kernels hold the scores in parts only.
+    one block's tensors at a time, (B, T, 4C) the widest; in training 16 C numbers per block and token: what went into
+    ln_1, ln_2 and the four matrices (C, C, C, C, C, 4C), q, k and v (3C), and gelu's input (4C). Where matrices are
+    frozen, of what went into them attention's output alone is needed: 10 C. Fused kernels hold the scores in parts
+    only.
 On disk
-    `from_pretrained` (pretrained.py) reads config.json and model.safetensors, in which names are the official ones, as
-    `wte.weight`; with a head `transformer.` stands before them. Files with and without it load. Hugging Face's GPT-2
-    computes x W, so a file holds the blocks' matrices as (in, out), such as c_attn (C, 3C); weights.py transposes them.
-    A tied lm_head is not in the file.
+    `from_pretrained` (pretrained.py) reads config.json (n_embd, n_head, n_layer, n_positions, vocab_size and the rest
+    of GPT2Config) and model.safetensors, in which names are the official ones: wte.weight, wpe.weight,
+    h.0.attn.c_attn.weight and .bias, ... , ln_f.bias; with a head `transformer.` stands before them. A tensor that is
+    missing, or has another shape than config.json says, is a WeightsError that names it. Files with and without it
+    load. Hugging Face's GPT-2 computes x W, so a file holds the blocks' matrices as (in, out), such as c_attn (C, 3C);
+    weights.py transposes them. A tied lm_head is not in the file.
 
 Paper: Radford, Wu, Child, Luan, Amodei, Sutskever (2019), "Language Models are Unsupervised Multitask Learners". Unlike
 the first GPT, this one has a LayerNorm before each layer, not after it. It also has ln_f, smaller values in c_proj at
@@ -247,10 +254,8 @@ class GPT2Model(PretrainedModel):
         x = self.drop(x + self.wpe(position_ids))                                # (B, T, C)
         mask = attention_mask_for(attention_mask, T, past, x.device)
         for block in self.h:
-            if recomputed:
-                x = checkpoint(_recomputable, block, x, mask, cache, use_reentrant=False)       # (B, T, C)
-            else:
-                x = block(x, mask, cache)                                        # (B, T, C)
+            arguments = x, mask, cache
+            x = checkpoint(block, *arguments, use_reentrant=False) if recomputed else block(*arguments)   # (B, T, C)
         return self.ln_f(x)
 
 
@@ -263,11 +268,6 @@ def check_not_empty(x: Tensor | None) -> None:
     if x is None or 0 in x.shape[:2]:
         found = "neither input_ids nor inputs_embeds" if x is None else f"{x.shape[0]} texts of {x.shape[1]} tokens"
         raise ConfigError(f"there is nothing to read: {found}")
-
-
-def _recomputable(block: Block, x: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
-    """A block that may run twice: it appends to a copy of the cache, so that both runs find the same."""
-    return block(x, mask, None if cache is None else KVCache(cache.layers))
 
 
 class GPT2LMHeadModel(PretrainedModel):

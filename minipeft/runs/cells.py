@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from minipeft.files import digest, locked, read_json_file, write_json_file
 from minipeft.runs.baseline import base_of, tested
@@ -228,6 +229,8 @@ def _timed(run: Run) -> list[float]:
     validate, seconds = run.material.validate, []
 
     def timed() -> dict[str, Any]:
+        if run.plan.device.type == "cuda":
+            torch.cuda.synchronize(run.plan.device)  # what training has asked for is not validation's
         clock = Stopwatch()
         found = validate()
         seconds.append(clock.core_seconds if run.plan.device.type == "cpu" else clock.seconds)

@@ -18,6 +18,7 @@ comparison.json
 
     ROW = {
         "settings":    {"learning_rate", and what else was chosen}, of the method's and the training's configuration
+        "size":        {FIELD: value} of the field that was tried as the method's size; empty where there is none
         "seeds":       [0, 1, 2];  "cells": their files, relative to comparison.json;  "adapters": folders
         "scores":      the headline on the test split, for each seed
         "mean", "deviation" (n - 1; None with one seed), "interval_95" of the mean: see `significance.py`
@@ -207,7 +208,7 @@ def _inference(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     mergeable = runs[0]["mergeable"] if runs else None
     nothing = mergeable == "nothing to merge"  # the base's own modules, with other values
     return {"extra": 0.0 if nothing else extra("seconds"), "extra_merged": 0.0 if nothing else extra("merged_seconds"),
-            "measured": extra("seconds"), "mergeable": mergeable}
+            "mergeable": mergeable}
 
 
 def _spread(values: Sequence[float | None]) -> dict[str, float | None]:

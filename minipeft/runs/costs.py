@@ -37,18 +37,6 @@ from minipeft.training.vocabulary_loss import losses_and_hits
 TEXTS, TOKENS, TIMED_TEXTS, TIMED_ROUNDS = 128, 256, 32, 5
 
 
-def forgotten(run: Run) -> dict[str, Any]:
-    """What the base has forgotten of held-out texts, and of which: see `forgetting`."""
-    name, texts = held_out(run.plan.options.data_dir)
-    return {"texts": f"{name} validation", "fingerprint": texts.fingerprint(),
-            **forgetting(run, [row for row in encoded(run, texts.texts) if len(row) > 1])}
-
-
-def inference_of(run: Run) -> dict[str, Any]:
-    """What the adapter adds to the time of some held-out texts: see `inference`."""
-    return inference(run, encoded(run, held_out(run.plan.options.data_dir)[1].texts[:TIMED_TEXTS]))
-
-
 def encoded(run: Run, texts: Sequence[str]) -> list[np.ndarray]:
     """The first tokens of each text, (T,) each."""
     return [np.asarray(row[:min(TOKENS, run.model.config.n_positions // 2)], dtype=np.int32)
@@ -70,13 +58,15 @@ def adapter_bytes(folder: Path) -> int:
 
 # --- forgetting -------------------------------------------------------------------------------------------------------
 
-def forgetting(run: Run, ids: Sequence[np.ndarray]) -> dict[str, Any]:
-    """Nats per token before and after training, and over how many tokens."""
-    plan = run.plan
+def forgotten(run: Run) -> dict[str, Any]:
+    """What the base has forgotten of held-out texts: nats per token before and after training, and over how many."""
+    plan, (name, texts) = run.plan, held_out(run.plan.options.data_dir)
+    ids = [row for row in encoded(run, texts.texts) if len(row) > 1]
     base = cast_frozen(GPT2LMHeadModel.from_pretrained(plan.model_name).requires_grad_(False).to(plan.device),
                        plan.precision)
     before, after = (language_loss(model, ids, plan.device, plan.precision) for model in (base, run.model))
-    return {"tokens": sum(map(len, ids)) - len(ids), "before": round(before, 5), "after": round(after, 5)}
+    return {"texts": f"{name} validation", "fingerprint": texts.fingerprint(),
+            "tokens": sum(map(len, ids)) - len(ids), "before": round(before, 5), "after": round(after, 5)}
 
 
 def language_loss(model: nn.Module, ids: Sequence[np.ndarray], device: torch.device, precision: torch.dtype) -> float:
@@ -102,8 +92,8 @@ def language_loss(model: nn.Module, ids: Sequence[np.ndarray], device: torch.dev
 
 # --- inference --------------------------------------------------------------------------------------------------------
 
-def inference(run: Run, ids: Sequence[np.ndarray]) -> dict[str, Any]:
-    """Seconds of a pass over some texts: of the base, with the adapter unmerged, and merged.
+def inference_of(run: Run) -> dict[str, Any]:
+    """Seconds of a pass over some held-out texts: of the base, with the adapter unmerged, and merged.
 
     Returns:
         {"base_seconds", "seconds", "merged_seconds", "mergeable": "yes", "no" or "nothing to merge"}. Where the method
@@ -111,6 +101,7 @@ def inference(run: Run, ids: Sequence[np.ndarray]) -> dict[str, Any]:
         base is gone, merged_seconds where nothing merges.
     """
     model, device = run.model, run.plan.device
+    ids = encoded(run, held_out(run.plan.options.data_dir)[1].texts[:TIMED_TEXTS])
     batches = [batch for _, batch in evaluation_batches(ids, [0] * len(ids), device)]
 
     def one_pass() -> float:

@@ -136,9 +136,9 @@ class Generation(Task):
                            **{"max_new_tokens": self.max_new_tokens, **decoding})                      # (B, T + new)
             return [self._text(new) for new in ids[:, input_ids.shape[1]:].tolist()]
 
-        prompts = self.prompts(texts)
+        prompts, beams = self.prompts(texts), max(1, decoding.get("num_beams", 1))  # each of which is a row
         return predictions(model, continued, prompts, [0] * len(prompts), device, precision,
-                           GENERATION_BATCH_SIZE[device.type], progress)
+                           max(1, GENERATION_BATCH_SIZE[device.type] // beams), progress)
 
     def table(self, model: nn.Module, texts: Sequence[str], device: torch.device, precision: torch.dtype,
               progress: str | None = None, **decoding: Any) -> dict[str, list[Any]]:

@@ -131,7 +131,9 @@ def synchronized(model: nn.Module) -> nn.Module:
     """The model to call in training: one whose backward pass averages gradients over the processes."""
     if world_size() == 1 or any(map(is_sharded, model.parameters())):
         return model  # alone, or sharded: FSDP averages by itself
-    return DistributedDataParallel(model)  # without device_ids, so that it moves no input: see Batch.to
+    wrapped = DistributedDataParallel(model)  # without device_ids, so that it moves no input: see Batch.to
+    wrapped.broadcast_buffers = False  # none changes in training: VeRA's A and B would travel in every step
+    return wrapped
 
 
 def without_sending(model: nn.Module, more_to_come: bool) -> AbstractContextManager[None]:

@@ -123,8 +123,10 @@ def cast_frozen(model: nn.Module, precision: torch.dtype) -> nn.Module:
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the memory is not enough: a GPU's has a class of its own, a CPU's has none."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether an error says that the memory is not enough: torch's on a GPU has a class of its own, a CPU's and those
+    of a GPU's libraries have none."""
+    said = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
 
 
 def out_of_memory(device: torch.device, rows: int, length: int, checkpointing: bool | None = None) -> HardwareError:

@@ -17,8 +17,12 @@ the caller's `loss_sum` multiplies a target's loss by n / (K n_k), for n trainin
 this one; T stays.
 
 mean and square are AdamW's running means of g (by 0.9) and of g^2 (by 0.999), corrected for their start at 0; decay is
-weight_decay in matrices of linear layers, 0 in all else. methods/full.py has these equations with an example.
+weight_decay in matrices of linear layers, 0 in all else. By hand: in step 1 both means are corrected to g and g^2, so
+each theta moves by the rate against g's sign, whatever g is; 0.5 with rate 0.1 and no decay comes to 0.4 or 0.6.
 
+Batches      Texts of similar length: input_ids and attention_mask (B, T), 1 at tokens and 0 at pads, which are on the
+             right; labels (B,), or (B, T) with -100 at tokens that have none. The model numbers positions and hides
+             pads; virtual tokens, if a method has them, are not in a batch. The logits at its N targets are (N, K).
 Precision    What is trained, its gradients and AdamW's means are float32; frozen weights keep their dtype. In bf16 and
              fp16 autocast computes products of matrices in that format; the loss is float32 (tasks/task.py). In fp16
              the loss is multiplied by a scale, lest small gradients become 0, and gradients are divided by it before
@@ -40,12 +44,13 @@ Signal       SIGINT (Ctrl-C), SIGHUP or SIGTERM: the step in hand is finished, w
              step. A second signal raises KeyboardInterrupt at once, and the state saved last stays; but a second
              SIGTERM does nothing.
 State        `state_folder`/training_state.safetensors: the trained values (model/NAME), the best ones (extra/NAME),
-             AdamW's means (optimizer/...), the random state; in its header, as JSON, step, curve, settings and scale.
-             It is written after each validation, every `save_minutes` between two, and at a signal; a new one takes
-             the old one's place when it is whole. A resumed run must have the same `config`, precision, `request` and
-             trained parameters. With the same other arguments, too, it ends as if it had never stopped, bit for bit,
-             with these exceptions: GPU kernels that add in another order each time; and of several processes all but
-             the first draw other dropout, since only the first one's random state is saved.
+             AdamW's means (optimizer/exp_avg/NAME, optimizer/exp_avg_sq/NAME), each in its parameter's shape and in
+             float32, 16 bytes per trained parameter; the random state; in its header, as JSON, step, curve, settings
+             and scale. It is written after each validation, every `save_minutes` between two, and at a signal; a new
+             one takes the old one's place when it is whole. A resumed run must have the same `config`, precision,
+             `request` and trained parameters. With the same other arguments, too, it ends as if it had never stopped,
+             bit for bit, with these exceptions: GPU kernels that add in another order each time; and of several
+             processes all but the first draw other dropout, since only the first one's random state is saved.
 Randomness   Initial values and dropout come from torch's global generators: the caller seeds them before it makes the
              model, and `train` does not, but in processes other than the first. The state holds the CPU's and, on a
              GPU, this GPU's. The data's order follows from the seed of `batches` and the epoch alone.
@@ -61,6 +66,10 @@ Unlike Hugging Face's Trainer: there the rate falls on a straight line, by defau
 step has rate 0. There is no validation unless eval_strategy asks for it, and the last values stay unless
 load_best_model_at_end is set. weight_decay is 0 by default, and otherwise embeddings decay, too. A classifier's loss is
 a mean per micro-batch. Ctrl-C is not caught: what was trained since the last checkpoint is lost.
+
+Papers: AdamW, Loshchilov and Hutter 2017, arXiv 1711.05101. Half a cosine: theirs of 2016, arXiv 1608.03983, which
+starts again and again; here once. Clipping: Pascanu et al. 2012, arXiv 1211.5063. The scale of fp16: Micikevicius et
+al. 2017, arXiv 1710.03740, whose own is constant.
 """
 
 from __future__ import annotations
@@ -180,10 +189,10 @@ class Learner:
         self.model, self.device = model, next(model.parameters()).device
         self.loss_sum, self.precision, self.max_grad_norm = loss_sum, precision, config.max_grad_norm
         self.tokens_per_micro_batch = tokens_per_micro_batch
-        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        check_trained(trained)
-        self.trained = [parameter for _, parameter in trained]
-        self.optimizer = adamw(trained, model, config.learning_rate, config.weight_decay,
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not self.trained:
+            raise ConfigError("nothing to train: no parameter of the model requires a gradient; inject a method first")
+        self.optimizer = adamw(self.trained, model, config.learning_rate, config.weight_decay,
                                loraplus_lr_ratio=config.loraplus_lr_ratio)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
         self.synchronized = parallel.synchronized(model)
@@ -211,16 +220,6 @@ class Learner:
             rows, length = max((part.attention_mask.shape for part in self.micro_batches(batches)), key=math.prod)
             checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
             raise out_of_memory(self.device, rows, length, checkpointing) from error
-
-
-def check_trained(trained: list[tuple[str, nn.Parameter]]) -> None:
-    """Refuse to train nothing.
-
-    Raises:
-        ConfigError: no parameter requires a gradient.
-    """
-    if not trained:
-        raise ConfigError("nothing to train: no parameter of the model requires a gradient; inject a method first")
 
 
 def optimizer_step(learner: Learner, batches: list[Batch], rate: float) -> list[Tensor]:
@@ -347,7 +346,7 @@ def _take_steps(learner: Learner, schedule: Schedule, progress: Progress, batche
             with learner.explaining_out_of_memory(step_batches):
                 progress.count(step_batches, optimizer_step(learner, step_batches, rate))
             bar.update()
-            if progress.step % 10 == 0:
+            if progress.step % 10 == 0 and not bar.disable:  # to know the loss, a GPU is waited for
                 bar.set_postfix(**progress.running(), refresh=False)
             if schedule.validates_after(progress.step):
                 is_best = progress.validated(validate(), rate, schedule.steps_per_epoch)

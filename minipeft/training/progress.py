@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ def progress_bar(total: int, unit: str, title: str | None, initial: int = 0) -> 
     Args:
         title: None for no bar.
     """
-    hidden = title is None or parallel.rank() > 0
+    hidden = title is None or parallel.rank() > 0 or sys.stderr is None  # as under pythonw
     # None: tqdm's own way to leave bars out where standard error is no terminal
     return tqdm(total=total, initial=initial, unit=unit, desc=title, mininterval=1, disable=True if hidden else None)
 

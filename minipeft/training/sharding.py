@@ -39,18 +39,21 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")  # asked so that a single process need not import torch's DTensor
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor as if it had never been sharded. Every process must ask."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
+def whole_tensors(tensors: dict[str, Tensor], first: bool) -> dict[str, Tensor]:
+    """Tensors as if they had never been sharded, on the CPU. Every process must ask, and the first one gets them.
 
+    One tensor is gathered at a time: a GPU might not hold all of them at once, nor the machine a copy for each process.
 
-def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """A model's state dict as if it had never been sharded. Every process must ask.
-
-    What was sharded is moved to the CPU, tensor by tensor: a GPU might not hold all of it at once.
+    Args:
+        first: whether this is the first process.
     """
-    return {name: tensor.full_tensor().cpu() if is_sharded(tensor) else tensor
-            for name, tensor in model.state_dict().items()}
+    found = {}
+    for name, tensor in tensors.items():
+        whole = tensor.full_tensor() if is_sharded(tensor) else tensor
+        if first:
+            found[name] = whole.detach().cpu()
+        del whole  # before the next one comes
+    return found
 
 
 def spread_like(parameter: Tensor, value: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from minipeft.errors import OutputError, WeightsError
 from minipeft.files import replacing_folder
 from minipeft.model.weights import open_tensors
 from minipeft.training import distributed as parallel
-from minipeft.training.sharding import spread_like, whole
+from minipeft.training.sharding import spread_like, whole_tensors
 
 STATE_FILE = "training_state.safetensors"
 
@@ -46,11 +46,11 @@ def save_training_state(folder: str | Path, model: nn.Module, optimizer: torch.o
     state["random/cpu"] = torch.get_rng_state()
     if (device := _device(trained)).type == "cuda":
         state["random/cuda"] = torch.cuda.get_rng_state(device)
-    state = {name: whole(tensor) for name, tensor in state.items()}
+    state = whole_tensors(state, first=parallel.rank() == 0)
     if parallel.rank() > 0:
         return
     with replacing_folder(folder) as temporary:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, temporary / STATE_FILE,
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary / STATE_FILE,
                   metadata={"state": json.dumps({"step": step, "extra": extra})})
 
 

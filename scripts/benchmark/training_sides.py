@@ -112,7 +112,7 @@ def head_on_features(job: Job, turn: Turn) -> None:
 
     ids, labels, plan = read_batches(job)
     model = inject(GPT2ForSequenceClassification.from_pretrained(job["base"]), HeadConfig()).to(turn.device)
-    optimizer = adamw([("score.weight", model.score.weight)], model, job["learning_rate"], 0.01)
+    optimizer = adamw([model.score.weight], model, job["learning_rate"], 0.01)
     precision = choose_precision(job["precision"], turn.device)
     for start in range(0, len(plan), job["steps"]):
         turn.wait()

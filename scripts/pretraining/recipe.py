@@ -80,7 +80,7 @@ def make_optimizer(model: GPT2LMHeadModel, config: PretrainingConfig) -> MuonAnd
     """The optimizer that the recipe asks for."""
     if config.muon:
         return MuonAndAdamW(model, config)
-    return adamw(model.named_parameters(), model, config.learning_rate, config.weight_decay, tuple(config.betas))
+    return adamw(model.parameters(), model, config.learning_rate, config.weight_decay, tuple(config.betas))
 
 
 class MuonAndAdamW:
@@ -96,10 +96,10 @@ class MuonAndAdamW:
 
     def __init__(self, model: GPT2LMHeadModel, config: PretrainingConfig) -> None:
         matrices = {id(module.weight) for module in model.transformer.h.modules() if isinstance(module, nn.Linear)}
-        named = list(model.named_parameters())
-        self.muon = torch.optim.Muon([p for _, p in named if id(p) in matrices], lr=config.learning_rate,
+        parameters = list(model.parameters())
+        self.muon = torch.optim.Muon([p for p in parameters if id(p) in matrices], lr=config.learning_rate,
                                      weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
-        self.adamw = adamw([(name, p) for name, p in named if id(p) not in matrices], model, config.learning_rate,
+        self.adamw = adamw([p for p in parameters if id(p) not in matrices], model, config.learning_rate,
                            config.weight_decay, tuple(config.betas))
         self.state = self.muon.state = self.adamw.state
         self.param_groups = self.muon.param_groups + self.adamw.param_groups

@@ -39,8 +39,7 @@ def steps(sizes, method, batch, length, precision, checkpointing):
     inject(model, METHODS[method].config(**DEFAULTS[method]["method"]))
     cast_frozen(model, precision).train()
     model.transformer.gradient_checkpointing = checkpointing
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    optimizer = adamw(trained, model, 1e-3)
+    optimizer = adamw([p for p in model.parameters() if p.requires_grad], model, 1e-3)
     for _ in range(2):  # the second has everything: the optimizer's means are there
         with computing_in(precision, torch.device("cpu")):
             logits = model(torch.zeros(batch, length, dtype=torch.long))

@@ -161,8 +161,9 @@ def test_a_trained_adapter_is_taken_as_it_is(folder, tmp_path, method):
     assert [line.left for line in found.not_here] == (["P"] if method == "ptuning" else [])
 
 
-def test_a_whole_model_is_traced_as_full_fine_tuning(folder):
-    model, tokenizer, _ = trained(folder)
+def test_a_whole_model_is_traced_as_full_fine_tuning(folder, tmp_path):
+    GPT2ForSequenceClassification.from_pretrained(folder).save_pretrained(tmp_path)
+    model, tokenizer, _ = trained(tmp_path)
     assert trace(model, tokenizer, TEXT).method == "full"
 
 

@@ -20,6 +20,7 @@ from minipeft import (
 from minipeft.methods.dora import DoRALinear
 from minipeft.methods.injection import active_injections
 from minipeft.model.dropout import dropout
+from minipeft.training.hardware import cast_frozen
 from minipeft.training.optimizer import adamw
 
 
@@ -269,8 +270,8 @@ def test_patterns_and_choices_of_layers_are_loras(make_model):
 def test_loraplus_raises_the_rate_of_b_and_of_the_magnitudes(make_model):
     model = inject(make_model(GPT2ForSequenceClassification), LoraConfig(r=2, use_dora=True))
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    rates = {id(p): group["lr"] for group in adamw(trained, model, 1e-3, loraplus_lr_ratio=16.0).param_groups
-             for p in group["params"]}
+    rates = {id(p): group["lr"] for group in adamw(
+        [p for _, p in trained], model, 1e-3, loraplus_lr_ratio=16.0).param_groups for p in group["params"]}
     for name, parameter in trained:
         raised = name.endswith(("lora_B.weight", "lora_magnitude_vector"))
         assert math.isclose(rates[id(parameter)], 16e-3 if raised else 1e-3), name
@@ -296,6 +297,15 @@ def test_under_autocast_the_norms_are_those_of_float32():
     expected, stretch = dora.row_norms(), dora.stretch()
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(dora.row_norms(), expected) and torch.equal(dora.stretch(), stretch)
+
+
+def test_weights_that_are_kept_in_bfloat16_to_predict_have_the_norms_of_float32():
+    """As when an adapter is loaded to predict: all is frozen, so all linear layers are cast."""
+    dora = layer(in_features=300)
+    halves = [part.weight.detach().bfloat16() for part in (dora.base_layer, dora.lora_B, dora.lora_A)]
+    weight, B, A = (half.float() for half in halves)
+    cast_frozen(dora.requires_grad_(False), torch.bfloat16)
+    torch.testing.assert_close(dora.row_norms(), (weight + dora.scaling * B @ A).norm(dim=1), rtol=1e-6, atol=0)
 
 
 def test_under_autocast_step_0_is_the_base_model_bit_for_bit(make_model):

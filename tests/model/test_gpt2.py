@@ -23,7 +23,7 @@ from minipeft.model.gpt2 import (
     attention_mask_for,
     last_real_token,
 )
-from minipeft.model.kv_cache import KVCache
+from minipeft.model.kv_cache import MORE_ROOM, KVCache
 from minipeft.training.hardware import computing_in
 
 CPU = torch.device("cpu")
@@ -49,8 +49,14 @@ def test_every_class_says_what_it_is_for_and_whether_its_head_is_new():
 @pytest.mark.parametrize("value", [0, -1, 1.5, "8", True, None])
 @pytest.mark.parametrize("name", SIZES)
 def test_config_refuses_a_size_that_is_not_a_positive_integer(name, value):
-    with pytest.raises(ConfigError, match=f"GPT-2 config: {name} must be (a positive integer|int), got {value!r}"):
+    with pytest.raises(ConfigError, match=rf"{name} must be (a positive integer up to [\d,]+|int), got {value!r}"):
         GPT2Config(**{name: value})
+
+
+@pytest.mark.parametrize("name", [*SIZES, "n_inner"])
+def test_a_size_beyond_that_of_any_gpt2_is_refused_before_modules_are_made_of_it(name):
+    with pytest.raises(ConfigError, match=rf"{name} must be a positive integer up to [\d,]+, got 10000001"):
+        GPT2Config(**{name: 10_000_001})
 
 
 @pytest.mark.parametrize("value", [0, -8, 2.5, "64", True])
@@ -116,6 +122,12 @@ def test_from_dict_counts_the_labels_of_id2label_unless_num_labels_is_given():
     labels = {"id2label": {"0": "a", "1": "b", "2": "c"}}
     assert GPT2Config.from_dict(labels).num_labels == 3
     assert GPT2Config.from_dict({**labels, "num_labels": 5}).num_labels == 5
+
+
+@pytest.mark.parametrize("value", [5, "ab", ["a", "b"]])
+def test_from_dict_refuses_labels_that_are_no_object(value):
+    with pytest.raises(ConfigError, match=rf"config\.json: id2label must be an object, got {type(value).__name__}"):
+        GPT2Config.from_dict({"id2label": value})
 
 
 @pytest.mark.parametrize("num_labels", [1, 2, 7])
@@ -467,6 +479,39 @@ def test_a_cache_may_go_through_calls_with_gradients_without_and_in_inference_mo
                 model.requires_grad_(False)
             found = model(ids[:, number:number + 1], cache=cache)
     close(found[:, 0], model(ids)[:, -1])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad], ids=["without gradients", "with gradients"])
+def test_a_cache_for_one_call_holds_nothing_that_the_call_appended(make_model, make_ids, mode):
+    """Of a large batch all blocks' keys and values would lie in memory until the call ends."""
+    model, prefix, cache = make_model(GPT2Model), KVCache(), None
+    model(make_ids(2, 5), cache=prefix)
+    with mode():
+        cache = KVCache(list(prefix.layers), kept=False)
+        found = model(make_ids(2, 3, seed=1), cache=cache)
+    close(found, model(make_ids(2, 3, seed=1), cache=prefix))
+    assert cache.length == 5 and not cache.room
+
+
+def test_a_cache_that_is_reordered_takes_its_room_along(make_model, make_ids):
+    model, ids, cache = make_model(GPT2LMHeadModel), make_ids(2, 7), KVCache()
+    with torch.no_grad():
+        for step in range(5):
+            model(ids[:, step:step + 1], cache=cache)
+        room = cache.room[0][0][0]
+        cache.reorder(torch.tensor([1, 0]))
+        moved = cache.room[0][0][0]
+        found = [model(ids[[1, 0], step:step + 1], cache=cache) for step in (5, 6)]
+    assert torch.equal(moved[:, :, :5], room[[1, 0], :, :5]) and cache.room[0][0][0] is moved
+    close(torch.cat(found, dim=1), model(ids)[[1, 0], 5:])
+
+
+def test_the_room_of_a_cache_is_little_more_than_what_it_holds(make_model, make_ids):
+    model, cache = make_model(GPT2LMHeadModel), KVCache()
+    with torch.no_grad():
+        for size in (4, 1, 1):
+            model(make_ids(1, size), cache=cache)
+    assert cache.room[0][0][0].shape[2] == 5 + MORE_ROOM
 
 
 def test_position_ids_are_one_for_each_token(make_model, make_ids):

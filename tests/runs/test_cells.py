@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -234,3 +235,12 @@ def test_a_task_counts_as_the_one_that_it_inherits_from():
         "tagging", "tagging", None, None]
     assert {name for name, task in TASKS.items() if counted_as(object.__new__(task)) == name} >= {
         "classification", "tagging"}
+
+
+def test_on_a_gpu_what_training_has_asked_for_is_waited_for_before_a_validation_is_timed(monkeypatch):
+    order = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: order.append("waited"))
+    run = SimpleNamespace(material=SimpleNamespace(validate=lambda: order.append("validated") or {"loss": 1.0}),
+                          plan=SimpleNamespace(device=torch.device("cuda")))
+    seconds = cells._timed(run)
+    assert run.material.validate() == {"loss": 1.0} and order == ["waited", "validated"] and len(seconds) == 1

@@ -51,7 +51,7 @@ def test_rows_have_means_deviations_intervals_and_costs(folder):
     assert lora["settings"] == {"learning_rate": 1e-3, "r": 2} and lora["cells"][0] == "cells/films/lora_seed0.json"
     assert lora["core_seconds_per_1000_examples"] == {"mean": 6.0, "deviation": 1.0}
     assert lora["training_memory_bytes"] == {"mean": None, "deviation": None}
-    assert lora["inference"] == {"extra": 0.25, "extra_merged": 0.0, "measured": 0.25, "mergeable": "yes"}
+    assert lora["inference"] == {"extra": 0.25, "extra_merged": 0.0, "mergeable": "yes"}
     assert lora["forgetting"]["nats"] == pytest.approx(0.2) and lora["forgetting"]["deviation"] == pytest.approx(0.1)
     assert films["methods"]["head"]["deviation"] is None
     assert films["machine"]["cores"] and "machine" not in films["methods"]["lora"]
@@ -61,7 +61,7 @@ def test_costs_that_were_not_measured_are_not_known_and_shown_as_dashes(folder):
     content = comparison(folder)["datasets"]["films"]
     head = content["methods"]["head"]
     assert head["core_seconds_per_1000_examples"]["mean"] is None and head["adapter_bytes"]["mean"] == 40
-    assert head["inference"] == {"extra": None, "extra_merged": None, "measured": None, "mergeable": None}
+    assert head["inference"] == {"extra": None, "extra_merged": None, "mergeable": None}
     assert content["best"]["lora"]["core_seconds_per_1000_examples"]["mean"] is None
     assert re.search(r"\| head \| .* \| - \| \+0\.100 \| - \|", table_of(content))
     for file in (folder / "cells/films/costs").iterdir():
@@ -173,5 +173,5 @@ def test_the_table_for_people_goes_from_worse_to_better(folder):
     lines = table_of(comparison(folder)["datasets"]["films"]).splitlines()
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == [
         "zero-shot by prompt", "head", "full", "lora", "lora, best without the budget"]
-    assert "| 91.00 % ± 1.00 % |" in lines[5] and "| 1 to 2 | 6.0 | +0.200 | +25 % |" in lines[5]
+    assert "| 91.00 % ± 1.00 % |" in lines[5] and "| 1 to 2 | 6.0 ± 1.0 | +0.200 ± 0.100 | +25 % |" in lines[5]
     assert "| 3 |" in lines[3]

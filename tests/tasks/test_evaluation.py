@@ -94,8 +94,10 @@ class Small(torch.nn.Module):
 
 
 @pytest.mark.kind("8: evaluation halves its batch where the memory is not enough")
-@pytest.mark.parametrize("error", [GPU_IS_FULL, RuntimeError("DefaultCPUAllocator: can't allocate memory")],
-                         ids=["GPU", "CPU"])
+@pytest.mark.parametrize("error", [
+    GPU_IS_FULL, RuntimeError("DefaultCPUAllocator: can't allocate memory"), RuntimeError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)")],
+    ids=["GPU", "CPU", "GPU's driver", "GPU's library"])
 def test_where_the_memory_is_not_enough_batches_are_halved_and_nothing_is_lost(caplog, error):
     model, ids = Small(3, error), ids_of([9] * 8 + [2] * 8)
     found = predictions(model, model, ids, [0] * 16, CPU, torch.float32, batch_size=8)

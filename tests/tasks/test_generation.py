@@ -16,6 +16,7 @@ from minipeft import GPT2Config, GPT2LMHeadModel
 from minipeft.data.batches import IGNORED_LABEL, collate
 from minipeft.data.examples import Examples
 from minipeft.errors import ConfigError, DataError
+from minipeft.tasks import generation
 from minipeft.tasks.decoding import generate
 from minipeft.tasks.generation import (
     Generation,
@@ -153,6 +154,15 @@ def test_what_is_written_for_many_sources_is_what_is_written_for_each_alone(tran
         prompt = torch.tensor([task.tokenizer.encode(source + " =")])
         alone = generate(model, prompt, max_new_tokens=12, eos_token_id=EOS, **how)[0, prompt.shape[1]:].tolist()
         assert written == task.tokenizer.decode(alone[:alone.index(EOS)] if EOS in alone else alone).strip()
+
+
+@pytest.mark.parametrize(("how", "at_once"), [({}, 32), ({"num_beams": 4}, 8), ({"num_beams": 99}, 1)], ids=str)
+def test_rows_computed_at_once_are_as_many_with_beams_as_without(translation, model, monkeypatch, how, at_once):
+    """A beam is a row: 32 texts with 4 beams would need the memory of 128."""
+    asked = []
+    monkeypatch.setattr(generation, "predictions", lambda *arguments, **named: asked.append(arguments[6]) or [])
+    translation().generate_texts(model, ["ab"], CPU, torch.float32, **how)
+    assert asked == [at_once]
 
 
 def test_a_prediction_is_streamed_in_pieces_that_make_the_whole(translation, model):

@@ -231,8 +231,8 @@ def test_an_epochs_last_step_takes_what_is_left_over(toy):
 @pytest.mark.parametrize("precision", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("limit", "clipped"), [(1e-3, True), (1e6, False)])
 def test_gradients_above_the_limit_are_scaled_down_to_it(toy, monkeypatch, limit, clipped, precision):
-    monkeypatch.setattr(training, "adamw", lambda named, *a, **k: torch.optim.SGD(
-        [{"params": [p for _, p in named], "rate_factor": 1.0}], lr=1.0))
+    monkeypatch.setattr(training, "adamw", lambda trained, *a, **k: torch.optim.SGD(
+        [{"params": trained, "rate_factor": 1.0}], lr=1.0))
     task = toy("lora", epochs=1, max_grad_norm=limit, warmup_ratio=0, learning_rate=0.5)
     before = trained_values(task.model)
     run(task, batches=FixedBatches(*toy_texts(8), [range(8)]), precision=precision)

@@ -22,7 +22,7 @@ BATCH = collate([np.array([1, 2]), np.array([3]), np.array([4, 5])], [0, 1, 0])
 
 def new_progress(folder=None, best_by="accuracy", **settings):
     model = nn.Linear(2, 2)
-    optimizer = adamw(model.named_parameters(), model, learning_rate=1e-2)
+    optimizer = adamw(model.parameters(), model, learning_rate=1e-2)
     return Progress(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), best_by, folder, settings)
 
 
@@ -147,4 +147,12 @@ def test_a_bar_is_for_a_terminal_and_its_lines_are_for_all(monkeypatch, capsys, 
         bar.update(3)
         bar.write("a validation")
     assert ("\r" in sys.stderr.getvalue()) == ("testing" in sys.stderr.getvalue()) == shown
+    assert capsys.readouterr().out == "a validation\n"
+
+
+def test_without_a_standard_error_there_is_no_bar(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", None)
+    with progress_bar(3, "text", "testing") as bar:
+        bar.update(3)
+        bar.write("a validation")
     assert capsys.readouterr().out == "a validation\n"

@@ -50,8 +50,7 @@ def run(model, optimizer, steps):
 
 def start(tiny_config, method):
     model = inject(build(GPT2ForSequenceClassification, dataclasses.replace(tiny_config, resid_pdrop=0.1)), method)
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    return model, adamw(trained, model, learning_rate=1e-2, weight_decay=0.1)
+    return model, adamw([p for p in model.parameters() if p.requires_grad], model, learning_rate=1e-2, weight_decay=0.1)
 
 
 METHODS = [LoraConfig(r=4, lora_dropout=0.2), LoraConfig(r=2, bias="all", target_modules="all-linear"), FullConfig()]

@@ -4,6 +4,10 @@ Every one of them is a `MinipeftError` whose message is one line: what is wrong,
 that line and exit with status 2; library users catch the class.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 
 class MinipeftError(Exception):
     """Base class of every error caused by input: a file, an option, a configuration, the environment."""
@@ -47,3 +51,8 @@ class InUseError(OutputError):
 
 class NothingToWriteError(OutputError):
     """A page has no place that is to be written anew."""
+
+
+def first_few(items: Sequence[str], most: int = 6) -> str:
+    """Items for a message's one line, and how many there are beyond the first: "a; b; and 12 more"."""
+    return "; ".join([*items[:most], *([f"and {len(items) - most:,} more"] if len(items) > most else [])])

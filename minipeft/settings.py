@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable
@@ -30,9 +30,10 @@ class Range(NamedTuple):
 
 POSITIVE_INTEGER = Range("a positive integer", lambda value: value >= 1)
 PROBABILITY = Range("a probability in [0, 1)", lambda value: 0 <= value < 1)
-FINITE = Range("a finite number", math.isfinite)
-POSITIVE = Range("positive and finite", lambda value: 0 < value < math.inf)
-NOT_NEGATIVE = Range("finite and not negative", lambda value: 0 <= value < math.inf)
+_LARGEST = sys.float_info.max  # an integer may be beyond it, and then is no float
+FINITE = Range("a finite number", lambda value: -_LARGEST <= value <= _LARGEST)
+POSITIVE = Range("positive and finite", lambda value: 0 < value <= _LARGEST)
+NOT_NEGATIVE = Range("finite and not negative", lambda value: 0 <= value <= _LARGEST)
 SHARE = Range("a share in [0, 1]", lambda value: 0 <= value <= 1)
 TRUE, FALSE = ("true", "yes", "1"), ("false", "no", "0")  # what a command line's words mean
 SEED = Range("a number from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63)

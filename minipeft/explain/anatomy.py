@@ -15,7 +15,7 @@ from minipeft.methods import METHODS, inject
 from minipeft.methods.injection import trainable_parameters
 from minipeft.model.config import GPT2Config
 from minipeft.model.gpt2 import GPT2ForSequenceClassification
-from minipeft.model.hub import HUB_NAMES, find
+from minipeft.model.hub import find, official
 from minipeft.model.pretrained import on_paper
 from minipeft.model.weights import read_config
 from minipeft.runs.defaults import table
@@ -46,8 +46,8 @@ def config_of(name_or_folder: str) -> GPT2Config:
         WeightsError: neither a folder nor a name of a model.
         ConfigError: a config.json that is no GPT-2's.
     """
-    if name_or_folder in HUB_NAMES:
-        return GPT2Config.official(name_or_folder)
+    if name := official(name_or_folder):
+        return GPT2Config.official(name)
     return GPT2Config.from_dict(read_config(find(name_or_folder)))
 
 

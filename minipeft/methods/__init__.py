@@ -13,7 +13,8 @@ from minipeft.methods import adapter, bitfit, dora, full, head, ia3, lora, prefi
 from minipeft.methods.config import MethodConfig
 from minipeft.methods.injection import Plan, active_injections, all_injections, carry_out
 from minipeft.methods.symbols import Seen, Symbols
-from minipeft.methods.turn import check_is_free, making_plain_tensors
+from minipeft.methods.turn import check_turn, making_plain_tensors
+from minipeft.methods.wrappers import check_is_bare
 from minipeft.settings import option_fields
 
 
@@ -74,7 +75,6 @@ METHODS: dict[str, Method] = {
 }
 
 
-@making_plain_tensors
 def inject(model: nn.Module, config: Any, name: str = "default") -> nn.Module:
     """Put a method into a model, in place: its layers are attached, everything else is frozen.
 
@@ -94,10 +94,10 @@ def inject(model: nn.Module, config: Any, name: str = "default") -> nn.Module:
         InjectionError: nothing matches, the method cannot be combined with one the model carries, or the model is
             wrapped already, by torch.compile or for several processes, or another thread is changing it.
     """
-    check_is_free(model)
-    check_config(config)
-    check_combination(model, config.method, name)
-    return carry_out(METHODS[config.method].plan(model, config), model, config, name)
+    with check_turn(model), making_plain_tensors():
+        check_config(config)
+        check_combination(model, config.method, name)
+        return carry_out(METHODS[config.method].plan(model, config), model, config, name)
 
 
 def check_config(config: Any) -> None:
@@ -113,11 +113,12 @@ def check_config(config: Any) -> None:
 
 
 def check_combination(model: nn.Module, method: str, name: str) -> None:
-    """Refuse a method that does not go together with what the model carries.
+    """Refuse a method that does not go together with what the model carries, or with what is around it.
 
     Raises:
         InjectionError: saying which two, and why.
     """
+    check_is_bare(model)
     if any(waiting.name == name and not waiting.active for waiting in all_injections(model)):
         raise InjectionError(f"this model already carries an adapter {name!r}, which is inactive: remove it, make it "
                              "active by set_adapter, or take another name")

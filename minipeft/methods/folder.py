@@ -85,6 +85,8 @@ def read_contents(folder: Path) -> Contents:
             tensors = load(files[path.name])
         except (SafetensorError, ValueError) as error:
             raise AdapterError(f"{path} is truncated or not a safetensors file: {error}") from error
+        except KeyError as error:  # it looks types up in a table
+            raise AdapterError(f"{path} holds a tensor of type {error}, which is not read here") from error
     check_one_save(folder, others)
     bare = {}
     for name, tensor in tensors.items():

@@ -1,9 +1,9 @@
 """Module surgery: a method's plan is carried out, recorded, and counted.
 
 A method only plans: which layers stand where, and which of the model's own tensors are trained. Here the plan is
-recorded on the model, its layers are attached, and everything that is not declared as trained is frozen. `carry_out` is
-the one function that puts a new method into a model; `switch.py` alone takes methods out and puts them back, by the
-record. Both act through a layer's own `attach` and `detach` and through `put_parameter`.
+recorded on the model, which is frozen but for those tensors, and its layers are attached. `carry_out` is the one
+function that puts a new method into a model; `switch.py` alone takes methods out and puts them back, by the record.
+Both act through a layer's own `attach` and `detach` and through `put_parameter`.
 
 "The bare model" is the model as it was made: names are those it has without torch.compile's or FSDP's additions.
 """
@@ -88,8 +88,7 @@ def carry_out(plan: Plan, model: nn.Module, config: MethodConfig, name: str) -> 
     unfrozen since is their choice.
     """
     earlier, flags = all_injections(model), {key: p.requires_grad for key, p in base_parameters(model).items()}
-    required_grad = earlier[0].required_grad if earlier else flags
-    dtype = earlier[0].base_dtype if earlier else next(model.parameters()).dtype
+    required_grad, dtype = (earlier[0].required_grad, earlier[0].base_dtype) if earlier else (flags, base_dtype(model))
     injection = Injection(config.method, copy.deepcopy(config), name, fingerprint(model), dtype, required_grad,
                           plan.layers, trained_base=list(dict.fromkeys([*plan.trained, *new_head_tensors(model)])))
     if not earlier:
@@ -163,8 +162,8 @@ def base_of(model: nn.Module) -> nn.Module:
 
 def new_head_tensors(model: nn.Module) -> list[str]:
     """Names of the tensors of a head that pretraining did not make; none where there is no such head."""
-    heads = [model.head] if getattr(model, "has_new_head", False) else []
-    return [f"{head}.{name}" for head in heads for name, _ in model.get_submodule(head).named_parameters()]
+    return [f"{model.head}.{name}" for name, _ in model.get_submodule(model.head).named_parameters()
+            ] if getattr(model, "has_new_head", False) else []
 
 
 # --- count ------------------------------------------------------------------------------------------------------------
@@ -197,10 +196,10 @@ def positions_left(model: nn.Module) -> int:
 
 # --- recognize --------------------------------------------------------------------------------------------------------
 
-def fingerprint(model: nn.Module, samples: int = 4096) -> str:
+def fingerprint(model: nn.Module) -> str:
     """A short name for the base model's values, to notice an adapter that is loaded on another base.
 
-    Hashes every tensor's name and shape and up to `samples` evenly spaced values of it, the head left out; -0.0 counts
+    Hashes every tensor's name and shape and some thousands of its values, evenly spaced, the head left out; -0.0 counts
     as 0.0, which it equals. What the model carries does not matter: the first injection has noted the fingerprint.
 
     Returns:
@@ -215,5 +214,5 @@ def fingerprint(model: nn.Module, samples: int = 4096) -> str:
         flat = tensor.detach().flatten()
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         # -0.0 + 0.0 is 0.0.
-        digest.update((flat[::max(1, flat.numel() // samples)].float() + 0.0).cpu().numpy().tobytes())
+        digest.update((flat[::max(1, flat.numel() // 4096)].float() + 0.0).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

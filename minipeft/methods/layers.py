@@ -1,7 +1,7 @@
 """What stands in a model: the layers that methods put there, in place of one of its own or beside them.
 
-Each layer declares which of its parameters are trained. Freezing, counting, saving and optimizer groups read that
-declaration, and never look for "lora_" or "bias" inside a name.
+Each layer declares in `trained` what an adapter file holds of it; nothing looks for "lora_" or "bias" inside a name.
+What is trained follows from `requires_grad`: a layer comes into a model that is frozen already.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class AdapterLayer(nn.Module):
     """What a method puts into a model at one place: its own parameters, and how it gets in and out.
 
     Attributes:
-        trained: names, below this layer, of the parameters the method trains.
+        trained: names, below this layer, of the parameters that the method trains, all of which a file holds.
         raised_rate: those among them that LoRA+ trains at a higher learning rate.
         num_virtual_tokens: positions that the layer takes from every text.
     """

@@ -26,7 +26,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from minipeft.errors import AdapterError
+from minipeft.errors import AdapterError, first_few
 
 _MAGIC_NUMBER = 0x1950A86A20F9469CFC6C                    # what a file from before torch 1.6 begins with
 _ITEM_SIZES = {"torch.DoubleStorage": 8, "torch.LongStorage": 8, "torch.FloatStorage": 4, "torch.IntStorage": 4,
@@ -83,10 +83,9 @@ def read_tensors(content: bytes, path: Path) -> dict[str, Tensor]:
     except Exception as error:  # whatever zipfile, pickletools and a program of nonsense raise
         raise _damaged(path, error) from error
     if problems:
-        more = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
-        told = "; ".join(_one_line(problem) for problem in problems[:6])
-        raise AdapterError(f"{path} is refused, and nothing in it was run: {told}{more}. It should hold tensors by "
-                           "name and nothing else, as peft writes it")
+        told = first_few([_one_line(problem) for problem in problems])
+        raise AdapterError(f"{path} is refused, and nothing in it was run: {told}. It should hold tensors by name and "
+                           "nothing else, as peft writes it")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on pickle protocols and storage classes
@@ -166,9 +165,9 @@ def _problem(value: Any, sizes: dict[str, int]) -> str | None:
     if not isinstance(value, Claim):
         return f"is {_kind(value)}, not a tensor"
     storage, offset, size, stride = value
-    numbers = (storage.count, offset, *size, *stride)
-    if any(type(number) is not int or number < 0 for number in numbers) or len(size) != len(stride) or len(size) > 64:
-        return f"is of size {size} and stride {stride}"
+    if not len(size) == len(stride) <= 64 or any(type(number) is not int or number < 0
+                                                 for number in (storage.count, offset, *size, *stride)):
+        return "is of an impossible size"  # what stands there instead may be endless
     claimed, held = storage.count * storage.item_size, sizes.get(storage.key, 0)
     if claimed != held:
         return f"claims a storage of {claimed:,} bytes, the file holds {held:,}"
@@ -235,7 +234,7 @@ def follow(stream: BinaryIO) -> tuple[Any, list[Made]]:
             _put(stack[-1], items)
         elif code in ("GLOBAL", "STACK_GLOBAL"):
             words = argument.split(" ") if code == "GLOBAL" else _taken(stack, len(stack) - 2)
-            stack.append(Name(".".join(words)))
+            stack.append(Name(".".join(word[:100] for word in words)))  # which the program may repeat without end
         elif code in ("REDUCE", "NEWOBJ"):
             stack.append(_called(*_taken(stack, len(stack) - 2), made))
         elif code == "BUILD":
@@ -290,5 +289,5 @@ def _storage(identifier: Any) -> Any:
     """The storage that a persistent id means: ("storage", its class, its key, a device, how many values)."""
     word, kind, key, _, count, *view = identifier
     if word != "storage" or not isinstance(key, str) or type(count) is not int or view not in ([], [None]):
-        raise ValueError(f"a storage that torch.save does not write: {word!r}")
+        raise ValueError("a storage that torch.save does not write")
     return Storage(key, count, _ITEM_SIZES[kind.text]) if kind.text in _ITEM_SIZES else kind

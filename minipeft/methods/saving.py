@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 import torch.nn as nn
 from safetensors.torch import save_file
 
-from minipeft.errors import AdapterError, ConfigError, InjectionError, MinipeftError
+from minipeft.errors import AdapterError, ConfigError, InjectionError, first_few
 from minipeft.files import digests, replacing_folder, write_json
 from minipeft.methods import METHODS, inject
 from minipeft.methods.config import MethodConfig
@@ -169,7 +170,7 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
             with torch.random.fork_rng(devices):  # loading draws initial values that it then overwrites
                 inject(model, config, name)
             _fill(model, active_injections(model)[-1], tensors, part)
-    except MinipeftError:
+    except BaseException:  # also where memory ran out, or by Ctrl-C
         if name in adapter_names(model):
             remove(model, name)
         activate(model, earlier)
@@ -208,8 +209,8 @@ def _prepare(model: nn.Module, folder: Path) -> tuple[Any, dict[str, torch.Tenso
     return config, tensors, notes
 
 
-def head_of(tensors: dict[str, torch.Tensor]) -> type[PretrainedModel] | None:
-    """The model class whose new head an adapter's tensors hold; None where they hold none."""
+def head_of(tensors: Iterable[str]) -> type[PretrainedModel] | None:
+    """The model class whose new head is among tensors of these names, an adapter's or a model's; None where none is."""
     heads = {model_class.head: model_class for model_class in PretrainedModel.__subclasses__()
              if model_class.has_new_head}
     modules = {name.removeprefix("base_model.").removeprefix("model.").partition(".")[0] for name in tensors}
@@ -290,8 +291,7 @@ def _fill(model: nn.Module, injection: Injection, tensors: dict[str, torch.Tenso
     problems += [f"{name} holds NaN or infinity" for name, tensor in tensors.items()
                  if not torch.isfinite(tensor.float()).all()]
     if problems:
-        more = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
-        raise AdapterError(f"{folder / tensors_file(folder)} does not fit this model: {'; '.join(problems[:6])}{more}")
+        raise AdapterError(f"{folder / tensors_file(folder)} does not fit this model: {first_few(problems)}")
     layer_tensors = set()
     for name, layer in injection.layers.items():
         layer_tensors |= layer.stored(name).keys()

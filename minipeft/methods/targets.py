@@ -53,11 +53,10 @@ def find_targets(model: nn.Module, config: Targeting, default: Sequence[str]) ->
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The model's modules by name, without the head and without what is inside adapter layers."""
-    head = getattr(model, "head", None)
     inside = {id(part) for layer in model.modules() if isinstance(layer, AdapterLayer)
               for part in layer.modules() if part is not layer or isinstance(layer, AddedLayer)}
     return {bare_name(name): unwrapped(module) for name, module in model.named_modules()
-            if name and name != head and id(module) not in inside}
+            if name not in ("", getattr(model, "head", None)) and id(module) not in inside}
 
 
 def linear_names(modules: dict[str, nn.Module]) -> list[str]:
@@ -72,9 +71,8 @@ def means_all(targets: Names) -> bool:
 
 def matches(name: str, wanted: Names) -> bool:
     """Whether a module's name fits: wholly a regular expression, or one of several names or its end at a dot."""
-    if isinstance(wanted, str):
-        return compiled(wanted, "target").fullmatch(name) is not None
-    return any(name == entry or name.endswith(f".{entry}") for entry in wanted)
+    return (compiled(wanted, "target").fullmatch(name) is not None if isinstance(wanted, str) else
+            any(name == entry or name.endswith(f".{entry}") for entry in wanted))
 
 
 def compiled(pattern: str, what: str) -> re.Pattern[str]:
@@ -85,16 +83,14 @@ def compiled(pattern: str, what: str) -> re.Pattern[str]:
     """
     try:
         return re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"{what} {pattern!r} is not a regular expression: {error}") from error
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ConfigError(f"{what} {pattern[:100]!r} is not a regular expression: {error}") from error
 
 
 def pattern_value(patterns: dict[str, Any], name: str, default: Any) -> Any:
     """The value of the first pattern that matches the end of a module's name, as peft reads rank_pattern."""
-    for pattern, value in patterns.items():
-        if compiled(rf"(.*\.)?({pattern})$", "pattern").match(name):
-            return value
-    return default
+    return next((value for pattern, value in patterns.items()
+                 if compiled(rf"(.*\.)?({pattern})$", "pattern").match(name)), default)
 
 
 # --- blocks -----------------------------------------------------------------------------------------------------------
@@ -123,8 +119,8 @@ def block_of(name: str, layers_pattern: Names | None = None) -> int | None:
     """The number of the block that a module is in, or None."""
     patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
     before = "|".join(patterns) if patterns else "[^.]*"
-    found = compiled(rf".*?\.(?:{before})\.(\d+)\.", "layers_pattern").match(f".{name}")
-    return int(found.group(1)) if found else None
+    found = compiled(rf".*?\.(?:{before})\.(?P<block_number>\d+)\.", "layers_pattern").match(f".{name}")
+    return int(found["block_number"]) if found else None
 
 
 def in_chosen_blocks(found: list[str], targets: Names, config: Any, modules: dict[str, nn.Module]) -> list[str]:

@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 
 from minipeft.errors import InjectionError
-from minipeft.methods.wrappers import check_is_bare, unwrapped
+from minipeft.methods.wrappers import unwrapped
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -34,8 +34,8 @@ class Turn:
 
 
 @contextmanager
-def this_threads_turn(model: nn.Module) -> Iterator[None]:
-    """Within the block no other thread changes the model.
+def check_turn(model: nn.Module) -> Iterator[None]:
+    """Refuse a change of the model by any other thread within the block.
 
     Raises:
         InjectionError: another one is within such a block.
@@ -50,25 +50,22 @@ def this_threads_turn(model: nn.Module) -> Iterator[None]:
         turn.lock.release()
 
 
-def check_is_free(model: nn.Module) -> None:
-    """Refuse to put something into a model that is wrapped, or that another thread is changing.
-
-    Raises:
-        InjectionError: saying what to do.
-    """
-    check_is_bare(model)
-    with this_threads_turn(model):
-        pass
-
-
 def without_autocast(function: Function) -> Function:
     """Let a function compute products in the number formats of their factors, whatever its caller has switched on."""
-    return torch.autocast("cpu", enabled=False)(torch.autocast("cuda", enabled=False)(function))
+    @functools.wraps(function)
+    def call(*arguments: Any, **named: Any) -> Any:
+        # New contexts for each call: one holds what was on before, and threads that share it would mix that up.
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return function(*arguments, **named)
+
+    return call
 
 
-def making_plain_tensors(function: Function) -> Function:
-    """Let a function work outside of inference mode, whose tensors can never be trained, and without autocast."""
-    return torch.inference_mode(False)(without_autocast(function))
+@contextmanager
+def making_plain_tensors() -> Iterator[None]:
+    """Within the block it is neither inference mode, whose tensors can never be trained, nor autocast."""
+    with torch.inference_mode(False), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
 
 
 def surgery(function: Function) -> Function:
@@ -76,11 +73,9 @@ def surgery(function: Function) -> Function:
 
     Autocast would not only round what it computes: it keeps rounded copies of weights, also when these are replaced.
     """
-    plain = making_plain_tensors(function)
-
     @functools.wraps(function)
     def call(model: nn.Module, *arguments: Any, **named: Any) -> Any:
-        with this_threads_turn(model):
-            return plain(model, *arguments, **named)
+        with check_turn(model), making_plain_tensors():
+            return function(model, *arguments, **named)
 
     return call

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from minipeft.errors import ConfigError
-from minipeft.settings import POSITIVE_INTEGER, PROBABILITY, Range, Settings, setting
+from minipeft.settings import PROBABILITY, Range, Settings, setting
 
 # name -> (n_layer, n_head, n_embd): the four models OpenAI released.
 OFFICIAL_SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280),
@@ -18,6 +18,14 @@ _UNSUPPORTED = {"add_cross_attention": False, "scale_attn_by_inverse_layer_idx":
 _ALIASES = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
             "max_position_embeddings": "n_positions"}
 _SMALL = Range("a number between 0 and 1", lambda value: 0 < value < 1)
+
+
+def _up_to(most: int) -> Range:
+    """A size, up to one beyond any GPT-2's: modules are made before a file is looked at, which could take forever."""
+    return Range(f"a positive integer up to {most:,}", lambda value: 1 <= value <= most)
+
+
+_BLOCKS, _LABELS, _SIZE = _up_to(1_000), _up_to(100_000), _up_to(10_000_000)
 
 
 @dataclass
@@ -35,18 +43,18 @@ class GPT2Config(Settings):
         classifier_dropout: dropout before the token-classification head.
 
     Raises:
-        ConfigError: a value of the wrong type, a size that is not positive, a probability outside [0, 1), another
-            activation function, or H not dividing C.
+        ConfigError: a value of the wrong type, a size that is not positive or beyond all measure, a probability outside
+            [0, 1), another activation function, or H not dividing C.
     """
 
     where: ClassVar[str] = "GPT-2 config: "
 
-    vocab_size: int = setting(50257, within=POSITIVE_INTEGER)
-    n_positions: int = setting(1024, within=POSITIVE_INTEGER)
-    n_embd: int = setting(768, within=POSITIVE_INTEGER)
-    n_layer: int = setting(12, within=POSITIVE_INTEGER)
-    n_head: int = setting(12, within=POSITIVE_INTEGER)
-    n_inner: int | None = setting(None, within=POSITIVE_INTEGER)
+    vocab_size: int = setting(50257, within=_SIZE)
+    n_positions: int = setting(1024, within=_SIZE)
+    n_embd: int = setting(768, within=_SIZE)
+    n_layer: int = setting(12, within=_BLOCKS)
+    n_head: int = setting(12, within=_SIZE)
+    n_inner: int | None = setting(None, within=_SIZE)
     resid_pdrop: float = setting(0.1, within=PROBABILITY)
     embd_pdrop: float = setting(0.1, within=PROBABILITY)
     attn_pdrop: float = setting(0.1, within=PROBABILITY)
@@ -56,7 +64,7 @@ class GPT2Config(Settings):
     tie_word_embeddings: bool = True
     bos_token_id: int | None = 50256
     eos_token_id: int | None = 50256
-    num_labels: int = setting(2, within=POSITIVE_INTEGER)
+    num_labels: int = setting(2, within=_LABELS)
     classifier_dropout: float = setting(0.1, within=PROBABILITY)
 
     def check(self) -> None:
@@ -77,15 +85,21 @@ class GPT2Config(Settings):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> GPT2Config:
-        """Read a config.json's content; keys that change no number are ignored, unsupported ones are refused."""
+        """Read a config.json's content; keys that change no number are ignored, unsupported ones are refused.
+
+        Raises:
+            ConfigError: another kind of model, or a value that makes no GPT-2 of this library.
+        """
         if values.get("model_type", "gpt2") != "gpt2":
             raise ConfigError(f"config.json describes a {values['model_type']!r} model, not a GPT-2")
         for key, supported in _UNSUPPORTED.items():
             if values.get(key, supported) != supported:
                 raise ConfigError(f"config.json sets {key}={values[key]!r}, which minipeft does not implement")
         values = {_ALIASES.get(key, key): value for key, value in values.items()}
-        if "num_labels" not in values and values.get("id2label"):
-            values["num_labels"] = len(values["id2label"])
+        if "num_labels" not in values and (labels := values.get("id2label")):
+            if not isinstance(labels, dict):
+                raise ConfigError(f"config.json: id2label must be an object, got {type(labels).__name__}")
+            values["num_labels"] = len(labels)
         known = {field.name for field in dataclasses.fields(cls)}
         return cls(**{key: value for key, value in values.items()
                       if key in known and (value is not None or key.endswith("_token_id") or key == "n_inner")})

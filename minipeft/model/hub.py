@@ -20,6 +20,15 @@ def local(name_or_folder: str | Path) -> Path:
     return MINI_FOLDER if str(name_or_folder) == "mini" else Path(name_or_folder)
 
 
+def official(name_or_folder: str | Path) -> str | None:
+    """The short name of the official model that is meant, by that or by the hub's name for it; None of any other model.
+
+    A folder of such a name comes first.
+    """
+    names = dict(zip(HUB_NAMES.values(), HUB_NAMES)) | {name: name for name in HUB_NAMES}
+    return None if local(name_or_folder).is_dir() else names.get(str(name_or_folder))
+
+
 def find(name_or_folder: str | Path) -> Path:
     """The folder that holds a model's config.json and model.safetensors, downloading an official one if needed.
 
@@ -28,8 +37,8 @@ def find(name_or_folder: str | Path) -> Path:
     """
     name = str(name_or_folder)
     folder = local(name)
-    if name in HUB_NAMES and not folder.is_dir():
-        return _download(name)
+    if short := official(name):
+        return _download(short)
     if not name or not folder.is_dir():
         raise WeightsError(f"model {name!r} is neither a folder nor one of mini, {', '.join(HUB_NAMES)}")
     missing = [file for file in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / file).is_file()]

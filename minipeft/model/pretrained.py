@@ -13,10 +13,10 @@ import torch.nn as nn
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from minipeft.errors import ConfigError, WeightsError
+from minipeft.errors import ConfigError, WeightsError, first_few
 from minipeft.model import weights
 from minipeft.model.config import GPT2Config
-from minipeft.model.hub import find, local
+from minipeft.model.hub import find
 
 Model = TypeVar("Model", bound="PretrainedModel")
 
@@ -63,12 +63,14 @@ class PretrainedModel(nn.Module):
         head: the name of its head, or None.
         has_new_head: whether pretraining leaves the head random, so that every method trains it.
         task_type: what the model is for, in peft's word.
+        folder: from which it was loaded, wherever the process goes afterwards; None where its values were drawn.
     """
 
     prefix: ClassVar[str] = "transformer."
     head: ClassVar[str | None] = None
     has_new_head: ClassVar[bool] = False
     task_type: ClassVar[str] = "FEATURE_EXTRACTION"
+    folder: Path | None = None
 
     @property
     def tied(self) -> dict[str, str]:
@@ -105,7 +107,7 @@ class PretrainedModel(nn.Module):
             model = cls(model_config)
         heads = {kind.head for kind in PretrainedModel.__subclasses__() if kind.head is not None}
         weights.load(model, folder, dtype, heads, initialize=lambda module: initialize(module, model_config))
-        model.name_or_path = str(name_or_folder)
+        model.name_or_path, model.folder = str(name_or_folder), folder.resolve()
         return model.eval()
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None,
@@ -127,7 +129,7 @@ class PretrainedModel(nn.Module):
         config = {"architectures": [type(self).__name__], **self.config.to_dict()}
         tensors = weights.bare_names(self.state_dict() if state_dict is None else state_dict)
         self._check_described(tensors)
-        weights.save(self, config, folder, dtype, tensors, local(getattr(self, "name_or_path", "")))
+        weights.save(self, config, folder, dtype, tensors, self.folder)
 
     def _check_described(self, tensors: dict[str, Tensor]) -> None:
         """Refuse tensors other than those of a model that is made from the same configuration.
@@ -135,14 +137,12 @@ class PretrainedModel(nn.Module):
         Raises:
             WeightsError: naming some.
         """
-        with torch.device("meta"):
+        with on_paper():
             described = type(self)(self.config).state_dict()
         added = [name for name in tensors if name not in described]
         if added:
-            more = f" and {len(added) - 3} more" if len(added) > 3 else ""
-            raise WeightsError(f"this model carries what is no part of a {type(self).__name__}: "
-                               f"{', '.join(added[:3])}{more}. Merge an adapter into the weights first, or "
-                               "write it alone with save_adapter")
+            raise WeightsError(f"this model carries what is no part of a {type(self).__name__}: {first_few(added, 3)}. "
+                               "Merge an adapter into the weights first, or write it alone with save_adapter")
         apart = [f"{name} is another tensor than {of}, of which config.json says that they are one"
                  for name, of in self.tied.items() if name in tensors and of in tensors
                  and tensors[name] is not tensors[of] and not torch.equal(tensors[name], tensors[of])]
@@ -150,4 +150,4 @@ class PretrainedModel(nn.Module):
                   f"{name} is missing" for name, expected in described.items()
                   if name not in tensors or tensors[name].shape != expected.shape]
         if others:
-            raise WeightsError(f"this model is not the one that its configuration describes: {'; '.join(others[:6])}")
+            raise WeightsError(f"this model is not the one that its configuration describes: {first_few(others)}")

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import base64
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import tiktoken
 
 from minipeft.errors import WeightsError
-from minipeft.model.hub import HUB_NAMES, local
+from minipeft.model.hub import HUB_NAMES, local, official
 from minipeft.model.weights import CONFIG_FILE, VOCABULARY_FILE, read_config
 
 GPT2_SIZE = 50257  # entries of GPT-2's own vocabulary
+# What tiktoken's cache calls its two files, each by the SHA-1 of its address.
+_GPT2_FILES = ("6d1cbeee0f20b3d9449abfede4726ed8212e3aee", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")
 END_OF_TEXT = "<|endoftext|>"
 # GPT-2's rule for cutting text into pieces before merging: contractions, words, numbers, punctuation, spaces.
 GPT2_SPLIT_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -66,14 +69,31 @@ def get_tokenizer(name_or_folder: str | Path = "gpt2") -> Tokenizer:
     if isinstance(words, int) and words < GPT2_SIZE:
         raise WeightsError(f"{folder} holds no {VOCABULARY_FILE}, and its model has {words:,} words, where GPT-2's "
                            f"vocabulary has {GPT2_SIZE:,}: put the model's own {VOCABULARY_FILE} beside its weights")
-    if not folder.is_dir() and str(name_or_folder) not in (*HUB_NAMES, *HUB_NAMES.values()):
+    if not folder.is_dir() and not official(name_or_folder):
         raise WeightsError(f"vocabulary {str(name_or_folder)!r} is neither a folder nor one of mini, "
                            f"{', '.join(HUB_NAMES)}")
     try:
+        _check_no_download_offline()
         return Tokenizer(tiktoken.get_encoding("gpt2"))
     except Exception as error:  # whatever the HTTP client raises, or tiktoken's own hash check
         raise WeightsError(f"GPT-2's vocabulary is not cached and cannot be downloaded ({type(error).__name__}): set "
                            "TIKTOKEN_CACHE_DIR to a folder that holds tiktoken's gpt2 files") from error
+
+
+def _check_no_download_offline() -> None:
+    """Refuse what would download GPT-2's vocabulary in offline mode, of which tiktoken knows nothing.
+
+    Raises:
+        OfflineModeIsEnabled: it is neither loaded nor cached.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    default = os.environ.get("DATA_GYM_CACHE_DIR", Path(tempfile.gettempdir()) / "data-gym-cache")
+    cache = Path(os.environ.get("TIKTOKEN_CACHE_DIR", default))
+    at_hand = "gpt2" in tiktoken.registry.ENCODINGS or all((cache / file).is_file() for file in _GPT2_FILES)
+    if constants.HF_HUB_OFFLINE and not at_hand:
+        raise OfflineModeIsEnabled
 
 
 def _read_vocabulary(path: Path) -> tiktoken.Encoding:

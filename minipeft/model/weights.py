@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minipeft.errors import WeightsError
+from minipeft.errors import WeightsError, first_few
 from minipeft.files import read_json_file, replacing_folder, write_json
 
 CONFIG_FILE, WEIGHTS_FILE, VOCABULARY_FILE = "config.json", "model.safetensors", "vocab.tiktoken"
@@ -83,7 +83,7 @@ def load(model: nn.Module, folder: Path, dtype: torch.dtype, heads: Collection[s
         WeightsError: a damaged file, or tensors that are missing, left over, of another shape or not floating point.
     """
     path, head, tied = folder / WEIGHTS_FILE, f"{model.head}.", model.tied
-    source, problems = _by_our_names(_stored_tensors(path), model.prefix, heads)
+    source, problems = _by_our_names(stored_tensors(path), model.prefix, heads)
     new_head = model.head is not None and not any(name.startswith(head) for name in (*source, *tied))
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()
               if name not in tied and not (new_head and name.startswith(head))}
@@ -105,8 +105,12 @@ def load(model: nn.Module, folder: Path, dtype: torch.dtype, heads: Collection[s
         initialize(new)
 
 
-def _stored_tensors(path: Path) -> list[StoredTensor]:
-    """What a file holds, without its mask buffers; only its header is read."""
+def stored_tensors(path: Path) -> list[StoredTensor]:
+    """What a file holds, without its mask buffers; only its header is read.
+
+    Raises:
+        WeightsError: it is damaged.
+    """
     with open_tensors(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys() if not name.endswith(_BUFFERS)}
         return [StoredTensor(name, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()]
@@ -145,8 +149,8 @@ def _misfits(wanted: dict[str, tuple[int, ...]], source: dict[str, StoredTensor]
 def _does_not_fit(path: Path, source: dict[str, StoredTensor], problems: list[str]) -> WeightsError:
     """The error that names the first few problems or, of a file of another kind, what it holds."""
     if not any(name.endswith("wte.weight") for name in source):
-        return WeightsError(f"{path} is not a GPT-2: it holds {_listed(sorted(t.name for t in source.values()))}")
-    return WeightsError(f"{path} does not fit its config.json: {_listed(sorted(problems))}")
+        return WeightsError(f"{path} is not a GPT-2: it holds {first_few(sorted(t.name for t in source.values()))}")
+    return WeightsError(f"{path} does not fit its config.json: {first_few(sorted(problems))}")
 
 
 def _check_tied(path: Path, stored_name: str, original: str, model: nn.Module) -> None:
@@ -161,11 +165,6 @@ def _check_tied(path: Path, stored_name: str, original: str, model: nn.Module) -
     if stored.shape != expected.shape or not torch.equal(stored.to(expected.dtype), expected):
         raise WeightsError(f"{path} holds an {stored_name} that differs from {original.removeprefix(model.prefix)}, "
                            "although config.json ties them: set tie_word_embeddings to false to load it untied")
-
-
-def _listed(items: list[str], at_most: int = 8) -> str:
-    more = f" and {len(items) - at_most} more" if len(items) > at_most else ""
-    return "; ".join(items[:at_most]) + more
 
 
 # --- fill -------------------------------------------------------------------------------------------------------------
@@ -202,7 +201,7 @@ def bare_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save(model: nn.Module, config: dict[str, Any], folder: str | Path, dtype: torch.dtype | None,
-         state_dict: dict[str, Tensor], loaded_from: Path) -> None:
+         state_dict: dict[str, Tensor], loaded_from: Path | None) -> None:
     """Write a model in the official layout, as transformers' save_pretrained spells it.
 
     Args:
@@ -211,7 +210,7 @@ def save(model: nn.Module, config: dict[str, Any], folder: str | Path, dtype: to
         folder: created if absent.
         dtype: stored type; None keeps each tensor's own.
         state_dict: the model's tensors, by their names in the bare model.
-        loaded_from: the folder whose vocabulary is the model's, if it holds one.
+        loaded_from: the folder whose vocabulary is the model's, if it holds one; None where there is no such folder.
 
     Raises:
         OutputError: the folder cannot be written, or the disk is full.
@@ -226,5 +225,5 @@ def save(model: nn.Module, config: dict[str, Any], folder: str | Path, dtype: to
     with replacing_folder(folder) as temporary:
         save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         write_json(temporary / CONFIG_FILE, config)
-        if (loaded_from / VOCABULARY_FILE).is_file():
+        if loaded_from is not None and (loaded_from / VOCABULARY_FILE).is_file():
             shutil.copyfile(loaded_from / VOCABULARY_FILE, temporary / VOCABULARY_FILE)

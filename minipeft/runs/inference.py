@@ -11,12 +11,13 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from minipeft.data.datasets import KNOWN, SPLITS, Dataset, column_names, is_one_file, load_dataset, load_whole
+from minipeft.data.datasets import NAMED, SPLITS, Dataset, column_names, is_one_file, load_dataset, load_whole
 from minipeft.data.examples import check_text, together
 from minipeft.errors import ConfigError, DataError
 from minipeft.runs import defaults
 from minipeft.runs.places import is_bundled, newest_trained
 from minipeft.runs.plan import DATA_OPTIONS, Options, Say, silent, where_data_are
+from minipeft.runs.request import fingerprints_in, seed_in
 from minipeft.runs.trained import details_of, load_finetuned
 from minipeft.settings import SEED
 from minipeft.tasks import task_for
@@ -99,7 +100,7 @@ def evaluate(trained: Trained, options: Options, say: Say = silent) -> Evaluatio
     own = options.dataset is None
     options = _where_it_was_trained(trained.folder, details, options) if own else options
     say(f"dataset    {options.dataset} ({'which the model was trained on' if own else 'asked for'})")
-    if not own and options.dataset not in (*KNOWN, "sample") and columns_noted(trained):
+    if not own and options.dataset not in NAMED and columns_noted(trained):
         noted = columns_noted(trained, column_names(options.dataset, options))
         if noted := {key: column for key, column in noted.items() if getattr(options, key) is None}:
             options = dataclasses.replace(options, **noted)
@@ -119,7 +120,7 @@ def evaluate(trained: Trained, options: Options, say: Say = silent) -> Evaluatio
                         f"trained for {', '.join(task.label_names)}")
     if what:
         say(f"tested     {what}")
-    small = trained.device.type == "cpu" and not options.full and options.dataset in (*KNOWN, "sample")
+    small = trained.device.type == "cpu" and not options.full and options.dataset in NAMED
     test = data.test.subset(options.test_size or (defaults.CPU_SIZES["test"] if small else None),
                             _subset_seed(details, options))
     with matmul_precision(options.matmul_precision):
@@ -129,8 +130,7 @@ def evaluate(trained: Trained, options: Options, say: Say = silent) -> Evaluatio
 
 def _subset_seed(details: dict[str, Any], options: Options) -> int:
     """Which examples a size takes: those that the training took by its seed, if no other is asked for."""
-    noted = details.get("request", {}).get("training_config", {}).get("seed", 0)
-    return noted if options.subset_seed is None else options.subset_seed
+    return seed_in(details) if options.subset_seed is None else options.subset_seed
 
 
 def columns_noted(trained: Trained, among: Sequence[str] | None = None) -> dict[str, str]:
@@ -152,7 +152,7 @@ def _where_it_was_trained(folder: Path, details: dict[str, Any], options: Option
         DataError: its folder does not say.
     """
     name, noted = details.get("dataset"), details.get("data")
-    if name in (*KNOWN, "sample"):
+    if name in NAMED:
         return dataclasses.replace(options, dataset=name)
     if isinstance(noted, dict) and "dataset" in noted and noted.keys() <= set(DATA_OPTIONS):
         return dataclasses.replace(options, **{**noted, **where_data_are(options)})
@@ -171,7 +171,7 @@ def _to_test(trained: Trained, details: dict[str, Any], options: Options, own: b
     """
     name, task = options.dataset, task_for(options.dataset, options.task or trained.task.name)
     label_names = trained.task.label_names if details.get("label_names") else None
-    trained_on = details.get("request", {}).get("dataset", {}).get("fingerprints")
+    trained_on = fingerprints_in(details)
     held_out = "the rows held out when the model was trained on the others"
     if not own and is_one_file(name, options):
         whole = load_whole(name, task, label_names, options)
@@ -186,7 +186,7 @@ def _to_test(trained: Trained, details: dict[str, Any], options: Options, own: b
         return whole, "all rows" + ", which the model was trained on" * bool(seen)
     data = load_dataset(name, task, options.data_dir, label_names=label_names, reading=options)
     if own and trained_on is not None and data.fingerprints() != trained_on:
-        if name not in (*KNOWN, "sample"):
+        if name not in NAMED:
             raise DataError(f"{name} has changed since {trained.folder} was trained on it: name it with --dataset to "
                             "test all of its rows")
         return data, "its test split, which has changed since the model was trained"

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
-from minipeft.data.datasets import KNOWN
-from minipeft.errors import OutputError
+from minipeft.data.datasets import KNOWN, SPLITS
+from minipeft.errors import OutputError, first_few
 from minipeft.files import read_json_file
 from minipeft.methods import METHODS
 from minipeft.methods.folder import CONFIG_FILE as ADAPTER_CONFIG_FILE
@@ -22,13 +23,13 @@ from minipeft.model.hub import find
 from minipeft.model.weights import CONFIG_FILE, WEIGHTS_FILE
 from minipeft.runs.places import RESULTS, is_bundled, own_results
 from minipeft.runs.plan import RunPlan, Say, dtype_name, silent, task_values
+from minipeft.settings import SEED
 from minipeft.tasks import task_name
 from minipeft.training.loop import TrainingConfig
 from minipeft.training.state import saved_settings
 
 STATE_FOLDER = "training_state"
 _MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE, ADAPTER_CONFIG_FILE, TENSORS_FILE)
-_NAMED = 4  # differences in an error
 
 
 def request_of(plan: RunPlan, base_fingerprint: str) -> dict[str, Any]:
@@ -47,12 +48,12 @@ def request_of(plan: RunPlan, base_fingerprint: str) -> dict[str, Any]:
 
 
 def request_in(results: dict[str, Any]) -> dict[str, Any]:
-    """The request that a results file is of; of one written before requests were noted, as much as it says.
+    """The request that a results file or minipeft.json notes; of results written before that, as much as they say.
 
-    Empty for the content of any other file.
+    Empty for the content of any other file, and where what is noted is no request.
     """
     if "request" in results:
-        return results["request"]
+        return _part(results, "request")
     try:
         dataset = dict(results["dataset"])
         name, sizes = dataset.pop("name"), dataset.pop("sizes")
@@ -64,6 +65,25 @@ def request_in(results: dict[str, Any]) -> dict[str, Any]:
                 "task": {"task": task_name(results.get("task", "classification")), **dataset}}
     except (KeyError, TypeError, ValueError):
         return {}
+
+
+def fingerprints_in(results: dict[str, Any]) -> dict[str, str] | None:
+    """The splits' fingerprints that a request notes; None where it does not."""
+    found = _part(_part(request_in(results), "dataset"), "fingerprints")
+    whole = all(isinstance(found.get(split), str) and re.fullmatch("[0-9a-f]{16}", found[split]) for split in SPLITS)
+    return found if whole else None
+
+
+def seed_in(results: dict[str, Any]) -> int:
+    """The seed that a request notes, or else the default."""
+    seed = _part(request_in(results), "training_config").get("seed")
+    return seed if type(seed) is int and SEED.holds(seed) else TrainingConfig().seed
+
+
+def _part(content: dict[str, Any], key: str) -> dict[str, Any]:
+    """An object within a file's content; empty where something else is there."""
+    found = content.get(key)
+    return found if isinstance(found, dict) else {}
 
 
 def differences(stored: dict[str, Any], request: dict[str, Any]) -> list[str]:
@@ -153,10 +173,9 @@ def check_places(plan: RunPlan, request: dict[str, Any], say: Say = silent) -> N
     if others:
         places, options = zip(*others)
         found = next(iter(others.values()))
-        more = f"; {len(found) - _NAMED} more" if len(found) > _NAMED else ""
         raise OutputError(f"{' and '.join(map(str, places))} hold{'s' * (len(places) == 1)} another run "
-                          f"({'; '.join(found[:_NAMED])}{more}): give this one another {' and '.join(options)}, or "
-                          "replace that one with --overwrite")
+                          f"({first_few(found, 4)}): give this one another {' and '.join(options)}, or replace that "
+                          "one with --overwrite")
 
 
 def check_is_ours(folder: Path, model_name: str) -> None:
@@ -170,7 +189,7 @@ def check_is_ours(folder: Path, model_name: str) -> None:
     if folder.resolve() == find(model_name).resolve():
         raise OutputError(f"{folder} is the base model of this run: choose another --output")
     details = read_details(folder)
-    ours = details.get("files", _MODEL_FILES if details else ())
+    ours = _part(details, "files") or (_MODEL_FILES if details else ())
     if foreign := [name for name in _MODEL_FILES if (folder / name).exists() and name not in ours]:
         raise OutputError(f"{folder} holds {' and '.join(foreign)}, which no training here wrote: choose another "
                           "--output")
@@ -185,4 +204,4 @@ def noted_in(folder: Path) -> dict[str, Any] | None:
     if of_state := saved_settings(folder / STATE_FOLDER):
         return of_state
     ours = (folder / DETAILS_FILE).is_file() and not is_bundled(folder)
-    return read_details(folder).get("request", {}) if ours else None
+    return request_in(read_details(folder)) if ours else None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from minipeft.errors import AdapterError, ConfigError, WeightsError
+from minipeft.errors import AdapterError, ConfigError, DataError, WeightsError, first_few
 from minipeft.files import digests, file_digest, read_json_file, replacing_folder, write_json
 from minipeft.methods.folder import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from minipeft.methods.folder import (
@@ -23,14 +23,15 @@ from minipeft.methods.folder import (
 )
 from minipeft.methods.injection import active_injections, positions_left
 from minipeft.methods.saving import adapter_parts, head_of, load_adapter, save_adapter
+from minipeft.methods.wrappers import without_wrappers
 from minipeft.model.config import GPT2Config
 from minipeft.model.hub import find
 from minipeft.model.tokenizer import VOCABULARY_FILE, Tokenizer, get_tokenizer
-from minipeft.model.weights import CONFIG_FILE, WEIGHTS_FILE, read_config
+from minipeft.model.weights import CONFIG_FILE, WEIGHTS_FILE, read_config, stored_tensors
 from minipeft.tasks import TASKS, find_task, task_name
 from minipeft.tasks.task import Task
 from minipeft.training import distributed as parallel
-from minipeft.training.sharding import whole_state_dict
+from minipeft.training.sharding import whole_tensors
 
 
 def save_finetuned(model: nn.Module, folder: Path, details: dict[str, Any]) -> None:
@@ -50,7 +51,7 @@ def save_finetuned(model: nn.Module, folder: Path, details: dict[str, Any]) -> N
         if first:
             save_adapter(model, folder, details)
         return
-    tensors = whole_state_dict(model)
+    tensors = whole_tensors(model.state_dict(), first)
     if not first:
         return
     earlier = written_before(folder)
@@ -71,14 +72,15 @@ def load_finetuned(folder: str | Path, model_name: str | None = None, device: to
         model_name: the base to put an adapter on; default is the one it was trained on.
         device: default the CPU.
         task: a name in TASKS or the path of a .py file; default is what the folder was trained for or, where it does
-            not say, the one that has the adapter's head. Without names, labels are called 0, 1, ...
+            not say, the one whose head it holds. Without names, labels are called 0, 1, ...
 
     Returns:
         (model in eval mode, task).
 
     Raises:
-        AdapterError: neither an adapter nor a model folder, an adapter of another base, a damaged minipeft.json, or a
-            folder for a user's own task whose file is not given: no code is run because a folder says so.
+        AdapterError: neither an adapter nor a model folder, an adapter of another base, a model that lacks its task's
+            head, a damaged minipeft.json, or a folder for a user's own task whose file is not given: no code is run
+            because a folder says so.
         ConfigError: an unknown task.
     """
     folder = Path(folder)
@@ -88,16 +90,16 @@ def load_finetuned(folder: str | Path, model_name: str | None = None, device: to
         raise AdapterError(f"{folder} holds neither {ADAPTER_CONFIG_FILE} nor {CONFIG_FILE}: train first, or name "
                            f"{_adapters_below(folder) or 'the folder that training printed'}")
     details = details_of(folder)
-    from_head = _from_head(parts[0], details) if is_adapter else {"task": "classification"}
-    task_class = _task_class(folder, details, from_head, task)
+    # Whether an adapter holds the head that its notes speak of, `load_adapter` sees.
+    shapes = {} if is_adapter and {"task", "label_names"} <= details.keys() else _shapes(parts[0], is_adapter)
+    task_class = _task_class(folder, details, head_of(shapes), task)
     base = (model_name or _base_model(parts[0], details)) if is_adapter else folder
-    finetuned_task = _task(folder, {**from_head, **details}, task_class, base)
+    finetuned_task = _task(folder, details, shapes, task_class, base)
+    if not is_adapter:
+        _check_whole_model(folder, shapes, task_class)
+    model = task_class.load_model(base, finetuned_task.label_names)
     if is_adapter:
-        model = load_adapter(task_class.load_model(base, finetuned_task.label_names), folder)
-    else:
-        *_, others = read_together(folder, (CONFIG_FILE, WEIGHTS_FILE), read=file_digest, digest_of=str)
-        check_one_save(folder, others)
-        model = task_class.model_class.from_pretrained(folder)
+        model = load_adapter(model, folder)
     check_vocabulary(finetuned_task.tokenizer, model)
     if "max_length" not in details and finetuned_task.max_length > positions_left(model):  # virtual tokens take some
         finetuned_task = dataclasses.replace(finetuned_task, max_length=positions_left(model))
@@ -113,31 +115,44 @@ def details_of(folder: str | Path) -> dict[str, Any]:
     return read_details(adapter_parts(folder)[0])
 
 
+def _check_whole_model(folder: Path, shapes: dict[str, tuple[int, ...]], task_class: type[Task]) -> None:
+    """Refuse a model whose files are of two saves, or whose head would be a random one.
+
+    Raises:
+        AdapterError: saying which.
+    """
+    *_, others = read_together(folder, (CONFIG_FILE, WEIGHTS_FILE), read=file_digest, digest_of=str)
+    check_one_save(folder, others)
+    head = task_class.model_class.head
+    if task_class.model_class.has_new_head and not any(name.startswith(f"{head}.") for name in shapes):
+        raise AdapterError(f"{folder} holds no {head}, which a model for {task_class.name} has: train first, or name "
+                           "the folder that training printed")
+
+
 def _adapters_below(folder: Path) -> str:
     """The sub-folders that hold an adapter, such as a trainer's checkpoints."""
     found = sorted(path.parent for path in folder.glob(f"*/{ADAPTER_CONFIG_FILE}"))
-    return f"one of {', '.join(map(str, found[:6]))}" if found else ""
+    return f"one of {first_few(list(map(str, found)))}" if found else ""
 
 
-def _from_head(folder: Path, details: dict[str, Any]) -> dict[str, Any]:
-    """What an adapter's head says of its task where its details do not: which task has such a head, and how many
-    labels.
+def _shapes(folder: Path, is_adapter: bool) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors in an adapter's or a model's folder, by name.
 
     Raises:
-        AdapterError: an adapter that cannot be read.
+        AdapterError, WeightsError: its file cannot be read.
     """
-    if {"task", "label_names"} <= details.keys():
-        return {}
-    tensors = read_contents(folder).tensors
-    head = head_of(tensors)
-    tasks = [task for task in TASKS.values() if task.model_class is head]
-    labels = [len(tensor) for name, tensor in tensors.items() if head and name.endswith(f".{head.head}.weight")]
-    return {"task": tasks[0].name, "label_names": [str(i) for i in range(labels[0])]} if tasks and labels else {}
+    if is_adapter:
+        return {name: tuple(tensor.shape) for name, tensor in read_contents(folder).tensors.items()}
+    return {without_wrappers(tensor.name): tensor.shape for tensor in stored_tensors(find(folder) / WEIGHTS_FILE)}
 
 
-def _task_class(folder: Path, details: dict[str, Any], from_head: dict[str, Any], asked: str | None) -> type[Task]:
-    """The task a folder was trained for, which is also the one that is asked for, if one is."""
-    trained_for = details.get("task", from_head.get("task"))
+def _task_class(folder: Path, details: dict[str, Any], head: type[nn.Module] | None, asked: str | None) -> type[Task]:
+    """The task a folder was trained for, which is also the one that is asked for, if one is.
+
+    Args:
+        head: the model class whose head it holds.
+    """
+    trained_for = details.get("task", next((name for name, kind in TASKS.items() if kind.model_class is head), None))
     if asked is None and trained_for is None:
         writing = [name for name, kind in TASKS.items() if not kind.model_class.has_new_head]
         raise AdapterError(f"{folder} does not say what it was trained for, and holds no head that would: name the "
@@ -164,19 +179,27 @@ def _base_model(folder: Path, details: dict[str, Any]) -> str:
     return name
 
 
-def _task(folder: Path, details: dict[str, Any], task_class: type[Task], base: str | Path) -> Task:
-    """The task with a folder's details; what an adapter that peft wrote does not say follows from the base.
+def _task(folder: Path, details: dict[str, Any], shapes: dict[str, tuple[int, ...]], task_class: type[Task],
+          base: str | Path) -> Task:
+    """The task with a folder's details; what they do not say follows from the head and the base.
 
     Raises:
-        AdapterError: details that make no task.
+        AdapterError: details that make no task, or a head that does not fit the base.
     """
     config = GPT2Config.from_dict(read_config(find(base)))
     has_labels = task_class.model_class.has_new_head
-    known = {"max_length": min(task_class.max_length, config.n_positions),
-             "label_names": [str(i) for i in range(config.num_labels)] if has_labels else [], **details}
+    known = {"max_length": min(task_class.max_length, config.n_positions), "label_names": [], **details}
+    if has_labels and "label_names" not in details:
+        weight = f".{task_class.model_class.head}.weight"
+        shape = next((shape for name, shape in shapes.items() if f".{name}".endswith(weight)),
+                     (config.num_labels, config.n_embd))
+        if len(shape) != 2 or not shape[0] or shape[1] != config.n_embd:
+            raise AdapterError(f"{folder}: {weight[1:]} is {shape}, which should be {config.n_embd} numbers for each "
+                               "label")
+        known["label_names"] = [str(i) for i in range(shape[0])]
     try:
         task = task_class.from_details(get_tokenizer(find(base)), known)
-    except ConfigError as error:
+    except (ConfigError, DataError) as error:
         raise AdapterError(f"{folder / DETAILS_FILE}: {error}") from error
     if has_labels and not task.label_names:
         raise AdapterError(f"{folder / DETAILS_FILE}: label_names is empty")

@@ -7,7 +7,7 @@ import inspect
 import sys
 from pathlib import Path
 
-from minipeft.data.datasets import KNOWN
+from minipeft.data.datasets import KNOWN, NAMED
 from minipeft.errors import ConfigError, DataError
 from minipeft.tasks.classification import Classification
 from minipeft.tasks.generation import Summarization, Translation
@@ -37,7 +37,7 @@ def task_for(dataset: str, asked: str | None = None) -> type[Task]:
     """
     default = TASKS[KNOWN[dataset].task if dataset in KNOWN else "classification"]
     task = default if asked is None else find_task(asked)
-    if (dataset in KNOWN or dataset == "sample") and task is not default:
+    if dataset in NAMED and task is not default:
         raise DataError(f"{dataset} is for {default.name}, not for {task.name}")
     return task
 

@@ -26,7 +26,7 @@ from minipeft.model.gpt2 import GPT2ForSequenceClassification, GPT2LMHeadModel, 
 from minipeft.model.tokenizer import Tokenizer
 from minipeft.settings import setting
 from minipeft.tasks.evaluation import predictions
-from minipeft.tasks.task import Encoded, Task
+from minipeft.tasks.task import Encoded, Task, check_label_names
 
 # Which tokens of a text that is too long are kept: see `truncate`.
 TRUNCATIONS = ("head", "head_tail")
@@ -62,6 +62,7 @@ class Classification(Task):
         if label_names is None:
             check_classes(labels, where)
             label_names = in_order({str(label) for label in labels})
+            check_label_names(label_names, where)
         number = {name: i for i, name in enumerate(label_names)}
         if unknown := [row for row, label in enumerate(labels, start=1) if str(label) not in number]:
             label = in_order({str(labels[row - 1]) for row in unknown})[0]

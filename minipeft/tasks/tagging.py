@@ -28,7 +28,7 @@ from minipeft.data.examples import Examples, check_text
 from minipeft.errors import DataError
 from minipeft.model.gpt2 import GPT2ForTokenClassification
 from minipeft.tasks.evaluation import bootstrap_interval, predictions
-from minipeft.tasks.task import Encoded, Task
+from minipeft.tasks.task import Encoded, Task, check_label_names
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,7 @@ class Tagging(Task):
             for word in words:
                 check_text(word, f"{where}, row {row}", "word")
         names = label_names or _tag_names(labels, where)
+        check_label_names(names, where)
         number = {**{name: i for i, name in enumerate(names)}, **({i: i for i in range(len(names))})}
         for row, tags in enumerate(labels, start=1):
             for tag in tags:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import unicodedata
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +23,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minipeft.data.examples import Examples
-from minipeft.errors import ConfigError
+from minipeft.errors import ConfigError, DataError
 from minipeft.model.tokenizer import Tokenizer
 from minipeft.settings import POSITIVE_INTEGER, Settings, setting
 
 MAX_LENGTH = 384  # tokens of one text; compared on IMDb's validation split, first mini (results/tuning_*.json)
+
+
+def check_label_names(names: Sequence[str], where: str) -> None:
+    """Refuse names that could not be told apart, or that would break a line or command the terminal it is printed on.
+
+    Raises:
+        DataError: naming the label.
+    """
+    if len(set(names)) < len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise DataError(f"{where}: two labels have the name {twice[:40]!r}")
+    for name in names:
+        if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name):
+            raise DataError(f"{where}: the label {name[:40]!r} holds a character that cannot be printed in a line")
 
 
 @dataclass
@@ -56,6 +72,7 @@ class Task(Settings, ABC):
 
     Raises:
         ConfigError: a value out of range.
+        DataError: a label's name that `check_label_names` refuses.
     """
 
     tokenizer: Tokenizer
@@ -70,6 +87,10 @@ class Task(Settings, ABC):
     headline: ClassVar[str] = "accuracy"                    # the metric of `test` that is reported first
     beside: ClassVar[tuple[str, ...]] = ()                  # the metrics of `test` that are reported beside it
     metric_package: ClassVar[str | None] = None             # a package that nothing but `test` needs
+
+    def check(self) -> None:
+        super().check()
+        check_label_names(self.label_names, "label_names")
 
     @classmethod
     def load_model(cls, name_or_folder: str | Path, label_names: list[str], **config: Any) -> nn.Module:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from helpers import write_tiny_model
 
 from minipeft.errors import ConfigError
-from minipeft.explain.anatomy import counts_table, injected, render, shapes_only, tree
+from minipeft.explain.anatomy import config_of, counts_table, injected, render, shapes_only, tree
 from minipeft.methods import METHODS
 from minipeft.methods.injection import trainable_parameters
 from minipeft.model.config import GPT2Config
@@ -51,6 +52,13 @@ def test_what_is_trained_is_starred_and_colored_and_nothing_else(tiny_config):
     starred = [line.split()[0] for line in plain.splitlines() if "*" in line]
     assert starred == ["(model)", "(score)", "weight"]
     assert "\033[" not in plain and colored.count("\033[1;33m") == 3
+
+
+def test_sizes_are_those_of_a_folder_with_an_official_name_as_wherever_a_model_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert config_of("gpt2-xl") == config_of("openai-community/gpt2-xl") == GPT2Config.official("gpt2-xl")
+    write_tiny_model(tmp_path / "gpt2")
+    assert config_of("gpt2").n_layer == 2
 
 
 def test_a_table_has_a_row_for_each_method_and_a_column_for_each_size(tiny_config):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import struct
 
 import pytest
 import torch
@@ -108,6 +109,15 @@ def test_a_combination_saved_before_there_were_accounts_still_loads(tiny_config,
     (tmp_path / DETAILS_FILE).unlink()
     loaded = load_adapter(with_new_head(GPT2ForSequenceClassification, tiny_config), tmp_path)
     assert torch.equal(loaded(IDS, MASK), model.eval()(IDS, MASK))
+
+
+def test_a_tensor_of_a_type_that_safetensors_does_not_know_is_named(tiny_config, tmp_path):
+    save_adapter(trained(tiny_config, LoraConfig(r=2)), tmp_path)
+    (tmp_path / DETAILS_FILE).unlink()
+    header = json.dumps({"a": {"dtype": "F8_E8M0", "shape": [2], "data_offsets": [0, 2]}}).encode()
+    (tmp_path / TENSORS_FILE).write_bytes(struct.pack("<Q", len(header)) + header + bytes(2))
+    with pytest.raises(AdapterError, match=rf"{TENSORS_FILE} holds a tensor of type 'F8_E8M0', which is not read here"):
+        load_adapter(build(GPT2ForSequenceClassification, tiny_config), tmp_path)
 
 
 def save_in_turns(folder, config, ended):

@@ -524,6 +524,23 @@ def test_tensors_that_do_not_fit_are_named(tiny_config, adapter, change, message
     assert_refused(tiny_config, adapter[0], AdapterError, message)
 
 
+@pytest.mark.parametrize("error", [MemoryError, RecursionError, KeyboardInterrupt])
+@pytest.mark.parametrize("carries", [True, False])
+def test_whatever_ends_a_load_leaves_the_model_as_it_was(tiny_config, adapter, monkeypatch, error, carries):
+    model = build(GPT2ForSequenceClassification, tiny_config)
+    if carries:
+        perturb(inject(model, BitFitConfig(), "first"))
+    before = snapshot(model)
+
+    def end(*arguments):
+        raise error
+
+    monkeypatch.setattr(minipeft.methods.saving, "_fill", end)
+    with pytest.raises(error):
+        load_adapter(model, adapter[0], "second")
+    assert_unchanged(model, before)
+
+
 def test_all_problems_are_told_at_once(tiny_config, adapter):
     def spoil(tensors):
         missing_a(tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 import threading
 
@@ -15,6 +16,7 @@ from minipeft import (
     BitFitConfig,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
+    IA3Config,
     LoraConfig,
     PrefixTuningConfig,
     PromptEncoderConfig,
@@ -29,6 +31,35 @@ from minipeft import (
     unmerge,
 )
 from minipeft.errors import InjectionError
+from minipeft.methods import METHODS, ia3
+from minipeft.methods.injection import active_injections
+from minipeft.methods.turn import without_autocast
+
+
+def test_threads_do_not_mix_up_whether_autocast_is_on():
+    """B enters, A enters, B leaves: with one context for both, autocast stayed on in B."""
+    entered, left = threading.Barrier(2, timeout=10), threading.Event()
+    found = {}
+
+    @without_autocast
+    def compute(wait):
+        entered.wait()
+        found[wait] = torch.is_autocast_enabled("cpu")
+        if wait:
+            left.wait(10)
+
+    def one(wait, enabled):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            compute(wait)
+            found["after", wait] = torch.is_autocast_enabled("cpu")
+            left.set()
+
+    threads = [threading.Thread(target=one, args=arguments) for arguments in ((True, True), (False, False))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {True: False, False: False, ("after", True): True, ("after", False): False}
 
 
 @pytest.fixture
@@ -75,6 +106,19 @@ def test_no_other_thread_changes_a_model_whose_adapters_one_has_disabled(model, 
     assert torch.equal(model(IDS, MASK), adapted)
     assert in_another_thread(changes["merge"]) is None  # its turn has come
     torch.testing.assert_close(model(IDS, MASK), adapted)
+
+
+def test_no_other_thread_injects_while_one_does(tiny_config, monkeypatch):
+    model, raised = build(GPT2ForSequenceClassification, tiny_config), []
+
+    def slow_plan(model, config):
+        raised.append(in_another_thread(lambda: inject(model, LoraConfig(r=2))))
+        return ia3.plan(model, config)
+
+    monkeypatch.setitem(METHODS, "ia3", dataclasses.replace(METHODS["ia3"], plan=slow_plan))
+    inject(model, IA3Config())
+    assert [str(error)[:46] for error in raised] == ["another thread is changing this model's adapte"]
+    assert [injection.method for injection in active_injections(model)] == ["ia3"]
 
 
 @pytest.mark.kind("5: two threads on one model")

@@ -165,6 +165,20 @@ def test_gpt2s_vocabulary_neither_cached_nor_downloadable_says_what_to_set(monke
     assert "\n" not in str(caught.value)
 
 
+def test_in_offline_mode_gpt2s_vocabulary_is_not_downloaded(monkeypatch, tmp_path):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    monkeypatch.setattr(tiktoken.load, "read_file", lambda path: pytest.fail(f"asked for {path}"))
+    with pytest.raises(WeightsError, match=r"cannot be downloaded \(OfflineModeIsEnabled\): set TIKTOKEN_CACHE_DIR"):
+        get_tokenizer("gpt2")
+
+
+def test_in_offline_mode_gpt2s_vocabulary_is_read_where_it_is_cached(monkeypatch, tiktoken_cache):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tiktoken_cache))
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    assert get_tokenizer("openai-community/gpt2").vocab_size == 50257
+
+
 # --- damaged files ----------------------------------------------------------------------------------------------------
 
 DAMAGED = {

@@ -96,6 +96,27 @@ def test_a_vocabulary_of_its_own_goes_with_a_model(tmp_path):
     assert get_tokenizer(tmp_path / "again").encode("a good film") == get_tokenizer("mini").encode("a good film")
 
 
+def test_a_vocabulary_is_that_of_the_folder_loaded_from_wherever_the_process_went_since(
+        tmp_path, monkeypatch, saved, make_model):
+    (saved / "vocab.tiktoken").write_text("its own")
+    monkeypatch.chdir(tmp_path)
+    model = GPT2LMHeadModel.from_pretrained("saved")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "vocab.tiktoken").write_text("another one")
+    monkeypatch.chdir("elsewhere")
+    for name, loaded in (("copy", model), ("drawn", make_model(GPT2LMHeadModel))):
+        loaded.save_pretrained(tmp_path / name)
+    assert (tmp_path / "copy" / "vocab.tiktoken").read_text() == "its own"
+    assert not (tmp_path / "drawn" / "vocab.tiktoken").exists()
+
+
+def test_saving_draws_no_values_for_the_model_that_it_compares_with(tmp_path, monkeypatch, make_model):
+    """On the meta device that would import torch's compiler."""
+    model = make_model(GPT2LMHeadModel)
+    monkeypatch.setattr(torch.nn.init, "_no_grad_normal_", lambda *arguments, **_: pytest.fail("drawn"))
+    model.save_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     ({"num_label": 3}, "from_pretrained takes dtype and fields of GPT2Config, not num_label"),
     ({"torch_dtype": torch.bfloat16}, "not torch_dtype"), ({"dtype": "bfloat16"}, "dtype must be a torch.dtype")])
@@ -201,7 +222,10 @@ def test_saving_takes_tensors_that_a_caller_gathered(tmp_path, make_model, cls):
     (lambda model: setattr(model.transformer, "wte", torch.nn.Embedding(99, 24)),
      r"not the one that its configuration describes: transformer\.wte\.weight is \(99, 24\), not \(97, 24\)"),
     (lambda model: model.add_module("gate", torch.nn.Linear(2, 2)), r"no part of a GPT2ForSequence.*: gate\.weight"),
-    (lambda model: delattr(model, "score"), r"score\.weight is missing")])
+    (lambda model: delattr(model, "score"), r"score\.weight is missing"),
+    (lambda model: delattr(model.transformer.h, "1"), r"missing; transformer\.h\.1\..* is missing; and 6 more$"),
+    (lambda model: [model.add_module(name, torch.nn.Linear(2, 2)) for name in "ab"],
+     r": a\.weight; a\.bias; b\.weight; and 1 more\. Merge")])
 def test_a_model_that_its_configuration_does_not_describe_is_not_saved(tmp_path, make_model, change, told):
     model = make_model(GPT2ForSequenceClassification)
     change(model)
@@ -401,7 +425,7 @@ def test_a_folder_without_its_files_says_which(saved, absent):
 
 # --- names ------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", ["gpt5", "GPT2", "openai-community/gpt2", "/no/such/folder"])
+@pytest.mark.parametrize("name", ["gpt5", "GPT2", "openai-community/gpt5", "./gpt2", "/no/such"])
 def test_an_unknown_name_lists_the_known_ones(monkeypatch, tmp_path, name):
     monkeypatch.chdir(tmp_path)
     message = refused(GPT2LMHeadModel, name)
@@ -425,10 +449,18 @@ def test_the_bundled_mini_model_loads():
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 
-def test_a_name_is_looked_up_on_disk_first(monkeypatch, saved, make_model):
-    saved.rename(saved.parent / "gpt2")
+@pytest.mark.parametrize("name", ["gpt2", "openai-community/gpt2"])
+def test_a_name_is_looked_up_on_disk_first(monkeypatch, saved, make_model, name):
+    (saved.parent / name).parent.mkdir(exist_ok=True)
+    saved.rename(saved.parent / name)
     monkeypatch.chdir(saved.parent)
-    assert_same_parameters(GPT2LMHeadModel.from_pretrained("gpt2"), make_model(GPT2LMHeadModel))
+    assert_same_parameters(GPT2LMHeadModel.from_pretrained(name), make_model(GPT2LMHeadModel))
+
+
+def test_the_hubs_name_of_an_official_model_means_what_its_short_name_means(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert {hub.official(name) for name in ("gpt2-xl", "openai-community/gpt2-xl")} == {"gpt2-xl"}
+    assert hub.official("mini") is hub.official("gpt2-xxl") is hub.official(tmp_path) is None
 
 
 # --- saving where one cannot ------------------------------------------------------------------------------------------
@@ -661,14 +693,14 @@ def test_without_a_network_the_error_comes_soon_and_names_the_files(tmp_path):
     assert all(name in message for name in FILES) and len(output.splitlines()) == 1
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"])
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "openai-community/gpt2-xl"])
 def test_offline_mode_is_obeyed(monkeypatch, tmp_path, name):
     monkeypatch.chdir(tmp_path)
     attempts = []
     monkeypatch.setattr(socket, "create_connection", lambda *address, **_: attempts.append(address))
     message = refused(GPT2LMHeadModel, name)
     assert not attempts
-    assert f"openai-community/{name} into a folder" in message and all(file in message for file in FILES)
+    assert f"openai-community/{name.split('/')[-1]} into a folder" in message and all(file in message for file in FILES)
 
 
 @pytest.fixture

@@ -92,6 +92,14 @@ def test_without_a_dataset_a_model_that_does_not_say_what_it_was_trained_on_is_n
         evaluate(trained[0], Options())
 
 
+@pytest.mark.parametrize("noted", [None, {"dataset": {"fingerprints": "zz"}, "training_config": {"seed": "a"}}])
+def test_a_request_that_is_damaged_is_as_none(trained, tmp_path, noted):
+    details, said = tmp_path / "output" / "lora" / "minipeft.json", []
+    details.write_text(json.dumps({**json.loads(details.read_text()), "request": noted}))
+    found = evaluate(trained[0], Options(dataset=str(tmp_path / "films.csv"), test_size=2), said.append)
+    assert (found.examples, found.available) == (2, 40) and said[-1] == "tested     all rows"
+
+
 def test_a_dataset_with_other_labels_is_refused(trained, tmp_path):
     other = write_csv(tmp_path / "other.csv", [(f"film {i}", ("good", "poor")[i % 2]) for i in range(40)])
     with pytest.raises(DataError, match="label 'good' is none of negative, positive"):

@@ -19,7 +19,7 @@ from minipeft.runs.baseline import baseline
 from minipeft.runs.budget import BEST
 from minipeft.runs.finetune import finetune
 from minipeft.runs.plan import Options, choose
-from minipeft.runs.request import differences, request_in, request_of
+from minipeft.runs.request import differences, fingerprints_in, request_in, request_of, seed_in
 
 # Results files on IMDb that the repository holds.
 PUBLISHED = {method: ROOT / "results/cells/imdb" / f"{name}_seed0.json"
@@ -111,6 +111,39 @@ def test_a_request_that_is_damaged_or_not_there_is_another_one(earlier, stored):
     assert differences(stored, earlier["request"]) == ["it does not say what it was asked for"]
 
 
+MALFORMED = [None, [], 5, "x", {"dataset": None, "training_config": []},
+             {"dataset": {"fingerprints": "zz"}, "training_config": {"seed": -1}},
+             {"dataset": {"fingerprints": dict.fromkeys(("train", "validation", "test"), "zz")},
+              "training_config": {"seed": "a"}}, {"dataset": {"fingerprints": {"train": "0" * 16}}},
+             {"training_config": {"seed": True}}]
+
+
+@pytest.mark.parametrize("request_noted", MALFORMED, ids=str)
+def test_parts_of_a_request_that_are_malformed_count_as_absent(request_noted):
+    assert fingerprints_in({"request": request_noted}) is None and seed_in({"request": request_noted}) == 0
+
+
+def test_the_seed_and_the_fingerprints_are_those_that_are_noted(earlier):
+    assert fingerprints_in(earlier) == earlier["request"]["dataset"]["fingerprints"]
+    earlier["request"]["training_config"]["seed"] = 7
+    assert seed_in(earlier) == 7 and seed_in({}) == 0 and fingerprints_in({}) is None
+
+
+@pytest.mark.parametrize("request_noted", [None, [], 5])
+def test_a_folder_or_file_that_notes_no_request_is_not_written_over(options, earlier, tmp_path, request_noted):
+    folder, results = tmp_path / "output" / "lora", tmp_path / "results" / "fine_tuned_lora_films_results.json"
+    for file in (folder / "minipeft.json", results):
+        file.write_text(json.dumps({**read_json(file), "request": request_noted}))
+    assert f"{folder} and {results} hold another run (it does not say" in refused_in(finetune, again(options))
+
+
+@pytest.mark.parametrize("files", [5, [], None, "x"])
+def test_a_damaged_list_of_files_is_as_none(options, earlier, tmp_path, files):
+    account = tmp_path / "output" / "lora" / "minipeft.json"
+    account.write_text(json.dumps({**read_json(account), "files": files}))
+    assert finetune(again(options))["request"] == earlier["request"]
+
+
 # --- the same request, and another one --------------------------------------------------------------------------------
 
 @pytest.mark.kind("7: the same request replaces its results without asking")
@@ -129,7 +162,8 @@ CHANGES = {
     "a matmul precision": ({"matmul_precision": "medium"}, "(matmul_precision None, not medium)"),
     "a precision": ({"precision": "bf16"}, "(precision float32, not bfloat16)"),
     "many": ({"training_values": {"seed": 3, "learning_rate": 0.5, "batch_size": 2}, "train_size": 8, "max_length": 20},
-             "(train_size 32, not 8; max_length 48, not 20; batch_size 4, not 2; learning_rate 0.02, not 0.5; 1 more)")}
+             "(train_size 32, not 8; max_length 48, not 20; batch_size 4, not 2; learning_rate 0.02, not 0.5; and 1 "
+             "more)")}
 
 
 @pytest.mark.kind("7: a results file or folder of another request is refused")

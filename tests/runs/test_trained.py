@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import files_below, load, logits_of, read_json, write_csv, write_tiny_model
+from helpers import changed_by_hand, files_below, load, logits_of, read_json, write_csv, write_tiny_model
 from models import inject_all, perturb
 from parity_helpers import write_checkpoint
 from safetensors.torch import load_file, save_file
@@ -86,6 +87,59 @@ def test_a_folder_that_holds_no_model_is_refused(tmp_path):
         load_finetuned(tmp_path)
 
 
+def test_a_base_model_is_not_taken_for_a_trained_one_with_a_random_head(tiny_model, options, tmp_path):
+    with pytest.raises(AdapterError, match=r"does not say what it was trained for, and holds no head that would"):
+        load_finetuned(tiny_model)
+    with pytest.raises(AdapterError, match=r"holds no score, which a model for classification has: train first"):
+        load_finetuned(tiny_model, task="classification")
+    assert load_finetuned(tiny_model, task="summarization")[1].label_names == []
+    finetune(options("full", training_values={"epochs": 1}))
+    folder = tmp_path / "output" / "full"
+    shutil.copy(tiny_model / "model.safetensors", folder)
+    changed_by_hand(folder)
+    with pytest.raises(AdapterError, match=r"full holds no score, which a model for classification has"):
+        load_finetuned(folder)
+
+
+def test_a_whole_model_without_notes_is_for_the_task_whose_head_it_has(tiny_model, tmp_path):
+    GPT2ForTokenClassification.from_pretrained(tiny_model, num_labels=5).save_pretrained(tmp_path)
+    model, task = load_finetuned(tmp_path)
+    assert type(model) is GPT2ForTokenClassification and task.name == "tagging"
+    assert task.label_names == ["0", "1", "2", "3", "4"] and model.classifier.out_features == 5
+
+
+def test_as_many_labels_are_noted_as_a_whole_model_has(tiny_model, tmp_path):
+    GPT2ForSequenceClassification.from_pretrained(tiny_model, num_labels=3).save_pretrained(tmp_path)
+    (tmp_path / "minipeft.json").write_text('{"task": "classification", "label_names": ["bad", "good"]}')
+    with pytest.raises(WeightsError, match=r"score\.weight is \(3, 16\), expected \(2, 16\)"):
+        load_finetuned(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [[10**11, 0], [], [2], [2, 17], [0, 16], [1, 2, 16]], ids=str)
+@pytest.mark.parametrize("kind", ["adapter", "whole"])
+def test_a_head_of_an_impossible_shape_is_refused_before_labels_are_counted(tiny_model, tmp_path, shape, kind):
+    if kind == "adapter":
+        save_adapter(inject_all(GPT2ForSequenceClassification.from_pretrained(tiny_model), LoraConfig()), tmp_path)
+        changed_by_hand(tmp_path)
+    else:
+        GPT2ForSequenceClassification.from_pretrained(tiny_model).save_pretrained(tmp_path)
+    file, = tmp_path.glob("*model.safetensors")
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("score.weight"))
+    save_file({**tensors, name: torch.zeros(shape)}, file)
+    with pytest.raises(AdapterError, match=r"score\.weight is \(.*\), which should be 16 numbers for each label"):
+        load_finetuned(tmp_path)
+
+
+@pytest.mark.parametrize("names", [["good", "good"], ["good", "b\x1b[31mad"], ["good", "b\nad"], ["good", "b\tad"]])
+def test_label_names_that_merge_or_break_a_line_are_refused(options, tmp_path, names):
+    finetune(options(training_values={"epochs": 1}))
+    account = tmp_path / "output" / "lora" / "minipeft.json"
+    account.write_text(json.dumps({**read_json(account), "label_names": names}))
+    with pytest.raises(AdapterError, match=r"minipeft\.json: label_names: (two labels have the name|the label 'b\\)"):
+        load_finetuned(account.parent)
+
+
 @pytest.mark.parametrize(("first", "second"), [("lora", "full"), ("full", "lora")])
 def test_a_folder_that_another_method_wrote_before_loads_what_was_written_last(
         options, trained_model, tmp_path, first, second):
@@ -159,7 +213,7 @@ def test_a_language_model_s_adapter_without_notes_says_that_its_task_has_to_be_n
 def test_a_folder_of_checkpoints_names_them(tiny_model, tmp_path):
     for number in (100, 200):
         write_checkpoint(tmp_path / "runs" / f"checkpoint-{number}", tiny_model, "SEQ_CLS")
-    with pytest.raises(AdapterError, match=r"name one of .*runs/checkpoint-100, .*runs/checkpoint-200$"):
+    with pytest.raises(AdapterError, match=r"name one of .*runs/checkpoint-100; .*runs/checkpoint-200$"):
         load_finetuned(tmp_path / "runs", str(tiny_model))
 
 

@@ -232,6 +232,24 @@ def test_a_task_has_defaults_of_its_own_where_its_table_says_so(options, monkeyp
     assert rates == [0.5, defaults.DEFAULTS["lora"]["training"]["learning_rate"]]
 
 
+# --- names of labels --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["good", "b\nad", "b\tad", "b\x1b[31mad", "b\x9bad", "b\u2028ad", "b\ud800ad"])
+@pytest.mark.parametrize("task", ["classification", "tagging"])
+def test_names_of_labels_are_told_apart_and_can_be_printed_in_a_line(task, name):
+    with pytest.raises(DataError, match=r"^label_names: (two labels have the name 'good'|the label 'b.*' holds a)"):
+        TASKS[task](get_tokenizer("mini"), ["good", name])
+    kept = ["good", "schön", "\u093f", "\U0001f44d\U0001f3fd", "a\u00a0b", "\u200d"]
+    assert TASKS[task](get_tokenizer("mini"), kept).label_names == kept
+
+
+def test_labels_in_a_file_that_cannot_be_printed_in_a_line_are_refused_where_they_are_read():
+    with pytest.raises(DataError, match=r"^films\.csv: the label 'b\\nad' holds a character that cannot be printed"):
+        TASKS["classification"].read(["x", "y"], ["good", "b\nad"], "films.csv")
+    with pytest.raises(DataError, match=r"^tags\.jsonl: the label 'B-\\x1b' holds a character that cannot be printed"):
+        TASKS["tagging"].read([["x"]], [["B-\x1b"]], "tags.jsonl")
+
+
 # --- example by example -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dataset", DATASETS)

@@ -8,8 +8,11 @@ locked. What a killed process left behind is cleared by the next one that writes
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
+import io
 import json
+import logging
 import math
 import os
 import shutil
@@ -18,7 +21,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -29,6 +32,7 @@ try:
 except ImportError:  # Windows: it has no such lock
     fcntl = None
 
+logger = logging.getLogger(__name__)
 LOCK_FILE = ".lock"
 _WRITING = ".writing"
 
@@ -113,7 +117,7 @@ def write_bytes_file(path: str | Path, content: bytes) -> None:
 
 def _write_file(path: str | Path, write: Callable[[Path], Any]) -> None:
     path = Path(path)
-    temporary = path.with_name(f"{_WRITING}-{_owner()}-{path.name}")
+    temporary = path.with_name(f"{_WRITING}-{_owner()}-{path.name}.part")  # no one takes it for a .json file
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         clear_leftovers(path.parent)
@@ -154,11 +158,12 @@ def clear_leftovers(folder: Path) -> None:
     for path in folder.glob(f"{_WRITING}-*"):
         host, _, rest = path.name.removeprefix(f"{_WRITING}-").partition("@")
         number = rest.partition("-")[0]
-        if host == _host() and number.isdigit() and not _lives(int(number)):
+        if host == _host() and number.isdecimal() and not _lives(int(number)):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
-                path.unlink(missing_ok=True)
+                with suppress(OSError):  # another user's, in a folder where each may delete only what is theirs
+                    path.unlink()
 
 
 def _owner() -> str:
@@ -177,7 +182,7 @@ def _lives(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # it belongs to somebody else
+    except (OSError, OverflowError):  # it belongs to somebody else, or no process has such a number
         return True
     return True
 
@@ -232,6 +237,8 @@ def digest(content: bytes) -> str:
 def locked(folder: str | Path) -> Iterator[None]:
     """Keep other processes that lock `folder` out of it for the length of the block. A lock ends with its process.
 
+    On Windows and on a file system that has no locks it keeps nobody out.
+
     Raises:
         InUseError: another process has it.
         OutputError: the lock file cannot be written.
@@ -241,31 +248,29 @@ def locked(folder: str | Path) -> Iterator[None]:
         return
     path = Path(folder) / LOCK_FILE
     with _no_empty_folder_left(path.parent), _lock(path) as file:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {_host()}\n")
-        file.flush()
         try:
+            _note_owner(path, file)
             yield
         finally:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
 
 
 def is_locked(folder: str | Path) -> bool:
     """Whether another process holds the lock of `folder`, just now."""
-    path = Path(folder) / LOCK_FILE
-    if fcntl is None or not path.is_file():
+    if fcntl is None:
         return False
     try:
-        with path.open(encoding="utf-8") as file:
+        with _open_lock(Path(folder) / LOCK_FILE, "r") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:  # that process has just ended
-        return False
-    except OSError:
+    except (BlockingIOError, PermissionError):
         return True
+    except (OSError, OutputError):  # no such file, or none that a lock could have
+        return False
     return False
 
 
-def _lock(path: Path) -> TextIO:
+def _lock(path: Path) -> io.FileIO:
     """The lock file, open and locked: the operating system takes the lock away when the process ends, however it does.
 
     Raises:
@@ -275,19 +280,55 @@ def _lock(path: Path) -> TextIO:
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = path.open("a+", encoding="utf-8")
+            file = _open_lock(path, "a+")
         except OSError as error:
             raise OutputError(_cannot_write(path.parent, error)) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except (BlockingIOError, PermissionError) as error:
             with file:
                 file.seek(0)
-                raise InUseError(f"{path.parent} is in use by another run ({file.read().strip() or 'just started'}): "
-                                 "wait for it to end, or choose another folder") from error
-        if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                owner = file.read().decode(errors="replace").strip() or "just started"
+            raise InUseError(f"{path.parent} is in use by another run ({owner}): wait for it to end, or choose another "
+                             "folder") from error
+        except OSError as error:
+            _warn_of_no_lock(error.strerror)
             return file
+        with suppress(FileNotFoundError):
+            if os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                return file
         file.close()  # the run before this one deleted it a moment ago
+
+
+def _open_lock(path: Path, mode: str) -> io.FileIO:
+    """A lock file. A link is not followed: a folder from elsewhere could have one to any of the user's files.
+
+    Raises:
+        OutputError: a link, or no plain file.
+        OSError: it cannot be opened.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise OutputError(f"{path} is no plain file, as a lock should be: delete it")
+    return io.FileIO(path, mode, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
+
+
+def _note_owner(path: Path, file: io.FileIO) -> None:
+    """Write into a lock file whose it is.
+
+    Raises:
+        OutputError: the disk is full.
+    """
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {_host()}\n".encode())
+    except OSError as error:
+        raise OutputError(_cannot_write(path.parent, error)) from error
+
+
+@functools.cache
+def _warn_of_no_lock(reason: str) -> None:
+    """Said once: two runs in one folder would not notice each other."""
+    logger.warning("this file system has no locks (%s): see to it that no two runs write into one folder", reason)
 
 
 # --- read -------------------------------------------------------------------------------------------------------------

@@ -34,6 +34,12 @@ from minipeft.methods import METHODS
 from minipeft.methods.injection import trainable_parameters
 from minipeft.tasks.task import MAX_LENGTH
 
+DEFAULTS = {"batch_size": 16, "device": "cpu", "text": TEXT, "block": 0, "output": Path("results/anatomy")}
+NOTHING_ELSE = "nothing else to show"
+OPTIONS_OF = {("--batch-size", "--length", "--device"): ("--memory",),
+              ("--adapter", "--text", "--block", "--token"): ("--trace", "--trace-page"),
+              ("--output",): ("--all",), ("--picture",): ("--spectrum", NOTHING_ELSE)}  # each with what it belongs to
+
 
 def parse(words: Sequence[str], program: str) -> argparse.Namespace:
     parser = new_parser(program, __doc__)
@@ -42,13 +48,12 @@ def parse(words: Sequence[str], program: str) -> argparse.Namespace:
                                         "the base that --adapter was trained on")
     parser.add_argument("--picture", type=Path, help="draw one block with the method's parts into a .png or .svg file")
     parser.add_argument("--all", action="store_true", help="the gallery of all methods and their table of counts")
-    parser.add_argument("--output", type=Path, default=Path("results/anatomy"), help="folder for --all; default "
-                                                                                     "results/anatomy")
+    parser.add_argument("--output", type=Path, help=f"folder for --all; default {DEFAULTS['output']}")
     memory = parser.add_argument_group("memory")
     memory.add_argument("--memory", action="store_true", help="predict the bytes that one training step takes")
-    memory.add_argument("--batch-size", type=int, default=16, help="texts; default 16")
+    memory.add_argument("--batch-size", type=int, help=f"texts; default {DEFAULTS['batch_size']}")
     memory.add_argument("--length", type=int, help=f"tokens of each; default {MAX_LENGTH}")
-    memory.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="whose kernels; default cpu")
+    memory.add_argument("--device", choices=("cpu", "cuda"), help=f"whose kernels; default {DEFAULTS['device']}")
     parser.add_argument("--traffic", action="store_true",
                         help="what each of 8, 64 and 512 GPUs sends in a step of every method")
     add_trace_options(parser.add_argument_group("trace"))
@@ -65,14 +70,17 @@ def add_trace_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--trace-page", type=Path, metavar="FILE", help="write a trace as an .html page to step through")
     group.add_argument("--adapter", type=Path, metavar="FOLDER",
                        help="trace this trained adapter; default: a fresh one of --method, moved off its start")
-    group.add_argument("--text", default=TEXT, help=f"what the model reads; default {TEXT!r}")
-    group.add_argument("--block", type=int, default=0, help="number of the block to look at; default 0")
+    group.add_argument("--text", help=f"what the model reads; default {TEXT!r}")
+    group.add_argument("--block", type=int, help=f"number of the block to look at; default {DEFAULTS['block']}")
     group.add_argument("--token", type=int, help="number of the token to look at; default the last one")
 
 
 def main(words: Sequence[str], program: str) -> None:
     arguments = parse(words, program)
     check_view(arguments)
+    for name, default in DEFAULTS.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, default)
     if arguments.all:
         for path in gallery(arguments.output, arguments.model or "mini"):
             print(f"wrote {path}")
@@ -108,17 +116,15 @@ def check_view(arguments: argparse.Namespace) -> None:
     Raises:
         ConfigError: naming them.
     """
-    traced = arguments.trace or arguments.trace_page
     shown = {"--all": arguments.all, "--memory": arguments.memory, "--traffic": arguments.traffic,
-             "--trace": traced, "--spectrum": arguments.spectrum}
+             "--trace": arguments.trace or arguments.trace_page, "--spectrum": arguments.spectrum}
     asked = [name for name, wanted in shown.items() if wanted]
     if len(asked) > 1:
         raise ConfigError(f"{' and '.join(asked)} show different things: choose one")
-    of_trace = {"--adapter": arguments.adapter, "--text": arguments.text != TEXT, "--block": arguments.block,
-                "--token": arguments.token is not None}
-    unused = [name for name, wanted in of_trace.items() if wanted and not traced]
-    if unused:
-        raise ConfigError(f"{', '.join(unused)}: only with --trace or --trace-page")
+    for options, views in OPTIONS_OF.items():
+        unused = [name for name in options if getattr(arguments, name[2:].replace("-", "_")) is not None]
+        if unused and not {*(asked or [NOTHING_ELSE])} & {*views}:
+            raise ConfigError(f"{', '.join(unused)}: only with {' or '.join(views)}")
 
 
 def show_trace(arguments: argparse.Namespace, values: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from minipeft.commands.options import add_machine_options, new_parser, options_of
 from minipeft.data.examples import check_texts
-from minipeft.data.tables import FILE_TYPES, Table, file_type, read_table, write_table
+from minipeft.data.tables import FILE_TYPES, Table, file_type, read_table, table_content, write_table
 from minipeft.errors import ConfigError, DataError, OutputError
 from minipeft.files import check_writable
 from minipeft.runs.inference import chosen_adapter, columns_noted, load, predict, predict_table
@@ -68,9 +68,10 @@ def main(words: Sequence[str], program: str) -> None:
 def answer(arguments: argparse.Namespace) -> None:
     """Print what the model says of the texts, or write it into a table."""
     check_files(arguments)
-    table = read_table(arguments.input, arguments.delimiter, arguments.encoding) if arguments.input else None
+    options = options_of(arguments)
+    table = read_table(arguments.input, options.delimiter, options.encoding) if arguments.input else None
     texts = read_texts(arguments) if table is None else []
-    trained = load(chosen_adapter(arguments.adapter, partial(print, file=sys.stderr)), options_of(arguments))
+    trained = load(chosen_adapter(arguments.adapter, partial(print, file=sys.stderr)), options)
     if table is not None:
         column = arguments.text_column or columns_noted(trained, table.names).get("text_column")
         texts = texts_of(table, arguments.input, column or trained.task.columns[0], type(trained.task) is Tagging)
@@ -80,6 +81,7 @@ def answer(arguments: argparse.Namespace) -> None:
             print(part, end="", flush=True)
         return
     own = {name: table.column(name) for name in table.names} if table else {trained.task.columns[0]: texts}
+    table_content(arguments.output, own)  # what the file cannot hold is told before the work
     found = predict_table(trained, texts, progress="predicting", **decoding)
     if taken := [name for name in found if name in own]:
         raise DataError(f"{arguments.input or 'the texts'} has a column {taken[0]!r} already, which a prediction would "

@@ -11,11 +11,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import takewhile
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 from minipeft.commands import stand_ins
-from minipeft.errors import MinipeftError
+from minipeft.errors import ConfigError, MinipeftError
 from minipeft.training.stopping import StopAtOnce, handling
 
 # Each is a module beside this one: main(arguments, program) takes what follows the command's name, and the name of the
@@ -39,15 +40,18 @@ SPINS = "20000"
 def main() -> None:
     """The `minipeft` command: the first argument says which command the others are for."""
     name, *arguments = sys.argv[1:] or ["--help"]
-    if name in ("-h", "--help"):
-        print("usage: minipeft COMMAND [OPTIONS]\n\nParameter-efficient fine-tuning of GPT-2.\n")
-        print("\n".join(f"  {command:10} {summary}" for command, summary in COMMANDS.items()))
-        print("\n`minipeft COMMAND --help` lists the options of a command.")
-    elif name in COMMANDS:
+    if name in COMMANDS:
         start(name, arguments, f"minipeft {name}")
     else:
-        print(f"error: unknown command {name!r}: use {', '.join(COMMANDS)}", file=sys.stderr)
-        sys.exit(2)
+        run(_list_commands, name)
+
+
+def _list_commands(name: str) -> None:
+    if name not in ("-h", "--help"):
+        raise ConfigError(f"unknown command {name!r}: use {', '.join(COMMANDS)}")
+    print("usage: minipeft COMMAND [OPTIONS]\n\nParameter-efficient fine-tuning of GPT-2.\n")
+    print("\n".join(f"  {command:10} {summary}" for command, summary in COMMANDS.items()))
+    print("\n`minipeft COMMAND --help` lists the options of a command.")
 
 
 def script(name: str) -> None:
@@ -95,29 +99,59 @@ def _end_at_once(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def run(main: Callable[..., int | None], *arguments: Any) -> None:
-    """Call a program's main with the arguments given. A MinipeftError becomes one line on stderr and exit code 2.
+    """Call a program's main with the arguments given. A MinipeftError becomes one line on stderr and exit code 2, and
+    what the system says of a file does, too.
 
     Ctrl-C, a closed terminal (SIGHUP) and a cluster's notice (SIGTERM) become exit code 128 + the signal's number.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a console or a pipe need not know all characters: \u2192
-            stream.reconfigure(errors="backslashreplace")
+    _prepare_streams()
     try:
         with handling(StopAtOnce()):
-            sys.exit(main(*arguments))
+            try:
+                code = main(*arguments)
+            except SystemExit as ended:  # of --help
+                code = ended.code
+            sys.stdout.flush()  # here, where an error can still be told
     except MinipeftError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        code = _refused(str(error))
     except RuntimeError as error:
         from minipeft.training.hardware import ran_out_of_memory
         if not ran_out_of_memory(error):
             raise
         # In training and in prediction the error is another, and says more: here the model itself did not fit.
-        print(f"error: out of memory: use a smaller --model, or another device ({str(error).splitlines()[0]})",
-              file=sys.stderr)
-        sys.exit(2)
+        code = _refused(f"out of memory: use a smaller --model, or another device ({str(error).splitlines()[0]})")
     except KeyboardInterrupt as stopped:
         print("interrupted", file=sys.stderr)
-        sys.exit(128 + getattr(stopped, "number", signal.SIGINT))
+        code = 128 + getattr(stopped, "number", signal.SIGINT)
     except BrokenPipeError:  # the reader (head, less) has gone
-        sys.stderr.close()
+        code = 1
+    except OSError as error:
+        code = _refused(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error))
+    _end(code)
+
+
+def _prepare_streams() -> None:
+    """See to it that the three standard streams are there, and take every character."""
+    for name in ("stdin", "stdout", "stderr"):  # in the order of their numbers: each file gets the lowest free one
+        if getattr(sys, name) is None:  # closed before the program started: 2>&-
+            setattr(sys, name, Path(os.devnull).open("r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a console or a pipe need not know all characters: \u2192
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _refused(why: str) -> int:
+    """Say in one line what is wrong; returns the exit code for it."""
+    print(f"error: {' '.join(why.split())}", file=sys.stderr)
+    return 2
+
+
+def _end(code: int | str | None) -> NoReturn:
+    """End the program. What is left to print goes nowhere if it cannot be printed: else Python would tell that on its
+    way out, and give another exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(code)

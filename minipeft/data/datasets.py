@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from minipeft.data.examples import Examples, repeated
 from minipeft.data.labels import by_name, check_classes, contradictory, unified, untested
-from minipeft.data.tables import FILE_TYPES, Reading, file_type, read_parquet, read_rows, read_table
+from minipeft.data.tables import FILE_TYPES, Reading, cells_of, file_type, read_parquet, read_rows, read_table, stem
 from minipeft.errors import DataError
 from minipeft.model.hub import hub_is_reachable
 
@@ -81,6 +81,7 @@ KNOWN = {
                             revision=CONVERTED),
     "multi30k": KnownDataset("translation", "bentrevett/multi30k", ("en",), "de"),
 }
+NAMED = (*KNOWN, "sample")  # all others are files of the user's own
 
 
 @dataclass
@@ -154,7 +155,7 @@ def load_dataset(name: str, task: Reader, data_dir: str | Path | None = None, se
         DataError: an unknown name, a missing file or column, or unusable content.
     """
     reading = reading or Reading()
-    if name in KNOWN or name == "sample":
+    if name in NAMED:
         if given := [f"--{field.name.replace('_', '-')}" for field in fields(Reading)
                      if getattr(reading, field.name) != field.default]:
             raise DataError(f"{' and '.join(given)}: for files of your own; how they are read is yours to say, "
@@ -194,9 +195,8 @@ def _known(name: str, known: KnownDataset, task: Reader, data_dir: str | Path | 
                 raise DataError(f"{name}'s {split} file has no column {columns[0]!r}; it has "
                                 f"{', '.join(table.column_names)}")
         text_column = next(column for column in known.text_columns if column in table.column_names)
-        labels = table[known.label_column].to_pylist()
-        found[split], label_names = task.read(table[text_column].to_pylist(), by_name(labels, names or ()),
-                                              f"{name} {split}", names)
+        texts, labels = (cells_of(table[column], f"{name} {split}") for column in (text_column, known.label_column))
+        found[split], label_names = task.read(texts, by_name(labels, names or ()), f"{name} {split}", names)
     if "validation" not in found:
         kept, held_out = stratified_split(found["train"].classes(), VALIDATION_FRACTION, seed)
         found["train"], found["validation"] = found["train"].take(kept), found["train"].take(held_out)
@@ -204,18 +204,18 @@ def _known(name: str, known: KnownDataset, task: Reader, data_dir: str | Path | 
 
 
 def name_of(dataset: str) -> str:
-    """What results call a dataset that a user asks for: its name or, of a file, the file's without its ending."""
-    if dataset in (*KNOWN, "sample"):
+    """What results call a dataset that a user asks for: its name or, of a file, the file's without its ending.
+
+    Raises:
+        DataError: nothing is left of it then.
+    """
+    if dataset in NAMED:
         return dataset
-    path = Path(dataset) if Path(dataset).name else Path.cwd()  # "." has no name
-    taken = stem(path) in (*KNOWN, "sample")  # results on another "imdb" are not IMDb's
+    path = Path(dataset) if Path(dataset).name not in ("", "..") else Path(dataset).resolve()
+    if stem(path) in ("", ".", ".."):  # folders of these names would be others' than its own
+        raise DataError(f"{dataset} has no name by which results could call it: rename it")
+    taken = stem(path) in NAMED  # results on another "imdb" are not IMDb's
     return (path.name if file_type(path) else f"{path.name}_folder") if taken else stem(path)
-
-
-def stem(path: Path) -> str:
-    """A file's name without the ending that says what kind of file it is, compressed or not; a folder's whole name."""
-    kind = file_type(path)
-    return path.name if kind is None else path.name[:path.name.lower().rindex(kind)]
 
 
 def _sample(task: Reader) -> Dataset:

@@ -7,7 +7,6 @@ read or is empty is counted; it is refused, or left out with --skip-bad-rows.
 
 from __future__ import annotations
 
-import codecs
 import csv
 import gzip
 import io
@@ -17,22 +16,23 @@ import zlib
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
+from minipeft.data.characters import decoded, unpacked
 from minipeft.data.examples import complaint
 from minipeft.errors import ConfigError, DataError
-from minipeft.files import write_bytes_file
+from minipeft.files import without_nan, write_bytes_file
 from minipeft.settings import Settings, setting
 
 FILE_TYPES = (".csv", ".tsv", ".jsonl", ".parquet", ".json")
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
-# UTF-32's mark begins with UTF-16's.
-ENCODING_MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
-                  (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+MOST_COLUMNS = 1000  # of a JSON file, whose every row may name others
+BLOCK = 1 << 30  # bytes of a CSV file that are parsed at once: pyarrow takes no 2 GiB
 MISSING = ("nan", "null", "<na>", "#n/a")  # how programs write a cell that is empty
 NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 
@@ -71,7 +71,7 @@ class Reading(Settings):
                                            or self.delimiter in '"\r\n'):
             raise ConfigError(f"delimiter must be one character, such as ; or tab, got {self.delimiter!r}")
         try:
-            codecs.lookup(self.encoding or "utf-8")
+            "a".encode(self.encoding or "utf-8")
         except (LookupError, ValueError) as error:
             raise ConfigError(f"encoding must be one that Python knows, such as cp1252 or utf-16, got "
                               f"{self.encoding!r}") from error
@@ -107,6 +107,12 @@ def file_type(path: str | Path) -> str | None:
     return next((ending for ending in FILE_TYPES if name.endswith(ending)), None)
 
 
+def stem(path: Path) -> str:
+    """A file's name without the ending that says what kind of file it is, compressed or not; a folder's whole name."""
+    kind = file_type(path)
+    return path.name if kind is None else path.name[:path.name.lower().rindex(kind)]
+
+
 def read_table(path: Path, delimiter: str | None = None, encoding: str | None = None) -> Table:
     """The content of a file of one of FILE_TYPES, or of one whose name goes on with .gz.
 
@@ -119,17 +125,15 @@ def read_table(path: Path, delimiter: str | None = None, encoding: str | None = 
     try:
         if kind == ".parquet":
             table = read_parquet(path)
-            return Table(table.column_names, lambda name: table[name].to_pylist(), {})
+            return Table(table.column_names, lambda name: cells_of(table[name], f"{path}, column {name!r}"), {})
         content = path.read_bytes()
         if content.startswith(b"PK\x03\x04"):
             raise DataError(f"{path} is a zip archive or a spreadsheet: unpack it, or save it as .csv")
-        packed = content.startswith(b"\x1f\x8b")
-        text, found_out = decoded(gzip.decompress(content) if packed else content, path, encoding)
+        text, found_out = decoded(unpacked(content, path), path, encoding)
         table = _read_json(text) if kind in (".json", ".jsonl") else _read_csv(
             text, path, delimiter, usual="\t" if kind == ".tsv" else ",")
     except (pa.ArrowException, OSError, EOFError, zlib.error, ValueError, RecursionError, csv.Error) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{path} is empty or not a readable {kind} file: {reason}") from error
+        raise DataError(f"{path} is empty or not a readable {kind} file: {_reason(error)}") from error
     return table._replace(found_out=", ".join(filter(None, (table.found_out, found_out))))
 
 
@@ -142,27 +146,24 @@ def read_parquet(path: Path) -> pa.Table:
     try:
         return pyarrow.parquet.read_table(path)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is empty or not a readable .parquet file: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{path} is empty or not a readable .parquet file: {_reason(error)}") from error
 
 
-def decoded(content: bytes, path: Path, encoding: str | None) -> tuple[str, str]:
-    """A file's bytes as text, without a mark of its encoding; and in words which encoding its mark showed.
+def cells_of(column: pa.ChunkedArray, where: str) -> list[Any]:
+    """A column of a parquet file as Python's values.
 
     Raises:
-        DataError: another encoding than the named, the marked, or UTF-8.
+        DataError: one of them is none, such as a text that is not UTF-8.
     """
-    marked = next((name for mark, name in ENCODING_MARKS if content.startswith(mark)), None)
-    name = encoding or marked or "utf-8"
     try:
-        text = content.decode(name).removeprefix("\ufeff")
-    except UnicodeError as error:
-        line = 1 + content[:getattr(error, "start", 0)].count(b"\n")
-        raise DataError(f"{path} is not encoded in {name.upper()}, as its line {line:,} shows; name its encoding, such "
-                        "as --encoding cp1252, which Windows has in western Europe") from error
-    if "\0" in text[:1000]:
-        guess = "utf-16-be" if text.startswith("\0") else "utf-16-le"
-        raise DataError(f"{path} has zeros between its characters; if it is UTF-16, say --encoding {guess}")
-    return text, "" if encoding or marked in (None, "utf-8") else f"{marked} by its mark"
+        return column.to_pylist()
+    except (ValueError, OverflowError) as error:
+        raise DataError(f"{where} cannot be read: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What an error says in its first line or, where it says nothing, its name."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _read_csv(text: str, path: Path, delimiter: str | None, usual: str) -> Table:
@@ -176,9 +177,10 @@ def _read_csv(text: str, path: Path, delimiter: str | None, usual: str) -> Table
         unreadable[row.number - 1] = f"{row.actual_columns} columns, where the header has {row.expected_columns}"
         return "skip"
 
-    # One block: a row may be as long as a book. One thread: rows are numbered.
+    # One block, if it can be: a row may be as long as a book. One thread: rows are numbered.
+    block = min(BLOCK, max(1 << 20, len(content)))
     table = pyarrow.csv.read_csv(
-        pa.BufferReader(content), pyarrow.csv.ReadOptions(use_threads=False, block_size=max(1 << 20, len(content))),
+        pa.BufferReader(content), pyarrow.csv.ReadOptions(use_threads=False, block_size=block),
         pyarrow.csv.ParseOptions(delimiter=chosen, newlines_in_values=True, invalid_row_handler=note),
         pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(_header(text, chosen), pa.string())))
     names = [name.strip() for name in table.column_names]
@@ -221,6 +223,8 @@ def _read_json(text: str) -> Table:
     if not rows:
         raise ValueError(f"row 1: {unreadable[1]}" if unreadable else "there is nothing in it")
     names = dict.fromkeys(name for row in rows for name in row)
+    if len(names) > MOST_COLUMNS:
+        raise ValueError(f"its rows name {len(names):,} different columns, of which there can be {MOST_COLUMNS:,}")
     return Table(list(names), lambda name: [row.get(name) for row in rows], unreadable)
 
 
@@ -313,41 +317,50 @@ def write_table(path: Path, columns: dict[str, list[Any]]) -> None:
     In a .csv or .tsv file a list of texts becomes one text with blanks between, any other list or object JSON.
 
     Raises:
-        DataError: another kind of file.
+        DataError: another kind of file, or one that cannot hold these columns.
         OutputError: it cannot be written.
+    """
+    content = table_content(path, columns)
+    write_bytes_file(path, gzip.compress(content) if path.name.lower().endswith(".gz") else content)
+
+
+def table_content(path: Path, columns: dict[str, list[Any]]) -> bytes:
+    """What `write_table` writes, before it is packed.
+
+    Raises:
+        DataError: another kind of file, or one that cannot hold these columns.
     """
     kind = file_type(path)
     if kind is None:
         raise DataError(f"{path} should end in one of {', '.join(FILE_TYPES)} (.gz behind it or not)")
-    if kind == ".parquet":
-        sink = pa.BufferOutputStream()
-        try:
+    try:
+        if kind == ".parquet":
+            sink = pa.BufferOutputStream()
             pyarrow.parquet.write_table(pa.table(columns), sink)
-        except pa.ArrowException as error:
-            raise DataError(f"{path} cannot hold these columns: {str(error).splitlines()[0]}; write a .jsonl file"
-                            ) from error
-        content = sink.getvalue().to_pybytes()
-    else:
+            return sink.getvalue().to_pybytes()
         rows = list(zip(*columns.values()))
-        text = _csv_text(list(columns), rows, "\t" if kind == ".tsv" else ",") if kind in (".csv", ".tsv") else (
-            _json_text([dict(zip(columns, row)) for row in rows], a_line_each=kind == ".jsonl"))
-        content = text.encode()
-    write_bytes_file(path, gzip.compress(content) if path.name.lower().endswith(".gz") else content)
+        if kind in (".csv", ".tsv"):
+            return _csv_text(list(columns), rows, "\t" if kind == ".tsv" else ",").encode()
+        text = _json_text([dict(zip(columns, row)) for row in rows], a_line_each=kind == ".jsonl")
+        return text.encode(errors="backslashreplace")  # half a character is written as JSON does: \ud800
+    except (pa.ArrowException, ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise DataError(f"{path} cannot hold these columns: {_reason(error)}; write a .jsonl file") from error
 
 
 def _csv_text(names: list[str], rows: list[tuple[Any, ...]], delimiter: str) -> str:
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, delimiter=delimiter, lineterminator="\n")
+    """Each row ends in \\n. The writer ends it in \\r\\n, so that it quotes a cell with either."""
+    lines: list[str] = []
+    writer = csv.writer(SimpleNamespace(write=lines.append), delimiter=delimiter, lineterminator="\r\n")
     writer.writerows([names, *([_cell(value) for value in row] for row in rows)])
-    return text.getvalue()
+    return "".join(line.removesuffix("\r\n") + "\n" for line in lines)
 
 
 def _cell(value: Any) -> Any:
     if isinstance(value, list) and all(isinstance(part, str) for part in value):
         return " ".join(value)
-    return json.dumps(value, default=str) if isinstance(value, (list, dict)) else value
+    return json.dumps(without_nan(value), default=str) if isinstance(value, (list, dict)) else value
 
 
 def _json_text(rows: list[dict[str, Any]], a_line_each: bool) -> str:
-    lines = [json.dumps(row, ensure_ascii=False, default=str) for row in rows]
+    lines = [json.dumps(without_nan(row), ensure_ascii=False, default=str) for row in rows]
     return "\n".join(lines) + "\n" if a_line_each else "[\n" + ",\n".join(lines) + "\n]\n"

@@ -250,7 +250,7 @@ def _folder(request: Request, subjects: list[Subject]) -> Path:
     for subject in subjects:
         others = _of_other_terms(folder, subject)
         if others and not request.replace:
-            noted = read_json_file(others[0])["terms"]
+            noted = next(iter(others.values()))["terms"]
             found = [name for name in noted | subject.terms if noted.get(name) != subject.terms.get(name)]
             raise OutputError(f"{folder / 'cells' / subject.name} holds cells of another comparison "
                               f"({', '.join(found)} differ): give this one another --results-dir, or replace "
@@ -263,7 +263,7 @@ def _folder(request: Request, subjects: list[Subject]) -> Path:
 
 def _trained(folder: Path, subjects: list[Subject]) -> list[Cell]:
     """The cells of the first seed, also those of methods that only an earlier request named."""
-    cells = [cell_in(read_json_file(file)) for subject in subjects for file in _cells_in(folder, subject)
+    cells = [cell_in(content) for subject in subjects for file, content in _cells_in(folder, subject).items()
              if file.name.endswith("_seed0.json")]
     return sorted(cells, key=lambda cell: ALL.index(cell.method))
 
@@ -296,12 +296,22 @@ def _holds_all(folder: Path, subject: Subject, output: Path) -> bool:
     return all(found(cell) is not None for cell in asked + timed(_trained(folder, [subject])))
 
 
-def _cells_in(folder: Path, subject: Subject) -> list[Path]:
-    return sorted((folder / "cells" / subject.name).rglob("*.json"))
+def _cells_in(folder: Path, subject: Subject) -> dict[Path, dict[str, Any]]:
+    """The files of a dataset's cells, and what they hold.
+
+    Raises:
+        OutputError: a file among them is none of a cell.
+    """
+    found = {file: read_json_file(file) for file in sorted((folder / "cells" / subject.name).rglob("*.json"))}
+    for file, content in found.items():
+        if not (isinstance(content.get("cell"), dict) and isinstance(content.get("terms"), dict)):
+            raise OutputError(f"{file} is no cell of a comparison: move it away, or name another --results-dir")
+    return {file: content for file, content in found.items() if content["cell"].get("dataset") == subject.name}
 
 
-def _of_other_terms(folder: Path, subject: Subject) -> list[Path]:
-    return [file for file in _cells_in(folder, subject) if read_json_file(file).get("terms") != subject.terms]
+def _of_other_terms(folder: Path, subject: Subject) -> dict[Path, dict[str, Any]]:
+    return {file: content for file, content in _cells_in(folder, subject).items()
+            if content["terms"] != subject.terms}
 
 
 def _plan_in_words(queue: Queue, known: list[Cell], tracks: list[Track], folder: Path, workers: int,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from minipeft.data.datasets import KNOWN
+from minipeft.data.datasets import NAMED
 from minipeft.errors import ConfigError, NothingToWriteError, OutputError
 from minipeft.files import read_json_file, write_text_file
 from minipeft.tasks import task_name
@@ -117,7 +117,7 @@ def table_of(files: Sequence[dict[str, Any]]) -> str:
     """A Markdown table of results on one dataset: `files` is what their files hold."""
     tests = [test for results in files for test in _tests_in(results)]
     dataset, (first, *others) = files[0]["dataset"]["name"], _metrics_of(tests[0].results)
-    if dataset not in (*KNOWN, "sample") and all("macro_f1" in test.metrics for test in tests):
+    if dataset not in NAMED and all("macro_f1" in test.metrics for test in tests):
         others = [MACRO_F1]  # F1 of one label of two would be the frequent one's, as often as not
     tests.sort(key=lambda test: (test.trained, test.metrics[first.key]))
     examples = "reviews" if dataset == "imdb" else "examples"

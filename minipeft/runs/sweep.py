@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from minipeft.errors import ConfigError, OutputError
-from minipeft.files import check_writable, read_json_file, write_json_file
+from minipeft.errors import ConfigError, InUseError, OutputError
+from minipeft.files import check_writable, locked, read_json_file, write_json_file
 from minipeft.methods import METHODS, inject
 from minipeft.runs.finetune import Run, prepare, train
 from minipeft.runs.places import own_results
@@ -18,6 +20,8 @@ from minipeft.training.hardware import machine
 from minipeft.training.loop import TrainingConfig
 from minipeft.training.progress import History
 from minipeft.training.stopping import Stopped
+
+PAUSE = 0.05  # seconds between tries, while another start writes into the same folder
 
 
 def tune(options: Options, trials: Sequence[dict[str, Any]], say: Say = silent) -> dict[str, Any]:
@@ -41,22 +45,16 @@ def tune(options: Options, trials: Sequence[dict[str, Any]], say: Say = silent) 
         check_options(request)
     path = Path(options.results_dir or own_results()) / f"tuning_{options.method}.json"
     check_writable(path.parent)
-    results = read_json_file(path) if path.is_file() else {"trials": []}
-    if not isinstance(results.get("trials"), list):
-        raise OutputError(f"{path} holds no list of trials to append to: move it away, or name another --results-dir")
+    results = _results_in(path)
     check_trials(choose(options), requests)
     scores = []
     for trial, request in zip(trials, requests):
-        run = prepare(dataclasses.replace(choose(request), folder=None))
-        history = train(run)
-        if history.stopped_by:
-            raise Stopped(history.stopped_by)
-        results["trials"].append({"trial": trial, **described_trial(run, history)})
-        write_json_file(path, results)
-        by, score = run.plan.best_by, history.best[run.plan.best_by]
-        broken = not math.isfinite(history.best["loss"])  # what it guesses may be right by chance
-        scores.append(-math.inf if broken else -score if by == "loss" else score)
-        say(f"validation {by} {score:.4f} after {history.core_seconds:.0f} core seconds: {trial}"
+        found = _trained(request)
+        results = _append(path, {"trial": trial, **found})
+        by, best = found["best_by"], found["validation"]
+        broken = not math.isfinite(best["loss"])  # what it guesses may be right by chance
+        scores.append(-math.inf if broken else -best[by] if by == "loss" else best[by])
+        say(f"validation {by} {best[by]:.4f} after {found['core_seconds']:.0f} core seconds: {trial}"
             + "; its loss is no number" * broken)
     if scores:
         best = trials[scores.index(max(scores))]
@@ -75,8 +73,43 @@ def check_trials(plan: RunPlan, requests: Sequence[Options]) -> None:
     """
     for request in requests:
         trial = for_method(plan, request)
-        model = plan.data.task.load_model(plan.model_name, plan.data.label_names)
-        make_task(trial, inject(model, trial.method_config))
+        make_task(trial, inject(plan.data.task.load_model(plan.model_name, plan.data.label_names), trial.method_config))
+
+
+def _trained(request: Options) -> dict[str, Any]:
+    """What a trial comes to. Nothing is left of its model at the end: two might not fit the GPU.
+
+    Raises:
+        Stopped: a signal ended it.
+    """
+    run = prepare(dataclasses.replace(choose(request), folder=None))
+    history = train(run)
+    if history.stopped_by:
+        raise Stopped(history.stopped_by)
+    return described_trial(run, history)
+
+
+def _results_in(path: Path) -> dict[str, Any]:
+    """What a file of trials holds, none where there is no file.
+
+    Raises:
+        OutputError: something else.
+    """
+    results = read_json_file(path) if path.is_file() else {"trials": []}
+    if not isinstance(results.get("trials"), list):
+        raise OutputError(f"{path} holds no list of trials to append to: move it away, or name another --results-dir")
+    return results
+
+
+def _append(path: Path, trial: dict[str, Any]) -> dict[str, Any]:
+    """Add a trial to what the file holds by now, which others may be adding to, and give all of it."""
+    while True:
+        with suppress(InUseError), locked(path.parent):
+            results = _results_in(path)
+            results["trials"].append(trial)
+            write_json_file(path, results)
+            return results
+        time.sleep(PAUSE)
 
 
 def with_trial(options: Options, trial: dict[str, Any]) -> Options:

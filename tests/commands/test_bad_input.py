@@ -86,7 +86,7 @@ def test_an_unknown_method(train, refused):
     assert "'lorra'" in refused("train.py", "--method", "lorra", "--help")
 
 
-@pytest.mark.parametrize("name", ["gpt3", "openai-community/gpt2", "nowhere/model", ""])
+@pytest.mark.parametrize("name", ["gpt3", "openai-community/gpt3", "nowhere/model", ""])
 def test_an_unknown_model(train, name):
     line = train("--model", name)
     assert repr(name) in line and "mini, gpt2, gpt2-medium" in line
@@ -640,6 +640,12 @@ def test_an_adapter_of_another_method_cannot_be_taken_for_this_one(refused, adap
     (("--memory", "--length", 513), "length=513 is more than the 512 tokens that fit mini with lora"),
     (("--memory", "--trace"), "--memory and --trace show different things: choose one"),
     (("--adapter", "nowhere", "--token", 3), "--adapter, --token: only with --trace or --trace-page"),
+    (("--block", 0, "--memory"), "--block: only with --trace or --trace-page"),
+    (("--batch-size", 16, "--length", 9), "--batch-size, --length: only with --memory"),
+    (("--traffic", "--device", "cpu"), "--device: only with --memory"),
+    (("--output", "pictures"), "--output: only with --all"),
+    *(((*view, "--picture", "x.png"), "--picture: only with --spectrum or nothing else to show") for view in (
+        ("--all",), ("--memory",), ("--traffic",), ("--trace",), ("--trace-page", "x.html"))),
 ])
 def test_a_request_anatomy_cannot_meet_is_refused(refused, options, said):
     assert said in refused("anatomy.py", *options)

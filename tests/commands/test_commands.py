@@ -254,12 +254,29 @@ def test_a_table_is_never_written_over_its_input_and_over_another_file_only_when
     (("--input", "films.csv", "--output", "predictions.xlsx"), "should end in one of .csv, .tsv, .jsonl"),
     (("--input", "nowhere.csv", "--output", "predictions.csv"), "there is no file nowhere.csv"),
     (("--input", "films.csv", "--text-column", "body"), "no column 'body'; --text-column can be one of text, label"),
+    (("--input", "films.csv", "--encoding", "utf9"), "encoding must be one that Python knows"),
+    (("--input", "films.csv", "--delimiter", "tabs"), "delimiter must be one character"),
     (("--input", "empty.csv", "--output", "predictions.csv"), "empty.csv, row 2: the text is empty")])
 def test_a_table_that_cannot_be_read_or_written_is_refused_in_one_line(train, script, folder, options, said):
     train("--epochs", 1)
     (folder / "empty.csv").write_text('text,id\nfine,1\n"",2\n')
     outcome = script("predict.py", *options)
     assert outcome.code == 2 and said in outcome.err and not (folder / "predictions.csv").exists()
+
+
+def test_predict_reads_files_by_the_options_that_training_has(train, script, folder):
+    train("--epochs", 1)
+    (folder / "films.txt.csv").write_bytes("text\tid\nun caf\u00e9\t1\n".encode("cp1252"))
+    outcome = script("predict.py", "--input", "films.txt.csv", "--delimiter", "tab", "--encoding", "cp1252")
+    assert outcome.code == 0 and outcome.out.endswith("\tun caf\u00e9\n"), outcome.err
+
+
+def test_columns_that_the_output_cannot_hold_are_told_before_the_work(train, script, folder, monkeypatch):
+    train("--epochs", 1)
+    (folder / "texts.jsonl").write_text('{"text": "a film", "other": 1}\n{"text": "a film", "other": "one"}\n')
+    monkeypatch.setattr("minipeft.commands.predict.predict_table", lambda *a, **k: pytest.fail("only after the work"))
+    outcome = script("predict.py", "--input", "texts.jsonl", "--output", "predictions.parquet")
+    assert outcome.code == 2 and "predictions.parquet cannot hold these columns" in outcome.err
 
 
 @pytest.mark.parametrize(("dataset", "column", "text"), [

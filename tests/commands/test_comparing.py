@@ -7,11 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from helpers import SCRIPTS, read_json, write_tiny_model
 
+from minipeft.commands.compare import command
 from minipeft.files import is_locked
+from minipeft.runs.budget import Cell
+from minipeft.runs.cells import Job
+from minipeft.runs.plan import Options
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +102,35 @@ def test_two_starts_at_once_share_the_work(roomy_model, folder):
     assert compare(roomy_model, *options).wait(timeout=500) == 0
     assert [path.stat().st_mtime_ns for path in folder.glob("results/cells/films/*.json")] == made
 
+
+# --- what runs a cell -------------------------------------------------------------------------------------------------
+
+JOB = Job(Cell("films", "lora", 0, "final"), Options(), Path("cells", "x.json"), {})
+
+
+def test_a_cells_process_imports_nothing_from_the_folder_it_is_started_in(folder):
+    """Neither another program's data folder nor a stranger's download says what `import signal` means."""
+    (folder / "signal.py").write_text("raise SystemExit('a stranger')")
+    done = subprocess.run([*command(JOB)[:-2], "--help"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("usage: minipeft compare ")
+
+
+def test_a_cells_process_imports_the_library_that_its_comparison_runs(folder, monkeypatch):
+    """Also where that is a clone that is not installed, found by whatever way."""
+    package = folder / "clone" / "minipeft"
+    (package / "commands").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "commands" / "start.py").write_text("import sys\ndef main(): print(sys.argv)")
+    monkeypatch.syspath_prepend(folder / "clone")
+    done = subprocess.run(command(JOB), capture_output=True, text=True)
+    assert done.stdout == f"{['minipeft', 'compare', '--cell', JOB.as_json()]}\n", done.stderr
+
+
+def test_a_cells_process_is_known_by_its_command_line():
+    assert " minipeft compare --cell {" in " ".join(command(JOB))
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
 
 def test_compare_refuses_what_is_wrong_in_one_line(script, tiny_model):
     for options, message in ((("--methods", "lora,lorra"), "unknown method 'lorra': use baseline, full"),

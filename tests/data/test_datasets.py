@@ -495,6 +495,19 @@ def test_results_call_a_file_by_its_name_and_never_by_a_known_datasets(path, nam
     assert data.name_of(path) == name
 
 
+def test_a_folder_above_is_called_by_its_own_name(tmp_path, monkeypatch):
+    (tmp_path / "films" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "films" / "below")
+    assert [data.name_of(path) for path in ("..", "../", ".", "../below", "../below/..", "../..")] == [
+        "films", "films", "below", "below", "films", tmp_path.name]
+
+
+@pytest.mark.parametrize("path", ["/", ".csv", "a/.csv.gz", "..csv", "...jsonl"])
+def test_a_dataset_without_a_name_is_refused(path):
+    with pytest.raises(DataError, match="has no name by which results could call it: rename it"):
+        data.name_of(path)
+
+
 # --- which dataset, when none is named --------------------------------------------------------------------------------
 
 @pytest.fixture

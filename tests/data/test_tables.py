@@ -6,9 +6,13 @@ import codecs
 import gzip
 import json
 
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
 import pytest
 from helpers import write_csv, write_parquet
 
+from minipeft.data import characters, tables
 from minipeft.data.tables import Reading, file_type, read_rows, read_table, write_table
 from minipeft.errors import ConfigError, DataError
 
@@ -101,6 +105,31 @@ def test_a_compressed_file_that_is_cut_off_is_refused(tmp_path):
         cells(path)
 
 
+def test_a_compressed_file_that_unpacks_to_more_than_any_memory_holds_is_refused(tmp_path, monkeypatch):
+    path = written(tmp_path / "x.csv.gz", "text,label\n" + "a,1\n" * 100, packed=True)
+    monkeypatch.setattr(characters, "PART", 64)
+    monkeypatch.setattr(characters, "MOST_BYTES", 411)
+    assert len(cells(path)) == 100
+    monkeypatch.setattr(characters, "MOST_BYTES", 410)
+    with pytest.raises(DataError, match=r"x\.csv\.gz has more than 410 bytes when it is unpacked: split it"):
+        cells(path)
+
+
+def test_a_file_of_several_parts_that_gzip_packed_one_by_one_is_read_whole(tmp_path):
+    path = tmp_path / "x.csv.gz"
+    path.write_bytes(gzip.compress(b"text,label\na,1\n") + gzip.compress(b"b,0\n"))
+    assert cells(path) == [("a", "1"), ("b", "0")]
+
+
+def test_rows_that_name_more_columns_than_a_table_can_have_are_refused(tmp_path, monkeypatch):
+    path = written(tmp_path / "x.jsonl", "".join(f'{{"text": "a", "label": 1, "c{i}": 0}}\n' for i in range(9)))
+    monkeypatch.setattr(tables, "MOST_COLUMNS", 11)
+    assert len(cells(path)) == 9
+    monkeypatch.setattr(tables, "MOST_COLUMNS", 10)
+    with pytest.raises(DataError, match="its rows name 11 different columns, of which there can be 10"):
+        cells(path)
+
+
 @pytest.mark.kind("7: JSON arrays")
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
 @pytest.mark.parametrize("indent", [None, 2])
@@ -129,7 +158,8 @@ def test_a_files_kind_is_what_its_name_says(name, kind):
 
 
 @pytest.mark.parametrize(("field", "value"), [
-    ("delimiter", ""), ("delimiter", ";;"), ("delimiter", '"'), ("encoding", "klingon"), ("similar_labels", "maybe"),
+    ("delimiter", ""), ("delimiter", ";;"), ("delimiter", '"'), ("encoding", "klingon"), ("encoding", "utf9"),
+    ("encoding", "rot13"), ("encoding", "hex"), ("encoding", "a\0b"), ("similar_labels", "maybe"),
     ("skip_bad_rows", "yes")])
 def test_an_impossible_way_of_reading_is_refused_by_its_name(field, value):
     with pytest.raises(ConfigError, match=field):
@@ -233,6 +263,38 @@ def test_a_row_may_be_longer_than_a_block(tmp_path):
     assert len(read_table(path).column("text")) == 60
 
 
+def test_a_file_of_several_blocks_is_read_with_its_rows_numbered(tmp_path, monkeypatch):
+    """pyarrow parses at most 2 GiB at once."""
+    lines = [f'"film {i},\n{"x" * (i % 50)}",good' for i in range(200)]
+    lines[150] = "broken,good,1"
+    path = written(tmp_path / "x.csv", "text,label\n" + "\n".join(lines) + "\n")
+    whole = cells(path, skip_bad_rows=True)
+    monkeypatch.setattr(tables, "BLOCK", 500)
+    assert cells(path, skip_bad_rows=True) == whole and len(whole) == 199
+    with pytest.raises(DataError, match="row 151: 3 columns, where the header has 2"):
+        cells(path)
+
+
+def test_a_text_of_a_parquet_file_that_is_not_utf_8_is_refused_by_its_column(tmp_path):
+    text = pa.array([b"fine", b"\xff\xfe"]).cast(pa.binary()).view(pa.string())
+    write_parquet(tmp_path / "x.parquet", text=text, label=["1", "0"])
+    with pytest.raises(DataError, match=r"x\.parquet, column 'text' cannot be read: 'utf-8' codec"):
+        cells(tmp_path / "x.parquet")
+    assert read_table(tmp_path / "x.parquet").column("label") == ["1", "0"]
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.csv"])
+def test_an_error_that_says_nothing_is_called_by_its_name(tmp_path, monkeypatch, name):
+    def fail(*arguments, **more):
+        raise OSError
+
+    (tmp_path / name).write_text("text,label\na,1\n")
+    monkeypatch.setattr(pyarrow.parquet, "read_table", fail)
+    monkeypatch.setattr(pyarrow.csv, "read_csv", fail)
+    with pytest.raises(DataError, match=rf"{name} is empty or not a readable \.\w+ file: OSError"):
+        read_table(tmp_path / name)
+
+
 # --- write ------------------------------------------------------------------------------------------------------------
 
 COLUMNS = {"text": ["one, \"two\"", "line\nbreak\tand \u00e9"], "tags": [["O", "B-x"], ["O"]], "share": [0.25, 1.0],
@@ -261,3 +323,36 @@ def test_a_table_of_no_kind_or_of_columns_that_a_kind_cannot_hold_is_refused(tmp
     with pytest.raises(DataError, match=r"t\.parquet cannot hold these columns: .*; write a \.jsonl file"):
         write_table(tmp_path / "t.parquet", {"mixed": [1, "one"]})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv"])
+def test_a_cell_with_any_end_of_a_line_in_it_stays_one_cell(tmp_path, name):
+    columns = {"text": ["one\rcell", "two\r\nlines", "\r", "last\n"], "id": ["a", "b\r", "\rc", "d"]}
+    write_table(tmp_path / name, columns)
+    found = read_table(tmp_path / name)
+    assert {column: found.column(column) for column in found.names} == columns
+    assert (tmp_path / name).read_bytes().endswith(b"d\n"), "and rows end as before"
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.json"])
+def test_half_a_character_is_written_as_json_does(tmp_path, name):
+    columns = {"text": ["\u00e9"], "other": ["a \ud800 b"]}
+    write_table(tmp_path / name, columns)
+    assert "\\ud800" in (tmp_path / name).read_text(encoding="utf-8") and "\u00e9" in (tmp_path / name).read_text()
+    found = read_table(tmp_path / name)
+    assert {column: found.column(column) for column in found.names} == columns
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.json", "t.csv"])
+def test_what_is_no_number_is_null_in_json(tmp_path, name):
+    write_table(tmp_path / name, {"text": ["a"], "more": [{"x": float("nan"), "y": [float("inf")]}]})
+    assert "NaN" not in (tmp_path / name).read_text() and "Infinity" not in (tmp_path / name).read_text()
+    assert "null" in (tmp_path / name).read_text()
+
+
+@pytest.mark.parametrize(("name", "cell"), [
+    ("t.parquet", 10**30), ("t.parquet", "\ud800"), ("t.csv", "\ud800"), ("t.tsv.gz", "\ud800")], ids=repr)
+def test_a_cell_that_a_kind_of_file_cannot_hold_is_one_line(tmp_path, name, cell):
+    with pytest.raises(DataError, match=rf"{name} cannot hold these columns: .*; write a \.jsonl file") as caught:
+        write_table(tmp_path / name, {"text": ["a"], "other": [cell]})
+    assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []

@@ -250,6 +250,36 @@ def test_cells_on_another_file_of_the_same_name_are_never_mixed(comparing):
     assert comparing("ia3", tuned=False, datasets=["moved/films.csv"])[1] == [], "the same content, elsewhere"
 
 
+def test_a_cell_that_names_another_dataset_is_neither_compared_nor_deleted(comparing):
+    comparing("ia3", tuned=False)
+    own = Path("results/cells/films/ia3_seed0.json")
+    others, content = Path("results/cells/films/plays/lora_seed0.json"), read_json(own)
+    others.parent.mkdir()
+    others.write_text(json.dumps(content | {"terms": {"of": "x"}, "cell": content["cell"] | {"dataset": "plays"}}))
+    assert comparing("ia3", tuned=False)[1] == []
+    assert comparing("ia3", tuned=False, replace=True, changes={"epochs": 1})[1] and others.is_file()
+
+
+@pytest.mark.parametrize("content", [{}, {"cell": {"dataset": "films"}}, {"terms": {}}, {"cell": 1, "terms": []}],
+                         ids=str)
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_file_among_the_cells_that_is_none_is_refused_and_never_deleted(comparing, content, replace):
+    file = Path("results/cells/films/tuning/mine.json")
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(content))
+    with pytest.raises(OutputError, match=r"films/tuning/mine\.json is no cell of a comparison: move it away"):
+        comparing("ia3", tuned=False, replace=replace)
+    assert read_json(file) == content
+
+
+@pytest.mark.parametrize("name", [".csv", "..csv", "...csv"])
+def test_a_dataset_whose_cells_would_lie_in_others_folders_is_refused(comparing, name):
+    write_csv(name)
+    with pytest.raises(DataError, match="has no name by which results could call it"):
+        comparing("ia3", tuned=False, datasets=[name], replace=True)
+    assert not Path("results").exists()
+
+
 @pytest.mark.kind("7: committed results are not overwritten by a trial")
 def test_beside_published_results_those_of_ones_own_go_to_results_mine(comparing):
     comparing("ia3", tuned=False)

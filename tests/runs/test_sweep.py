@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import threading
+import time
+import weakref
 from pathlib import Path
 
 import pytest
 from helpers import files_below, read_json
 
 from minipeft.errors import ConfigError, MinipeftError, OutputError
+from minipeft.files import locked
 from minipeft.runs import sweep
 from minipeft.runs.sweep import tune
 from minipeft.tasks.task import Task
@@ -70,6 +75,55 @@ def test_a_trial_whose_loss_is_no_number_is_never_the_best_and_its_file_is_stric
 def test_later_trials_are_appended(shared):
     tune(shared, [{"epochs": 1}])
     assert len(tune(shared, [{"epochs": 1, "r": 2}])["trials"]) == 2
+
+
+def test_trials_that_another_start_adds_meanwhile_stay(shared, tmp_path, monkeypatch):
+    others, train = [], sweep.train
+
+    def while_another_adds(run):
+        others.append({"trial": len(others)})
+        sweep._append(tmp_path / "results" / "tuning_lora.json", others[-1])
+        return train(run)
+
+    monkeypatch.setattr(sweep, "train", while_another_adds)
+    trials = [{"epochs": 1}, {"epochs": 1, "r": 2}]
+    results = tune(shared, trials)
+    assert results == read_json(tmp_path / "results" / "tuning_lora.json")
+    assert [trial["trial"] for trial in results["trials"]] == [0, trials[0], 1, trials[1]]
+
+
+def test_a_trial_is_added_once_the_start_that_writes_just_now_has_ended(tmp_path):
+    path, order, begun = tmp_path / "tuning_lora.json", [], threading.Event()
+
+    def write():
+        with locked(tmp_path):
+            begun.set()
+            time.sleep(0.2)
+            order.append(path.is_file())
+
+    other = threading.Thread(target=write)
+    other.start()
+    begun.wait()
+    sweep._append(path, {"trial": 1})
+    other.join()
+    assert order == [False] and read_json(path) == {"trials": [{"trial": 1}]}
+    assert files_below(tmp_path) == [str(path)]
+
+
+def test_a_trials_model_has_gone_before_the_next_one_is_made(shared, monkeypatch):
+    """Two might not fit the GPU."""
+    made, prepare = [], sweep.prepare
+
+    def noting_prepare(plan):
+        gc.collect()
+        assert [model for model in made if model() is not None] == []
+        run = prepare(plan)
+        made.append(weakref.ref(run.model))
+        return run
+
+    monkeypatch.setattr(sweep, "prepare", noting_prepare)
+    tune(shared, [{"epochs": 1}] * 3)
+    assert len(made) == 3
 
 
 @pytest.mark.parametrize("content", ["{}", '{"trials": {}}'])

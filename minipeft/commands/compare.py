@@ -98,7 +98,7 @@ def main(words: Sequence[str], program: str) -> int:
 
 def command(job: Job) -> list[str]:
     """What runs a job in a process of its own, which imports from where this one does and from nowhere else. By itself
-    Python would look in the current folder first: a file of the user's there, such as random.py, would be imported."""
+    Python would look in the current folder first: a user's file there with a library's name would be imported."""
     program = (f"import sys; sys.path = {sys.path!r}; del sys.argv[0]; "
                "from minipeft.commands.start import main; main()")
     return [sys.executable, "-c", program, "minipeft", "compare", "--cell", job.as_json()]

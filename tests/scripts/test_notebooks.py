@@ -7,13 +7,19 @@ import json
 import re
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from cell_files import TERMS, costs_content, final_content
 from documents import NOTEBOOKS, ROOT, dead_links, markdown_cells
 
 from minipeft import GPT2ForSequenceClassification, load_adapter
+from minipeft.files import write_json_file
+from minipeft.report.tables import costs as costs_table
+from minipeft.runs.budget import Cell
+from minipeft.runs.comparison import write_comparison
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -66,14 +72,14 @@ def test_the_comparison_s_text_names_no_result():
 
 
 def test_the_comparison_takes_a_comparison_s_file_where_there_is_one(tmp_path):
-    def row(score, trained):
-        return {"mean": score, "interval_95": [score - 0.01, score + 0.01], "seeds": [0, 1, 2], "trained_share": 0.1,
-                "trained_parameters": trained, "curves": [[{"step": 5, "validation_loss": 0.4}]] * 3}
-
-    methods = {"lora": row(0.93, 100) | {"better_than": ["head"]}, "full": row(0.92, 1000),
-               "head": row(0.8, 10) | {"worse_than": ["lora"]}}
-    (tmp_path / "comparison.json").write_text(json.dumps({"datasets": {
-        "own": {"task": "classification", "headline": "accuracy", "methods": methods}}}))
+    for method, share in (("lora", 0.94), ("full", 0.93), ("head", 0.7)):
+        for seed in range(3):
+            cell = Cell("films", method, seed, "final", (("learning_rate", 1e-3),))
+            files = {cell: final_content(cell, TERMS, share),
+                     replace(cell, kind="costs"): costs_content(replace(cell, kind="costs"), TERMS, 30.0)}
+            for each, content in files.items():
+                write_json_file(tmp_path / "cells" / "films" / f"{each.name}.json", content)
+    write_comparison(tmp_path)
     (path,) = [path for path in NOTEBOOKS if path.stem == "comparing_results"]
     here, names = 'Path(minipeft.__file__).parents[1] / "results"', {}
     matplotlib = pytest.importorskip("matplotlib")
@@ -82,6 +88,7 @@ def test_the_comparison_takes_a_comparison_s_file_where_there_is_one(tmp_path):
     assert here in code
     exec(code.replace(here, f"Path({str(tmp_path)!r})"), names)
     assert names["order"] == ["head", "full", "lora"] and names["beside"] == ["full"] and names["below"] == ["head"]
+    assert "| full | 31.0 ± 1.0 |" in costs_table(names["name"], names["compared"]) and names["supported"]
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from typing import Any
 
 from minipeft.data.examples import Examples
 from minipeft.data.tables import NUMBER
-from minipeft.errors import DataError
+from minipeft.errors import DataError, first_few
 
 MAX_CHARACTERS_OF_A_LABEL = 200
 
@@ -76,8 +76,8 @@ def unified(labels: Mapping[str, Sequence[Any]], names: Sequence[str], similar: 
     groups: dict[str, list[str]] = defaultdict(list)
     for label in sorted(counts, key=lambda label: (label not in names, -counts[label], label)):
         groups[reduced(label)].append(label)
-    told = _in_words([" and ".join(f"{label!r} ({rows(counts[label])})" for label in group)
-                      for group in groups.values() if len(group) > 1])
+    told = first_few([" and ".join(f"{label!r} ({rows(counts[label])})" for label in group)
+                      for group in groups.values() if len(group) > 1], 10)
     if not told:
         return dict(labels), ""
     if similar is None:
@@ -101,7 +101,7 @@ def untested(splits: Mapping[str, Examples], names: Sequence[str]) -> str:
         if lacking:
             told.append(f"{name!r} ({rows(sum(found[number] for found in counts.values()))}) has none in "
                         f"{' and '.join(lacking)}")
-    return f"too few rows to be {'learned or ' * unlearned}judged: {_in_words(told)}" if told else ""
+    return f"too few rows to be {'learned or ' * unlearned}judged: {first_few(told, 10)}" if told else ""
 
 
 def contradictory(splits: Mapping[str, Examples]) -> str:
@@ -116,7 +116,3 @@ def contradictory(splits: Mapping[str, Examples]) -> str:
 def rows(number: int) -> str:
     """A number of rows in words."""
     return f"{number:,} row{'s' * (number != 1)}"
-
-
-def _in_words(items: Sequence[str], most: int = 10) -> str:
-    return "; ".join([*items[:most], *([f"and {len(items) - most:,} more"] if len(items) > most else [])])

@@ -100,6 +100,11 @@ def least_of(costs: dict[str, Cost]) -> list[str]:
     return [method for method in order if not costs[method].is_apart_from(costs[order[0]])]
 
 
+def most_of(costs: dict[str, Cost]) -> list[str]:
+    """The method with the most, and those that are not told apart from it, in order."""
+    return least_of({method: Cost(-cost.mean, cost.deviation) for method, cost in costs.items()})
+
+
 def picture_of(kind: str, name: str, datasets: dict[str, Any]) -> str:
     """The name of a dataset's picture: of the one that is shown first, the kind alone."""
     return kind if name == main_of(datasets) else f"{kind}_{name}"

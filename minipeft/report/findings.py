@@ -18,6 +18,7 @@ from minipeft.report.families import (
     least_of,
     main_of,
     memory_of,
+    most_of,
     picture_of,
     seconds_of,
     sized,
@@ -165,9 +166,8 @@ def forgetting(found: Found) -> Iterator[Finding]:
         lost = {method: forgotten_of(row) for method, row in content["methods"].items()}
         if len(lost) < 2:
             continue
-        most = least_of({method: Cost(-cost.mean, cost.deviation) for method, cost in lost.items()})
         ends = [listed(f"{method} ({lost[method].mean:+.3f})" for method in methods)
-                for methods in (most, least_of(lost))]
+                for methods in (most_of(lost), least_of(lost))]
         said.append(f"on {name} {ends[0]} forgot the most, {ends[1]} the least")
         pictures.append(picture_of("forgetting", name, found.datasets))
     if said:
@@ -288,8 +288,8 @@ def few_examples(found: Found) -> Iterator[Finding]:
 
 def _best_with(count: int, rows: dict[str, dict[int, dict[str, Any]]]) -> list[str]:
     """The methods at the top with so many examples."""
-    return least_of({method: Cost(-points[count]["mean"], points[count]["deviation"] or 0.0)
-                     for method, points in rows.items()})
+    return most_of({method: Cost(points[count]["mean"], points[count]["deviation"] or 0.0)
+                    for method, points in rows.items()})
 
 
 def _untrained(found: Found) -> str:

@@ -23,7 +23,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from minipeft.model.dropout import Dropout, draw_kept, scale
-from minipeft.model.linear import Linear, autocast_dtype, carried_out_here, linear, outer
+from minipeft.model.linear import Linear, add_product, autocast_dtype, carried_out_here, linear, outer
 
 
 def applies(x: Tensor, layer: nn.Module) -> bool:
@@ -71,7 +71,7 @@ class _LowRank(torch.autograd.Function):
                 kept: Tensor | None, factor: float) -> Tensor:
         h = linear(_thinned(x, kept, factor), lora_A).mul_(s)                 # (batch, seq, r)
         y = linear(x, weight, bias)                                           # (batch, seq, out)
-        y.flatten(0, -2).addmm_(h.flatten(0, -2), lora_B.T)                   # in y's own memory
+        add_product(y.flatten(0, -2), h.flatten(0, -2), lora_B.T)
         ctx.save_for_backward(x, weight, bias, lora_A, lora_B, kept, h)
         ctx.s, ctx.factor = s, factor
         return y
@@ -93,7 +93,7 @@ class _LowRank(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = linear(dy, weight.T)                                         # (N, in)
             if kept is None:
-                dx.addmm_(s_dh, lora_A)
+                add_product(dx, s_dh, lora_A)
             else:
                 dx += _thinned(linear(s_dh, lora_A.T), kept.flatten(0, -2), ctx.factor)
             dx = dx.view(x.shape)

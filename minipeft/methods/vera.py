@@ -158,6 +158,7 @@ from minipeft.methods.layers import AdapterLayer, ReplacementLayer, to_dtype_of
 from minipeft.methods.symbols import Seen, Symbols
 from minipeft.methods.targets import bias_names, find_targets, saved_targets
 from minipeft.model.dropout import Dropout
+from minipeft.model.linear import linear
 from minipeft.settings import FINITE, POSITIVE_INTEGER, PROBABILITY, SEED, setting
 
 
@@ -235,8 +236,8 @@ class VeRALinear(ReplacementLayer):
         y = self.base_layer(x)                                                # (batch, seq, in) -> (batch, seq, out)
         A, B = self.matrices()
         x = self.vera_dropout(to_dtype_of(self.vera_lambda_d, x))             # float32 beside a half-precision W
-        inner = self.vera_lambda_d * nn.functional.linear(x, A)               # (batch, seq, r)
-        update = self.vera_lambda_b * nn.functional.linear(inner, B)          # (batch, seq, out)
+        inner = self.vera_lambda_d * linear(x, A)                             # (batch, seq, r)
+        update = self.vera_lambda_b * linear(inner, B)                        # (batch, seq, out)
         return (y + update).to(y.dtype)
 
     def merged(self) -> dict[str, Tensor]:
@@ -259,10 +260,10 @@ def plan(model: nn.Module, config: VeraConfig) -> Plan:
         InjectionError: nothing targeted, or a target that cannot be adapted.
     """
     targets = {target: model.get_submodule(target) for target in find_targets(model, config, default=["c_attn"])}
-    projections = Projections(config.r, max(linear.in_features for linear in targets.values()),
-                              max(linear.out_features for linear in targets.values()), config.projection_prng_key,
+    projections = Projections(config.r, max(layer.in_features for layer in targets.values()),
+                              max(layer.out_features for layer in targets.values()), config.projection_prng_key,
                               next(iter(targets.values())).weight.device)
-    layers = {target: VeRALinear(linear, projections, config) for target, linear in targets.items()}
+    layers = {target: VeRALinear(layer, projections, config) for target, layer in targets.items()}
     biases = [] if config.bias == "none" else bias_names(model, among=None if config.bias == "all" else layers)
     return Plan(layers, biases)
 

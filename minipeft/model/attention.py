@@ -11,6 +11,7 @@ m the mask of a dropout with probability p, and y the block's output:
 Of all this only m is kept for the backward pass, one byte per element; P is computed again there, as the fused kernels
 do. On a CPU they know no dropout: with it, torch computes the formula on whole matrices of scores and keeps them.
 Without it their y comes faster than in blocks, in bfloat16, and their gradients slower: each does what it is better at.
+Where a CPU cannot multiply bfloat16, both compute in float32 (linear.py).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minipeft.model.dropout import draw_kept, scale
-from minipeft.model.linear import autocast_dtype, carried_out_here
+from minipeft.model.linear import autocast_dtype, carried_out_here, through_float32
 
 BYTES_PER_BLOCK = 256  # of a column of scores: 64 queries in float32, 128 in bfloat16
 
@@ -41,6 +42,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     Returns:
         (B, H, T, D).
     """
+    if through_float32(query.dtype) and carried_out_here(query, key, value):
+        with torch.autocast("cpu", enabled=False):
+            return attend(query.float(), key.float(), value.float(), mask, dropout, training).to(query.dtype)
     dropout = dropout if training else 0.0
     exact = query.dtype == torch.float32 and autocast_dtype(query) is None
     in_blocks_is_faster = dropout > 0 if exact else query.dtype == torch.bfloat16

@@ -5,7 +5,9 @@
 torch brings two libraries for products of matrices on a CPU: MKL, which it asks for float32, and oneDNN, which it asks
 for bfloat16. On processors not made by Intel, MKL leaves half of each vector unit idle, and oneDNN does not: how much
 faster it is on one machine is in results/benchmark.md. Both sum in float32; results differ in the last digits.
-Where oneDNN is not there, or cannot multiply bfloat16 (processors without AVX-512), torch's own product is taken.
+On processors without AVX-512, oneDNN cannot multiply bfloat16, and torch's own product of it takes many times as long
+as float32's: there, float32 copies are multiplied and the sums are rounded, as bfloat16 instructions do it.
+Where oneDNN is not there, torch's own product is taken.
 """
 
 from __future__ import annotations
@@ -35,8 +37,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     if dtype := autocast_dtype(x):
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    if x.dtype != weight.dtype or not onednn_multiplies(x.dtype):
+    if x.dtype != weight.dtype or not (onednn_multiplies(x.dtype) or through_float32(x.dtype)):
         return F.linear(x, weight, bias)
+    if not (weight.is_contiguous() or weight.T.is_contiguous()):
+        weight = weight.contiguous()  # columns of a wider matrix, say: oneDNN would take a thousand times as long
     if torch.is_grad_enabled():
         return _Product.apply(x, weight, bias)
     return _product(x, weight, bias)
@@ -46,6 +50,11 @@ def onednn_multiplies(dtype: torch.dtype) -> bool:
     """Whether oneDNN is there, and multiplies numbers of this type on this processor."""
     return torch.backends.mkldnn.is_available() and (dtype == torch.float32 or (
         dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+
+
+def through_float32(dtype: torch.dtype) -> bool:
+    """Whether products of this type are made of float32 copies: bfloat16, where oneDNN multiplies only float32."""
+    return dtype == torch.bfloat16 and not onednn_multiplies(dtype) and onednn_multiplies(torch.float32)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -83,12 +92,22 @@ def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b by oneDNN."""
+    if through_float32(x.dtype):
+        return _product(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def outer(a: Tensor, b: Tensor) -> Tensor:
     """a b^T for a (m, N) and b (n, N), both transposed in memory."""
-    return a @ b.T if a.dtype == torch.bfloat16 else linear(a, b)
+    return a @ b.T if a.dtype == torch.bfloat16 and onednn_multiplies(a.dtype) else linear(a, b)
+
+
+def add_product(y: Tensor, a: Tensor, b: Tensor) -> None:
+    """y + a b, in y's own memory: y (N, out), a (N, in), b (in, out)."""
+    if through_float32(y.dtype):
+        y += linear(a, b.T)
+    else:
+        y.addmm_(a, b)
 
 
 class _Product(torch.autograd.Function):

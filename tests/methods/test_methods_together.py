@@ -32,6 +32,7 @@ from models import (
 )
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minipeft import (
     METHODS,
@@ -61,6 +62,7 @@ from minipeft import (
 from minipeft.errors import AdapterError, ConfigError, InjectionError, MinipeftError, WeightsError
 from minipeft.methods.injection import active_injections
 from minipeft.methods.layers import AdapterLayer, ReplacementLayer
+from minipeft.model import linear
 from minipeft.model.kv_cache import KVCache
 
 EVERYWHERE = {"target_modules": "all-linear"}
@@ -277,6 +279,34 @@ def test_under_autocast_trained_tensors_and_their_gradients_stay_float32(make_mo
     for name, parameter in trained_tensors(model).items():
         assert parameter.dtype == parameter.grad.dtype == torch.float32, name
         assert parameter.grad.isfinite().all(), name
+
+
+class Products(TorchDispatchMode):
+    """Notes the number formats of all products of matrices within its block."""
+
+    carried_out_here = True  # nothing takes another way because of it
+
+    def __init__(self):
+        super().__init__()
+        self.formats = set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.name()
+        if any(word in name for word in ("mm", "linear", "attention", "matmul")) and "_cast" not in name:
+            self.formats |= {(name, tensor.dtype) for tensor in args if isinstance(tensor, torch.Tensor)
+                             and tensor.is_floating_point()}
+        return operation(*args, **(kwargs or {}))
+
+
+@on([GPT2ForSequenceClassification, GPT2LMHeadModel])
+def test_where_a_cpu_cannot_multiply_bfloat16_autocast_multiplies_float32(make_model, model_class, config, monkeypatch):
+    """torch's own products of bfloat16 take many times as long there."""
+    monkeypatch.setattr(linear, "onednn_multiplies", lambda dtype: dtype == torch.float32)
+    model = perturb(inject(make_model(model_class), config)).train()
+    with Products() as products, torch.autocast("cpu", torch.bfloat16):
+        logits = model(IDS, MASK)
+        logits.float().square().mean().backward()
+    assert products.formats and {dtype for _, dtype in products.formats} == {torch.float32}, products.formats
 
 
 @on([GPT2LMHeadModel], {name: config for name, config in CASES.items() if not isinstance(config, BitFitConfig)})

@@ -117,9 +117,26 @@ def test_second_derivatives_may_be_of_some_alone(trained):
 
 @pytest.mark.parametrize("dtype, dropout, blocks", [
     (torch.float32, 0.0, False), (torch.float32, 0.1, True), (torch.bfloat16, 0.0, True), (torch.bfloat16, 0.1, True)])
-def test_training_goes_in_blocks_where_that_is_faster(dtype, dropout, blocks):
+def test_training_goes_in_blocks_where_that_is_faster(dtype, dropout, blocks, monkeypatch):
+    monkeypatch.setattr(attention, "through_float32", lambda dtype: False)
     y = attend(*inputs(21, 21, dtype), None, dropout, True)
     assert ("InBlocks" in str(y.grad_fn)) == blocks
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_where_a_cpu_cannot_multiply_bfloat16_it_is_float32s_attention_rounded(monkeypatch, autocast, grad):
+    monkeypatch.setattr(attention, "through_float32", lambda dtype: dtype == torch.bfloat16)
+    q, k, v = inputs(21, 21, torch.bfloat16)
+    wide = [tensor.detach().float().requires_grad_() for tensor in (q, k, v)]
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = attend(q, k, v, None, 0.0, True)
+    expected = attend(*wide, None, 0.0, True)
+    assert torch.equal(y, expected.bfloat16()) and y.requires_grad == grad
+    if grad:
+        dy = torch.randn(y.shape).bfloat16()
+        for ours, exact in zip(torch.autograd.grad(y, (q, k, v), dy), torch.autograd.grad(expected, wide, dy.float())):
+            assert torch.equal(ours, exact.bfloat16())
 
 
 def test_without_gradients_the_fused_kernel_computes(monkeypatch):

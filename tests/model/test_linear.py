@@ -73,6 +73,18 @@ def test_odd_inputs(x):
     assert layer.weight.grad.shape == (3, 4)
 
 
+def test_a_weight_with_gaps_is_copied_first(monkeypatch):
+    """oneDNN takes a thousand times as long for one; VeRA's matrices are columns of a wider one."""
+    seen, product = [], module._product
+    monkeypatch.setattr(module, "_product", lambda x, weight, *bias: seen.append(weight) or product(x, weight, *bias))
+    wide, x = torch.randn(3, 10, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    y = linear(x, wide[:, :4])
+    y.sum().backward()
+    close(y, x @ wide[:, :4].T)
+    assert len(seen) >= 3 and all(weight.is_contiguous() or weight.T.is_contiguous() for weight in seen)
+    assert wide.grad.shape == (3, 10) and not wide.grad[:, 4:].any() and wide.grad[:, :4].all()
+
+
 def test_torch_sees_its_own_operations_where_it_records_or_changes_them():
     layer, x = Linear(4, 3).requires_grad_(False), torch.randn(5, 4)
     seen = {}
@@ -113,6 +125,39 @@ def test_what_onednn_cannot_multiply_here_is_left_to_torch(monkeypatch, dtype):
     y = layer(x)
     y.sum().backward()
     assert torch.equal(y, F.linear(x, layer.weight, layer.bias)) and x.grad.dtype == dtype
+
+
+@pytest.fixture
+def no_bfloat16(monkeypatch):
+    """A processor whose oneDNN multiplies float32 only."""
+    monkeypatch.setattr(module, "onednn_multiplies", lambda dtype: dtype == torch.float32)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_where_a_cpu_cannot_multiply_bfloat16_sums_are_float32s_rounded(no_bfloat16, autocast):
+    torch.manual_seed(0)
+    layer, x = Linear(40, 30), torch.randn(2, 50, 40)
+    halves = [tensor.detach().bfloat16() for tensor in (x, layer.weight, layer.bias)]
+    exact = [tensor.float().requires_grad_() for tensor in halves]
+    inputs = [tensor.requires_grad_() for tensor in ([x, layer.weight, layer.bias] if autocast else halves)]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = linear(*inputs)
+    expected = F.linear(*exact)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), expected, rtol=2**-8, atol=1e-5)  # one rounding, of 8 bits
+    dy = torch.randn(y.shape).bfloat16()
+    for ours, found in zip(torch.autograd.grad(y, inputs, dy), torch.autograd.grad(expected, exact, dy.float())):
+        torch.testing.assert_close(ours.float(), found, rtol=2**-6, atol=2**-6)
+        assert ours.dtype == (torch.float32 if autocast else torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_add_product_adds_in_ys_own_memory(no_bfloat16, dtype):
+    torch.manual_seed(0)
+    y, a, b = (torch.randn(shape).to(dtype) for shape in ((5, 3), (5, 4), (4, 3)))
+    expected, rows = y.double() + a.double() @ b.double(), y.view(5, 3)
+    module.add_product(rows, a, b)
+    torch.testing.assert_close(y.double(), expected, rtol=2**-7, atol=2**-6)
 
 
 def test_bfloat16_is_onednns_only_where_it_can_multiply_it():

@@ -103,9 +103,9 @@ def _dataset(folder: Path, cells: Sequence[tuple[Path, dict[str, Any]]],
     for path, results in cells:
         by_kind[results["cell"]["kind"]].setdefault(results["method"], []).append((path, results))
     (_, baseline), = by_kind["final"].pop("baseline", [(None, {"metrics": {}})])
-    rows = {kind: {method: _row(folder, found, some["headline"], [
-        turn["costs"] for turn in timed if kind == "final" and turn["method"] == method]) for method, found in sorted(
-            methods.items(), key=lambda item: ALL.index(item[0]))} for kind, methods in by_kind.items()}
+    rows = {kind: {method: _row(folder, found, some["headline"], timed if kind == "final" else ())
+                   for method, found in sorted(methods.items(), key=lambda item: ALL.index(item[0]))}
+            for kind, methods in by_kind.items()}
     pairs, counted = [], next((results["counted_as"] for _, results in cells if "counted_as" in results), some["task"])
     for kind, methods in by_kind.items():
         each = {method: [unpacked(results["each"]) for _, results in methods[method]] for method in rows[kind]
@@ -126,12 +126,14 @@ def _dataset(folder: Path, cells: Sequence[tuple[Path, dict[str, Any]]],
 
 def _row(folder: Path, cells: Sequence[tuple[Path, dict[str, Any]]], headline: str,
          timed: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What is said of one method on one dataset, of one kind of cells."""
+    """What is said of one method on one dataset, of one kind of cells; of costs, those of the settings it has now."""
     runs = sorted((results for _, results in cells), key=lambda results: results["seed"])
     tested, costs = [run["metrics"]["test"] for run in runs], [run["costs"] for run in runs]
     scores, first = [metrics[headline] for metrics in tested], runs[0]
     numbers = [key for key in tested[0] if all(isinstance(metrics.get(key), (int, float)) for metrics in tested)]
     _check_settings(cells)
+    turns = [turn["costs"] for turn in timed
+             if (turn["method"], turn["cell"]["values"]) == (first["method"], first["cell"]["values"])]
     lost = [run["forgetting"]["after"] - run["forgetting"]["before"] for run in costs]
     chosen = dict(first["cell"]["values"])
     return {
@@ -143,10 +145,10 @@ def _row(folder: Path, cells: Sequence[tuple[Path, dict[str, Any]]], headline: s
         "metrics": {key: round(fmean(metrics[key] for metrics in tested), 6) for key in numbers},
         "trained_parameters": first["parameters"]["trainable"],
         "trained_share": first["parameters"]["trainable"] / first["parameters"]["total"],
-        **{key: _spread([turn[key] for turn in timed])
+        **{key: _spread([turn[key] for turn in turns])
            for key in ("core_seconds_per_1000_examples", "training_memory_bytes")},
         "adapter_bytes": _spread([run["adapter_bytes"] for run in costs]),
-        "inference": _inference([turn["inference"] for turn in timed]),
+        "inference": _inference([turn["inference"] for turn in turns]),
         "forgetting": {"before": costs[0]["forgetting"]["before"],
                        "after": round(fmean(run["forgetting"]["after"] for run in costs), 5),
                        "nats": round(fmean(lost), 5), "deviation": _deviation(lost),

@@ -27,7 +27,7 @@ def folder(tmp_path):
             cell = Cell("films", method, seed, "final", (("learning_rate", 1e-3), ("r", 2)) * (method == "lora"))
             write(cell, final_content(cell, TERMS, share, forgotten=0.1 * (1 + seed)))
     for turn in range(3):
-        cell = Cell("films", "lora", turn, "costs")
+        cell = Cell("films", "lora", turn, "costs", (("learning_rate", 1e-3), ("r", 2)))
         write(cell, costs_content(cell, TERMS))
     for cell, content in ((Cell("films", "baseline", 0, "final"), baseline_content),
                           (Cell("films", "lora", 0, "best", (("epochs", 9),)), None)):
@@ -67,6 +67,17 @@ def test_costs_that_were_not_measured_are_not_known_and_shown_as_dashes(folder):
     for file in (folder / "cells/films/costs").iterdir():
         file.unlink()
     assert comparison(folder)["datasets"]["films"]["machine"] == {}
+
+
+def test_costs_of_other_settings_are_not_known(folder):
+    """As after trials that chose another size: what r 2 costs says nothing of r 8."""
+    for path in (folder / "cells" / "films" / "costs").iterdir():
+        content = read_json_file(path)
+        content["cell"]["values"] = [["learning_rate", 1e-3], ["r", 8]]
+        write_json_file(path, content)
+    lora = comparison(folder)["datasets"]["films"]["methods"]["lora"]
+    assert lora["core_seconds_per_1000_examples"]["mean"] is None and lora["inference"]["extra"] is None
+    assert lora["forgetting"]["nats"] == pytest.approx(0.2)  # of the trained runs themselves
 
 
 def test_only_what_is_significant_is_ranked(folder):

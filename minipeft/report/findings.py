@@ -213,8 +213,10 @@ def inference(found: Found) -> Iterator[Finding]:
         return
     apart, stay = (listed(f"{_named(found, method)} {max(0.0, 100 * extra[method]['extra']):.0f} %"
                           for method in methods) for methods in slower.values())
-    yield Finding(f"What can merge makes the base slower while it is apart ({apart}), and by {100 * max(merged):.0f} % "
-                  f"at most once it is merged. What cannot merge stays as it is: {stay}.", ("costs",))
+    most = 100 * max(merged)
+    by = f"by {most:.0f} % at most" if most >= 0.5 else "by less than 1 %"
+    yield Finding(f"On {found.name}, what can merge makes the base slower while it is apart ({apart}), and {by} once it "
+                  f"is merged. What cannot merge stays as it is: {stay}.", ("costs",))
 
 
 def _named(found: Found, method: str) -> str:

@@ -66,6 +66,16 @@ def test_costs_less_apart_than_their_deviations_are_named_together(comparison, t
     assert said(near, tuning, "on imdb full (+0.500) and lora (+0.400) forgot the most, prefix (+0.045) the least")
 
 
+def test_merged_is_slower_by_a_percent_or_by_less_than_one(comparison, tuning):
+    for extra, words in ((0.004, "by less than 1 % once it is merged"), (-0.02, "by less than 1 % once it is merged"),
+                         (0.016, "by 2 % at most once it is merged")):
+        merged = copy.deepcopy(comparison)
+        for row in merged["datasets"]["imdb"]["methods"].values():
+            row["inference"]["extra_merged"] = extra
+        text, = said(merged, tuning, "On imdb, what can merge makes the base slower while it is apart (")
+        assert words in text and "lora" in text.partition(words)[0] and "adapter" in text.partition(words)[2]
+
+
 def test_few_examples_name_all_that_deviations_do_not_tell_from_the_best(comparison, tuning):
     assert said(comparison, tuning, "number of training examples of imdb: 16 and 64: head; 32: lora.")
     near = copy.deepcopy(comparison)

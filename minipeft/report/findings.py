@@ -215,8 +215,8 @@ def inference(found: Found) -> Iterator[Finding]:
                           for method in methods) for methods in slower.values())
     most = 100 * max(merged)
     by = f"by {most:.0f} % at most" if most >= 0.5 else "by less than 1 %"
-    yield Finding(f"On {found.name}, what can merge makes the base slower while it is apart ({apart}), and {by} once it "
-                  f"is merged. What cannot merge stays as it is: {stay}.", ("costs",))
+    yield Finding(f"On {found.name}, what can merge makes the base slower while it is apart ({apart}), and {by} once "
+                  f"it is merged. What cannot merge stays as it is: {stay}.", ("costs",))
 
 
 def _named(found: Found, method: str) -> str:

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from minipeft import GPT2Config, GPT2ForSequenceClassification, LoraConfig, inject
 from minipeft.explain import memory
 from minipeft.explain.memory import LiveBytes, bytes_sent, training_memory, training_operations
+from minipeft.model import attention, linear
 from minipeft.model.attention import blocks_of
 
 SMALL = {"n_layer": 4, "n_embd": 256, "n_head": 4, "vocab_size": 5000, "n_positions": 300, "resid_pdrop": 0.0,
@@ -140,7 +141,10 @@ def test_checkpointing_and_half_precision_save_activations():
     assert half.activations < plain.activations
 
 
-def test_a_gpus_flash_attention_does_not_store_what_dropout_keeps_of_the_shares_and_a_cpus_blocks_do():
+def test_a_gpus_flash_attention_does_not_store_what_dropout_keeps_of_the_shares_and_a_cpus_blocks_do(monkeypatch):
+    """On a CPU that multiplies bfloat16; elsewhere attention keeps float32 copies of q, k and v as well."""
+    monkeypatch.setattr(linear, "through_float32", lambda dtype: False)
+    monkeypatch.setattr(attention, "through_float32", lambda dtype: False)
     dropping = GPT2Config(**{**SMALL, "attn_pdrop": 0.1})
     on_cpu, on_gpu = (training_memory(dropping, "lora", BATCH, LENGTH, torch.bfloat16, device=device).activations
                       for device in ("cpu", "cuda"))

@@ -42,7 +42,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     Returns:
         (B, H, T, D).
     """
-    if through_float32(query.dtype) and carried_out_here(query, key, value):
+    if carried_out_here(query, key, value) and through_float32(query.dtype):  # compiled, the second is never asked
         with torch.autocast("cpu", enabled=False):
             return attend(query.float(), key.float(), value.float(), mask, dropout, training).to(query.dtype)
     dropout = dropout if training else 0.0

@@ -46,6 +46,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _product(x, weight, bias)
 
 
+@functools.cache  # asked at every product, and a processor does not change
 def onednn_multiplies(dtype: torch.dtype) -> bool:
     """Whether oneDNN is there, and multiplies numbers of this type on this processor."""
     return torch.backends.mkldnn.is_available() and (dtype == torch.float32 or (

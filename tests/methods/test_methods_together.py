@@ -292,7 +292,7 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         name = operation.name()
-        if any(word in name for word in ("mm", "linear", "attention", "matmul")) and "_cast" not in name:
+        if any(word in name for word in ("mm", "linear", "attention", "matmul")):
             self.formats |= {(name, tensor.dtype) for tensor in args if isinstance(tensor, torch.Tensor)
                              and tensor.is_floating_point()}
         return operation(*args, **(kwargs or {}))
